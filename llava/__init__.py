@@ -1,0 +1,1 @@
+"""What every stage shares: records, conversation, images, layout, attention, checkpoints, generation, runtime."""

@@ -1,0 +1,234 @@
+"""The one attention function: SDPA, plus region masses and packed pairs where a `Plan` asks for them.
+
+It is registered with transformers under `NAME` for the language model only; without a plan it is transformers' own
+SDPA, bit for bit. The plan travels as a keyword argument of the model's forward; a region's mass comes back as that
+layer's "attention weights" (`outputs.attentions`, selected layers only).
+
+Letters: B batch, H heads, Q query rows, K keys, D head size, S tokens of a packed row, R regions.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+NAME = "llava_region"
+
+
+@dataclass(frozen=True, eq=False)
+class Tree:
+    """One packed pair: half-open slices of the row for the shared prompt and for each answer's branch."""
+
+    prompt: tuple[int, int]
+    branches: tuple[tuple[int, int], ...]  # contiguous, the first one right after the prompt
+    mask: Tensor | None  # (rows of the later branches, K) bool: what they see from the prompt's start on
+
+    @classmethod
+    def of(cls, prompt: tuple[int, int], branches: tuple[tuple[int, int], ...]) -> "Tree":
+        """The tree with its mask, built once per row and not once per layer."""
+        if len(branches) < 2:
+            return cls(prompt, branches, None)
+        begin, first_end, end = prompt[0], branches[0][1], branches[-1][1]
+        mask = torch.zeros(end - first_end, end - begin, dtype=torch.bool)
+        mask[:, : prompt[1] - begin] = True
+        for start, stop in branches[1:]:
+            rows, keys = slice(start - first_end, stop - first_end), slice(start - begin, stop - begin)
+            mask[rows, keys] = torch.ones(stop - start, stop - start, dtype=torch.bool).tril()
+        return cls(prompt, branches, mask)
+
+    def to(self, device, non_blocking: bool = False) -> "Tree":
+        """The same tree with its mask on another device."""
+        mask = None if self.mask is None else self.mask.to(device, non_blocking=non_blocking)
+        return Tree(self.prompt, self.branches, mask)
+
+
+@dataclass(frozen=True, eq=False)
+class Probe:
+    """What to measure: the attention mass on regions, from the rows that predict an answer.
+
+    With trees in the plan the rows are those of every first branch (the chosen answer), in row order; without, the
+    last row of the forward (generation).
+    """
+
+    regions: Tensor  # (B or 1, S, R) weights in [0, 1]; keys past S (generated tokens) weigh nothing
+    layers: frozenset[int]  # zero-based
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What the attention function shall do beyond plain SDPA; an empty plan changes nothing."""
+
+    trees: tuple[Tree, ...] = ()
+    probe: Probe | None = None
+
+
+_ambient: ContextVar[Plan | None] = ContextVar("plan", default=None)
+
+
+@contextmanager
+def use_plan(plan: Plan) -> Iterator[None]:
+    """Apply a plan to every forward inside, for `generate`, which refuses keyword arguments it does not know.
+
+    Raises RuntimeError if gradients are enabled: a checkpointed layer is recomputed in another thread, which would
+    not see the plan. Training passes `plan=` to the forward instead.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError("use_plan is for inference: call it under torch.no_grad(), or pass plan= to the forward")
+    token = _ambient.set(plan)
+    try:
+        yield
+    finally:
+        _ambient.reset(token)
+
+
+def install(model) -> None:
+    """Make the model's language model use this function. transformers does not save it: call after every load."""
+    AttentionInterface.register(NAME, attention)
+    # Without a mask function of the same name transformers hands over no mask at all, padding or not.
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    model.set_attn_implementation({"text_config": NAME})
+
+
+def attention(
+    module,
+    query: Float[Tensor, "B H Q D"],
+    key: Float[Tensor, "B Hkv K D"],
+    value: Float[Tensor, "B Hkv K D"],
+    attention_mask: Bool[Tensor, "B 1 Q K"] | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    plan: Plan | None = None,
+    **kwargs,
+) -> tuple[Float[Tensor, "B Q H D"], Float[Tensor, "B H T R"] | None]:
+    """Attention output, and the region masses of this layer if the plan probes it (T measured rows), else None."""
+    plan = plan or _ambient.get()
+    kwargs.pop("output_attentions", None)  # SDPA would warn; what it asks for is the second return value
+    if plan is None or not plan.trees:
+        out, _ = sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+        )
+    else:
+        assert attention_mask is None and len(query) == 1 and query.shape[2] == key.shape[2], "a packed row has no mask"
+        out = tree_attention(query, key, value, plan.trees, scaling, dropout).transpose(1, 2)
+    mass = None
+    if plan is not None and plan.probe is not None and module.layer_idx in plan.probe.layers:
+        mass = _probed(query, key, attention_mask, scaling, plan)
+    return out, mass
+
+
+def tree_attention(
+    query: Float[Tensor, "1 H S D"],
+    key: Float[Tensor, "1 Hkv S D"],
+    value: Float[Tensor, "1 Hkv S D"],
+    trees: Sequence[Tree],
+    scaling: float | None,
+    dropout: float = 0.0,
+) -> Float[Tensor, "1 H S D"]:
+    """Attention over packed pairs: an answer sees its prompt and itself, nothing of another answer or pair.
+
+    Two calls per tree: prompt with the first branch is plain causal attention (the fast kernels take it); the later
+    branches are a few rows under an explicit mask. No S x S mask exists.
+    """
+    key, value = _repeat_heads(query, key), _repeat_heads(query, value)
+    parts = []
+    for tree in trees:
+        begin, middle, end = tree.prompt[0], tree.branches[0][1], tree.branches[-1][1]
+        head, whole = slice(begin, middle), slice(begin, end)
+        parts.append(
+            F.scaled_dot_product_attention(
+                query[:, :, head], key[:, :, head], value[:, :, head], is_causal=True, scale=scaling, dropout_p=dropout
+            )
+        )
+        if tree.mask is not None:
+            parts.append(
+                F.scaled_dot_product_attention(
+                    query[:, :, middle:end], key[:, :, whole], value[:, :, whole], attn_mask=tree.mask,
+                    scale=scaling, dropout_p=dropout,
+                )
+            )  # fmt: skip
+    return torch.cat(parts, dim=2)
+
+
+def region_mass(
+    query: Float[Tensor, "B H Q D"],
+    key: Float[Tensor, "B H K D"],
+    regions: Float[Tensor, "B K R"],
+    mask: Bool[Tensor, "#B #one #Q K"] | None,
+    scaling: float | None,
+) -> Float[Tensor, "B H Q R"]:
+    """Attention probability (0..1) that each row puts on each region: Σ_j A[b,h,q,j] · W[b,j,r] of design §4.
+
+    A second attention call whose values are the region weights: exact, differentiable in query and key, and O(K)
+    memory. Computed in fp32, because masses summed in bf16 are off by half a percent.
+    """
+    num_regions, head_size = regions.shape[-1], query.shape[-1]
+    assert num_regions <= head_size, f"{num_regions} regions do not fit a head of size {head_size}"
+    weights = F.pad(regions.float(), (0, head_size - num_regions))[:, None].expand(-1, query.shape[1], -1, -1)
+    with torch.autocast(query.device.type, enabled=False):
+        mass = F.scaled_dot_product_attention(query.float(), key.float(), weights, attn_mask=mask, scale=scaling)
+    return mass[..., :num_regions]
+
+
+def _probed(query: Tensor, key: Tensor, attention_mask: Tensor | None, scaling: float | None, plan: Plan) -> Tensor:
+    key, regions = _repeat_heads(query, key), plan.probe.regions
+    if not plan.trees:
+        regions = F.pad(regions, (0, 0, 0, key.shape[2] - regions.shape[1]))
+        regions = regions.repeat_interleave(len(query) // len(regions), dim=0)  # beams of one sample are neighbours
+        mask = None if attention_mask is None else attention_mask[:, :, -1:, : key.shape[2]]
+        return region_mass(query[:, :, -1:], key, regions, mask, scaling)
+    masses = []
+    for tree in plan.trees:
+        (begin, _), (start, stop) = tree.prompt, tree.branches[0]
+        visible = torch.ones(stop - start, stop - begin, dtype=torch.bool, device=query.device).tril(start - begin)
+        masses.append(
+            region_mass(query[:, :, start:stop], key[:, :, begin:stop], regions[:, begin:stop], visible[None, None], scaling)
+        )
+    return torch.cat(masses, dim=2)
+
+
+def _repeat_heads(query: Tensor, key: Tensor) -> Tensor:
+    return repeat_kv(key, query.shape[1] // key.shape[1])
+
+
+def layer_range(num_layers: int, spec: str, reference: tuple[int, int] = (14, 22), depth: int = 32) -> frozenset[int]:
+    """Zero-based layers of a spec: "auto", "14-22" (inclusive) or "3,5,7".
+
+    "auto" is the share of the depth that layers 14..22 are of LLaVA-1.5-7B's 32 (design §4), at least one layer.
+    Raises ValueError if the spec names a layer that the model lacks.
+    """
+    if spec == "auto":
+        first, end = round(reference[0] * num_layers / depth), round((reference[1] + 1) * num_layers / depth)
+        return frozenset(range(first, max(end, first + 1)))
+    layers: set[int] = set()
+    for part in spec.split(","):
+        first, _, last = part.strip().partition("-")
+        if not first.isdigit() or (last and not last.isdigit()):
+            raise ValueError(f'layers {spec!r}: write "auto", a range as "14-22" or a list as "3,5,7"')
+        layers.update(range(int(first), int(last or first) + 1))
+    if not layers or max(layers) >= num_layers:
+        raise ValueError(f"layers {spec!r}: the language model has layers 0 to {num_layers - 1}")
+    return frozenset(layers)
+
+
+def mean_masses(masses: Float[Tensor, "L H T R"], owner: Tensor, num_samples: int) -> Float[Tensor, "L N R"]:
+    """Mean mass of each region over a sample's measured rows and the heads, per layer. `owner` (T,) names the sample."""
+    rows = masses.mean(dim=1)  # (L, T, R)
+    sums = rows.new_zeros(len(rows), num_samples, rows.shape[-1]).index_add(1, owner, rows)
+    return sums / torch.bincount(owner, minlength=num_samples)[:, None]
+
+
+def attention_ratio(masses: Float[Tensor, "L N 2"]) -> Float[Tensor, "L N"]:
+    """R_l of design §4 from the mean masses of (target, all images); the ratio R is its mean over layers.
+
+    The denominator is kept above 1e-6, for prompts that put no attention on images at all.
+    """
+    return masses[..., 0] / masses[..., 1].clamp(min=1e-6)

@@ -1,0 +1,245 @@
+"""Geometry: which image tokens a prompt points at, and how pairs become one packed row.
+
+Letters in tensor names: S tokens of a packed row, T kept rows (one per answer token), V vocabulary,
+N pairs, P patches of one image, R regions (0 = target, 1 = all image tokens).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from llava.attention import Tree
+from llava.records import Prompt
+
+CELL, MARGIN = 448, 40  # px of the published collages
+PIP_SHARE = 0.7  # the inner picture fits into this share of the outer one
+
+
+@dataclass(frozen=True)
+class PatchGrid:
+    """How the image processor maps pixels of a stored image onto image tokens."""
+
+    rows: int
+    cols: int
+    patch: int  # px of the model input per patch
+    pad: bool  # padded to a square first (`image_aspect_ratio=pad`)
+    shortest_edge: int | None  # resized to this, aspect kept ...
+    size: tuple[int, int] | None  # ... or to exactly (height, width)
+    crop: tuple[int, int] | None  # then this (height, width) is cut from the centre
+
+    @classmethod
+    def of(cls, image_processor, vision_config, pad: bool) -> "PatchGrid":
+        """The grid of a checkpoint. Raises ValueError if the processor's result does not fit the vision tower."""
+        side, patch = vision_config.image_size, vision_config.patch_size
+        size = dict(image_processor.size) if image_processor.do_resize else {}
+        exact = (size["height"], size["width"]) if "height" in size else None
+        crop = image_processor.crop_size if image_processor.do_center_crop else None
+        grid = cls(
+            rows=side // patch,
+            cols=side // patch,
+            patch=patch,
+            pad=pad,
+            shortest_edge=size.get("shortest_edge"),
+            size=exact,
+            crop=(crop["height"], crop["width"]) if crop else None,
+        )
+        if (grid.crop or grid.size) != (side, side):
+            raise ValueError(
+                f"the image processor makes {grid.crop or grid.size or size} px pictures but the vision tower takes "
+                f"{side} x {side}: processor and model are of different checkpoints"
+            )
+        return grid
+
+    @property
+    def num_tokens(self) -> int:
+        """Image tokens per image (576 for CLIP-L/336)."""
+        return self.rows * self.cols
+
+    def weights(self, box: Sequence[float], size: tuple[int, int]) -> Float[Tensor, " P"]:
+        """Share (0..1) of each patch's area that lies in `box`, row by row.
+
+        `box` is (x0, y0, x1, y1) in px of the stored image of `size` (width, height). A border that cuts a patch
+        gives it a fractional weight.
+        """
+        (width, height), (x0, y0, x1, y1) = size, box
+        if self.pad:
+            side = max(width, height)
+            left, top = (side - width) // 2, (side - height) // 2
+            x0, x1, y0, y1 = x0 + left, x1 + left, y0 + top, y1 + top
+            width = height = side
+        new_width, new_height = self._resized(width, height)
+        x0, x1 = (x * new_width / width for x in (x0, x1))
+        y0, y1 = (y * new_height / height for y in (y0, y1))
+        if self.crop:
+            x0, x1 = (x - (new_width - self.crop[1]) // 2 for x in (x0, x1))
+            y0, y1 = (y - (new_height - self.crop[0]) // 2 for y in (y0, y1))
+        across = _overlap(x0, x1, self.cols, self.patch)
+        down = _overlap(y0, y1, self.rows, self.patch)
+        return (down[:, None] * across[None, :]).flatten()
+
+    def _resized(self, width: int, height: int) -> tuple[int, int]:
+        if self.size:
+            return self.size[1], self.size[0]
+        if self.shortest_edge is None:
+            return width, height
+        short, long = min(width, height), max(width, height)
+        longer = int(self.shortest_edge * long / short)
+        return (self.shortest_edge, longer) if width <= height else (longer, self.shortest_edge)
+
+
+def _overlap(start: float, end: float, count: int, patch: int) -> Tensor:
+    """Share of each of `count` patches of `patch` px that lies in start..end."""
+    edges = torch.arange(count, dtype=torch.float64) * patch
+    covered = (edges + patch).clamp(max=end) - edges.clamp(min=start)
+    return (covered.clamp(min=0) / patch).float()
+
+
+def collage_box(size: tuple[int, int], target: int, grid: tuple[int, int] | None) -> tuple[int, int, int, int]:
+    """Box of a collage's cell `target` (0-based, row by row) in px.
+
+    A picture that fits the published canvas (W = 448·cols + 40·(cols−1), H = 488·rows) has 448 px cells below
+    40 px label strips; any other is split evenly. Raises ValueError if there is no such cell.
+    """
+    width, height = size
+    rows, cols = grid or (height // CELL, width // CELL)
+    if target >= rows * cols:
+        raise ValueError(
+            f"Image{target + 1} does not exist: a collage of {width} x {height} px is read as {rows} x {cols} cells; "
+            "give `grid` or `target_box` if that is wrong"
+        )
+    row, col = divmod(target, cols)
+    if (width, height) == (CELL * cols + MARGIN * (cols - 1), (CELL + MARGIN) * rows):
+        x, y = (CELL + MARGIN) * col, MARGIN + (CELL + MARGIN) * row
+        return x, y, x + CELL, y + CELL
+    return width * col // cols, height * row // rows, width * (col + 1) // cols, height * (row + 1) // rows
+
+
+def pip_box(size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """The centred box of 0.7 of width and height, in px: where an inner picture of unknown shape lies at most."""
+    width, height = size
+    w, h = int(width * PIP_SHARE), int(height * PIP_SHARE)
+    x, y = (width - w) // 2, (height - h) // 2
+    return x, y, x + w, y + h
+
+
+def target_box(record: Prompt, size: tuple[int, int]) -> tuple[float, ...]:
+    """Box in px of what a one-image prompt points at: the record's own, else its format's rule."""
+    if record.target_box is not None:
+        x0, y0, x1, y1 = record.target_box
+        if x1 > size[0] or y1 > size[1]:
+            raise ValueError(f"`target_box` {list(record.target_box)} reaches outside the {size[0]} x {size[1]} picture")
+        return record.target_box
+    if record.image_type == "collage":
+        return collage_box(size, record.target, record.grid)
+    return pip_box(size)
+
+
+def needs_sizes(record: Prompt) -> bool:
+    """Whether `target_weights` must know the picture's size (a sequence points at whole images)."""
+    return record.image_type in ("collage", "pip")
+
+
+def target_weights(record: Prompt, sizes: Sequence[tuple[int, int]], grid: PatchGrid) -> Float[Tensor, " tokens"]:
+    """Weight in [0, 1] of every image token of the prompt, images in order: the target region of design §3.
+
+    `sizes` are (width, height) of the stored pictures; a sequence needs none. Raises ValueError, naming the record,
+    if the prompt points at a cell that does not exist or that the model does not see.
+    """
+    weights = torch.zeros(len(record.images), grid.num_tokens)
+    if not needs_sizes(record):
+        weights[record.target] = 1.0
+        return weights.flatten()
+    try:
+        weights[0] = grid.weights(target_box(record, sizes[0]), sizes[0])
+        if not weights.any():
+            raise ValueError("the target lies in a part of the picture that is cropped away: use --image_aspect_ratio pad")
+    except ValueError as error:
+        raise ValueError(f"{record.where}: {error}") from error
+    return weights.flatten()
+
+
+def expand_images(ids: Sequence[int], image_token: int, num_tokens: int) -> list[int]:
+    """Ids with every image placeholder repeated `num_tokens` times."""
+    return [t for token in ids for t in ([token] * num_tokens if token == image_token else [token])]
+
+
+@dataclass(frozen=True)
+class EncodedPair:
+    """Token ids of one pair: the prompt with its image tokens, and answers that end in `</s>`.
+
+    `rejected` is empty when the loss does not need it. `target` has a weight for every image token of the prompt.
+    """
+
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+    target: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class PackedRow:
+    """Several pairs in one row without padding, each `[prompt | chosen | rejected]`, and what to read off it.
+
+    The last prompt token opens every answer's branch, so that each kept row predicts exactly one answer token and
+    the last answer token is never fed. Positions restart after the prompt.
+    """
+
+    input_ids: Tensor  # (1, S)
+    position_ids: Tensor  # (1, S)
+    keep: Tensor  # (1, S) bool, rows whose logits are wanted
+    labels: Tensor  # (T,) the token each kept row predicts
+    branch: Tensor  # (T,) answer number: 2n is pair n's chosen, 2n + 1 its rejected
+    regions: Tensor  # (1, S, R) weight of each token in the target and in all images
+    trees: tuple[Tree, ...]
+    num_pairs: int
+
+    def to(self, device, non_blocking: bool = False) -> "PackedRow":
+        """The same row on another device."""
+        moved = {
+            name: getattr(self, name).to(device, non_blocking=non_blocking)
+            for name in ("input_ids", "position_ids", "keep", "labels", "branch", "regions")
+        }
+        return replace(self, **moved, trees=tuple(tree.to(device, non_blocking) for tree in self.trees))
+
+    @property
+    def chosen_owner(self) -> Tensor:
+        """(T_chosen,) pair number of each row that predicts a token of a chosen answer."""
+        return self.branch[self.branch % 2 == 0] // 2
+
+
+def pack(pairs: Sequence[EncodedPair], image_token: int) -> PackedRow:
+    """One row of all pairs. Source: design §6; equal to separate forwards of every answer to rounding."""
+    ids, positions, keep, labels, branch, trees = [], [], [], [], [], []
+    for number, pair in enumerate(pairs):
+        start = len(ids)
+        shared, last = pair.prompt[:-1], pair.prompt[-1]
+        ids += shared
+        positions += range(len(shared))
+        keep += [False] * len(shared)
+        spans = []
+        for side, answer in enumerate(answer for answer in (pair.chosen, pair.rejected) if answer):
+            spans.append((len(ids), len(ids) + len(answer)))
+            ids += [last, *answer[:-1]]
+            positions += range(len(shared), len(shared) + len(answer))
+            keep += [True] * len(answer)
+            labels += answer
+            branch += [2 * number + side] * len(answer)
+        trees.append(Tree.of((start, start + len(shared)), tuple(spans)))
+    input_ids = torch.tensor([ids])
+    is_image = input_ids == image_token
+    regions = torch.zeros(1, len(ids), 2)
+    regions[..., 1] = is_image
+    regions[..., 0][is_image] = torch.cat([pair.target for pair in pairs])
+    return PackedRow(
+        input_ids=input_ids,
+        position_ids=torch.tensor([positions]),
+        keep=torch.tensor([keep]),
+        labels=torch.tensor(labels),
+        branch=torch.tensor(branch),
+        regions=regions,
+        trees=tuple(trees),
+        num_pairs=len(pairs),
+    )

@@ -1,0 +1,214 @@
+"""The files that pass between stages: how they are read, and what is refused.
+
+A record's `target` is 1-based in files and prompts ("Image1") and 0-based inside; it is converted here, once.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llava.conversation import IMAGE, check_answer
+
+FORMATS = ("sequence", "collage", "pip", "single")
+TARGET = re.compile(r"In Image(\d+)")
+PLACEHOLDER_OF_MIA_DPO = "<image-placeholder>"
+KNOWN = {"id", "image", "prompt", "image_type", "target", "target_box", "grid"}
+
+
+class DataError(ValueError):
+    """Bad input: `problems` has one line each, naming file, record and id; the message is the first of them."""
+
+    def __init__(self, problems: list[str]):
+        self.problems = problems
+        more = f" ({len(problems) - 1} more records have problems)" if len(problems) > 1 else ""
+        super().__init__(problems[0] + more)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A question about one or several images, and which of them it refers to."""
+
+    where: str  # "train.json record 3 (id coco_41)", for messages
+    id: str
+    images: tuple[str, ...]  # paths below the image folder or archive
+    prompt: str  # one `<image>` per image
+    image_type: str  # one of FORMATS
+    target: int  # 0-based image of a sequence or cell of a collage; 0 otherwise
+    target_box: tuple[float, float, float, float] | None  # x0, y0, x1, y1 in px of the stored image
+    grid: tuple[int, int] | None  # rows, cols of a collage
+    extra: dict[str, Any] = field(default_factory=dict, repr=False)  # unknown fields, passed on
+
+
+@dataclass(frozen=True)
+class Preference(Prompt):
+    """A prompt with a better (`chosen`) and a worse (`rejected`) answer."""
+
+    chosen: str = ""
+    rejected: str = ""
+
+
+@dataclass(frozen=True)
+class Question(Prompt):
+    """A prompt of a test set with its true answer."""
+
+    answer: str = ""
+
+
+def read_preferences(path: str | Path) -> list[Preference]:
+    """Preference pairs of a JSON array or JSONL file. Raises DataError, FileNotFoundError."""
+    return _read(path, _parse_preference)
+
+
+def read_questions(path: str | Path) -> list[Question]:
+    """Questions of a test set, JSON array or JSONL. Raises DataError, FileNotFoundError."""
+    return _read(path, _parse_question)
+
+
+def read_json(path: str | Path) -> list[Any]:
+    """Items of a JSON array, or of a JSONL file, told apart by content; a BOM is ignored.
+
+    Raises FileNotFoundError, or DataError with line and column where the file is not JSON.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError([f"{path}: not UTF-8 text (byte {error.start}); is it an archive or a picture?"]) from error
+    if not text.strip():
+        raise DataError([f"{path}: the file is empty"])
+    if text.lstrip().startswith("["):
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError as error:
+            raise DataError([f"{path}: broken JSON at line {error.lineno}, column {error.colno}: {error.msg}"]) from error
+    return list(_json_lines(path, text))
+
+
+def _json_lines(path: Path, text: str) -> Iterator[Any]:
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError([f"{path}: broken JSON at line {number}, column {error.colno}: {error.msg}"]) from error
+
+
+def _read(path: str | Path, parse) -> list:
+    records, problems = [], []
+    for number, raw in enumerate(read_json(path), 1):
+        where = f"{path} record {number}"
+        if isinstance(raw, dict) and "id" in raw:
+            where += f" (id {raw['id']})"
+        try:
+            records.append(parse(raw, where))
+        except ValueError as error:
+            problems.append(f"{where}: {error}")
+    if problems:
+        raise DataError(problems)
+    if not records:
+        raise DataError([f"{path}: the file holds no record"])
+    return records
+
+
+def _parse_preference(raw: Any, where: str) -> Preference:
+    prompt = _parse_prompt(raw, where, KNOWN | {"chosen", "rejected"})
+    chosen, rejected = check_answer(_text(raw, "chosen")), check_answer(_text(raw, "rejected"))
+    if chosen.strip() == rejected.strip():
+        raise ValueError("chosen and rejected are the same text: there is nothing to prefer")
+    return Preference(**prompt, chosen=chosen.strip(), rejected=rejected.strip())
+
+
+def _parse_question(raw: Any, where: str) -> Question:
+    return Question(**_parse_prompt(raw, where, KNOWN | {"answer"}), answer=_text(raw, "answer").strip())
+
+
+def _parse_prompt(raw: Any, where: str, known: set[str]) -> dict[str, Any]:
+    if not isinstance(raw, dict):
+        raise ValueError(f"a record must be a JSON object, not {type(raw).__name__}")
+    images = _images(raw)
+    prompt = _text(raw, "prompt").replace(PLACEHOLDER_OF_MIA_DPO, IMAGE)
+    if prompt.count(IMAGE) != len(images):
+        raise ValueError(f"the prompt has {prompt.count(IMAGE)} {IMAGE} but the record lists {len(images)} images")
+    image_type, target = _what_is_asked(raw, prompt, len(images))
+    return {
+        "where": where,
+        "id": str(raw.get("id", where)),
+        "images": images,
+        "prompt": prompt,
+        "image_type": image_type,
+        "target": target,
+        "target_box": _box(raw),
+        "grid": _grid(raw, target),
+        "extra": {key: value for key, value in raw.items() if key not in known},
+    }
+
+
+def _what_is_asked(raw: dict, prompt: str, num_images: int) -> tuple[str, int]:
+    """Format and 0-based target: from the record's fields, else from the prompt (design: `In Image(\\d+)`)."""
+    match = TARGET.search(prompt)
+    derived = ("sequence" if num_images > 1 else "collage") if match else "pip"
+    image_type = raw.get("image_type", derived)
+    if image_type not in FORMATS:
+        raise ValueError(f"image_type {image_type!r} is none of {', '.join(FORMATS)}")
+    if image_type != "sequence" and num_images != 1:
+        reason = "" if "image_type" in raw else " (no `In Image<k>` in the prompt, so it is read as pic-in-pic)"
+        raise ValueError(f"a {image_type} prompt has one image, this record lists {num_images}{reason}")
+    if image_type in ("pip", "single"):
+        return image_type, 0
+    target = raw.get("target", int(match[1]) if match else None)
+    if not isinstance(target, int) or isinstance(target, bool):
+        raise ValueError("which image is meant? Give `target` (1-based), or write `In Image<k>` in the prompt")
+    if target < 1 or (image_type == "sequence" and target > num_images):
+        limit = f"this record has Image1 to Image{num_images}" if image_type == "sequence" else "counting starts at 1"
+        raise ValueError(f"Image{target} does not exist: {limit}")
+    return image_type, target - 1
+
+
+def _images(raw: dict) -> tuple[str, ...]:
+    images = _required(raw, "image")
+    images = [images] if isinstance(images, str) else images
+    if not isinstance(images, list) or not images or not all(isinstance(i, str) and i for i in images):
+        raise ValueError("`image` must be a path or a list of paths")
+    return tuple(images)
+
+
+def _text(raw: dict, name: str) -> str:
+    value = _required(raw, name)
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"`{name}` is empty" if isinstance(value, str) else f"`{name}` must be text")
+    return value
+
+
+def _required(raw: dict, name: str) -> Any:
+    if name not in raw:
+        raise ValueError(f"the field `{name}` is missing; the record has {', '.join(sorted(raw)) or 'no field'}")
+    return raw[name]
+
+
+def _box(raw: dict) -> tuple[float, ...] | None:
+    box = raw.get("target_box")
+    if box is None:
+        return None
+    if not isinstance(box, list) or len(box) != 4 or not all(isinstance(v, int | float) for v in box):
+        raise ValueError("`target_box` must be [x0, y0, x1, y1] in pixels of the stored image")
+    x0, y0, x1, y1 = box
+    if not (0 <= x0 < x1 and 0 <= y0 < y1):
+        raise ValueError(f"`target_box` {box} has no area: it must be [x0, y0, x1, y1] with x0 < x1 and y0 < y1")
+    return tuple(box)
+
+
+def _grid(raw: dict, target: int) -> tuple[int, int] | None:
+    grid = raw.get("grid")
+    if grid is None:
+        return None
+    if not isinstance(grid, list) or len(grid) != 2 or not all(isinstance(v, int) and v > 0 for v in grid):
+        raise ValueError("`grid` must be [rows, cols]")
+    if target >= grid[0] * grid[1]:
+        raise ValueError(f"Image{target + 1} does not exist: the collage has {grid[0]} x {grid[1]} cells")
+    return tuple(grid)

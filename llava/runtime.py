@@ -1,0 +1,126 @@
+"""What every entry point needs around its work: logging, errors in one line, versions, run.json, devices."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "datasets", "pillow", "numpy")
+OURS = ("__main__", "llava", "train", "inference", "inference_optimization", "data_gen", "scripts")
+USER_ERROR = 2  # exit code of bad input, as argparse has it
+
+
+def setup_logging() -> None:
+    """Our INFO lines on the first process, warnings elsewhere and of libraries."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout, force=True)
+    # Deprecations inside the pinned libraries are not the user's to act on.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|transformers|peft|accelerate|deepspeed)\.")
+    if is_main_process():
+        for name in OURS:
+            logging.getLogger(name).setLevel(logging.INFO)
+
+
+def is_main_process() -> bool:
+    """Whether this is global rank 0 (also true without a launcher)."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Turn bad input (ValueError, FileNotFoundError) into one line and exit code 2.
+
+    For reading configuration and data only: an error of ours should keep its traceback.
+    """
+    try:
+        yield
+    except (ValueError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
+        stop(str(error))
+
+
+def stop(message: str) -> NoReturn:
+    """Say what is wrong, once over all processes, and end with the exit code of bad input."""
+    if is_main_process():
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(USER_ERROR)
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of the packages that decide a run's result, and Python's."""
+    found = {"python": sys.version.split()[0]}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def git_commit() -> str:
+    """Commit of this source tree, with `-dirty` if it has changes; "unknown" outside a checkout."""
+    root = Path(__file__).resolve().parent.parent
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            cwd=root, capture_output=True, text=True, timeout=10, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return done.stdout.strip()
+
+
+def write_run_json(path: Path, **content: Any) -> None:
+    """Write `run.json`: what was run (content), with which versions, from which commit."""
+    record = {**content, "versions": versions(), "git_commit": git_commit(), "command": sys.argv}
+    write_text(path, json.dumps(record, indent=2, default=str) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that a kill at any time leaves the old content or the new, never half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def without_compiler() -> None:
+    """Let DeepSpeed use plain gloo on a CPU instead of compiling its shared-memory kernel (about 100 s, needs g++)."""
+    import deepspeed.ops
+
+    compatible = getattr(deepspeed.ops, "__compatible_ops__", None)
+    if not torch.cuda.is_available() and isinstance(compatible, dict):
+        compatible["deepspeed_shm_comm"] = False
+
+
+def offline_wandb(report_to: list[str] | str | None) -> None:
+    """Let wandb log offline when nobody is logged in, so that a run never stops at its login prompt."""
+    if "wandb" not in (report_to or []) or os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE"):
+        return
+    netrc = Path(os.environ.get("NETRC", Path.home() / ".netrc"))
+    if netrc.is_file() and "wandb" in netrc.read_text(encoding="utf-8", errors="replace"):
+        return
+    os.environ["WANDB_MODE"] = "offline"
+    logging.getLogger(__name__).info("wandb: no login found, logging offline (send it later with `wandb sync`)")
+
+
+def leave() -> None:
+    """End a process of a distributed CPU job without running destructors.
+
+    gloo's worker threads may abort a Python that is shutting down, after all files are written: some percent of
+    ZeRO-3 runs on a CPU ended with exit code 1 that way.
+    """
+    if not torch.distributed.is_initialized() or torch.cuda.is_available():
+        return
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)

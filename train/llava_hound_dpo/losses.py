@@ -1,0 +1,117 @@
+"""The losses of design §5, as pure functions of log-probs and attention ratios.
+
+N pairs in a batch, L probed layers. Every function returns one value per pair; `total_loss` takes their mean, so
+that a global batch has the same loss however it is split over micro-batches and processes.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+
+def logits_margin(
+    chosen: Float[Tensor, " N"],
+    rejected: Float[Tensor, " N"],
+    reference_chosen: Float[Tensor, " N"],
+    reference_rejected: Float[Tensor, " N"],
+) -> Float[Tensor, " N"]:
+    """z: how much more the policy prefers chosen to rejected than the reference does, in nats.
+
+    All four are log-probs of whole answers, summed over tokens including the end token.
+    """
+    return (chosen - rejected) - (reference_chosen - reference_rejected)
+
+
+def sigmoid_loss(z: Float[Tensor, " N"], beta: float, smoothing: float) -> Float[Tensor, " N"]:
+    """DPO. Source: arXiv 2305.18290 eq. 7; with smoothing the conservative DPO of arXiv 2305.18290's authors."""
+    return -(1 - smoothing) * F.logsigmoid(beta * z) - smoothing * F.logsigmoid(-beta * z)
+
+
+def robust_loss(z: Float[Tensor, " N"], beta: float, smoothing: float) -> Float[Tensor, " N"]:
+    """Unbiased under a share `smoothing` of flipped labels. Source: arXiv 2403.00409 eq. 5."""
+    flipped = smoothing * F.logsigmoid(-beta * z)
+    return (-(1 - smoothing) * F.logsigmoid(beta * z) + flipped) / (1 - 2 * smoothing)
+
+
+def hinge_loss(z: Float[Tensor, " N"], beta: float, smoothing: float) -> Float[Tensor, " N"]:
+    """max(0, 1 - βz). Source: SLiC, arXiv 2305.10425 eq. 7, with the reference inside z as in arXiv 2309.06657."""
+    return torch.relu(1 - beta * z)
+
+
+def ipo_loss(z: Float[Tensor, " N"], beta: float, smoothing: float) -> Float[Tensor, " N"]:
+    """(z - 1/(2β))², for z of log-probs averaged over tokens. Source: arXiv 2310.12036 eq. 17."""
+    return (z - 1 / (2 * beta)) ** 2
+
+
+PREFERENCE_LOSSES: dict[str, Callable] = {
+    "sigmoid": sigmoid_loss,
+    "robust": robust_loss,
+    "hinge": hinge_loss,
+    "ipo": ipo_loss,
+}
+SMOOTHED = ("sigmoid", "robust")  # the others do not know label smoothing
+
+
+def hinge_attention(ratio: Float[Tensor, " N"], threshold: float) -> Float[Tensor, " N"]:
+    """max(0, τ - R): 0 once the target has the share τ of the image attention. Source: design §5."""
+    return torch.relu(threshold - ratio)
+
+
+def log_attention(ratio: Float[Tensor, " N"], threshold: float) -> Float[Tensor, " N"]:
+    """-log R, which never stops pulling; the threshold does not enter. Source: design §5, variant `log`."""
+    return -torch.log(ratio.clamp(min=1e-6))
+
+
+ATTENTION_LOSSES: dict[str, Callable] = {"hinge": hinge_attention, "log": log_attention}
+
+
+@dataclass(frozen=True)
+class Weights:
+    """total = dpo_alpha · (L_dpo + λ·L_att) + gamma · (L_sft + λ·L_att), and what its parts need."""
+
+    dpo_alpha: float
+    gamma: float
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+    loss_type: str = "sigmoid"
+    attention_weight: float = 0.9  # λ
+    attention_threshold: float = 0.75  # τ
+    attention_loss: str = "hinge"
+
+    @property
+    def needs_rejected(self) -> bool:
+        """Whether the rejected answer and the reference model are computed at all."""
+        return self.dpo_alpha > 0
+
+    @property
+    def averages_logps(self) -> bool:
+        """Whether z is of log-probs per token (IPO) instead of per answer."""
+        return self.loss_type == "ipo"
+
+
+def total_loss(
+    weights: Weights,
+    chosen: Float[Tensor, " N"],
+    chosen_tokens: Float[Tensor, " N"],
+    ratio: Float[Tensor, " N"],
+    z: Float[Tensor, " N"] | None,
+) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, " N"]]]:
+    """Mean total loss of a batch, and its parts per pair (`dpo`, `sft`, `attention`, `total`).
+
+    `chosen` are log-probs of the chosen answers, `chosen_tokens` their lengths, `ratio` the attention ratios R and
+    `z` the margins of `logits_margin` (None where `dpo_alpha` is 0). Source: design §5.
+    """
+    sft = -chosen / chosen_tokens
+    attention = ATTENTION_LOSSES[weights.attention_loss](ratio, weights.attention_threshold)
+    parts = {"sft": sft, "attention": attention}
+    total = weights.gamma * (sft + weights.attention_weight * attention)
+    if weights.needs_rejected:
+        preference = PREFERENCE_LOSSES[weights.loss_type](z, weights.beta, weights.label_smoothing)
+        parts["dpo"] = preference
+        total = total + weights.dpo_alpha * (preference + weights.attention_weight * attention)
+    parts["total"] = total
+    return total.mean(), parts

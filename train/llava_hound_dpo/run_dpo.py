@@ -1,0 +1,176 @@
+"""Train a LLaVA with attention-aware DPO and SFT: `torchrun -m train.llava_hound_dpo.run_dpo --help`."""
+
+import dataclasses
+import hashlib
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlavaConfig, set_seed
+
+from llava.attention import layer_range
+from llava.checkpoints import image_tokens, load_config, load_model, load_processor
+from llava.image import ImageStore
+from llava.layout import PatchGrid
+from llava.records import read_preferences
+from llava.runtime import is_main_process, leave, offline_wandb, setup_logging, user_errors, without_compiler, write_run_json
+from train.llava_hound_dpo.arguments import DataArguments, LossArguments, ModelArguments, TrainArguments, parse
+from train.llava_hound_dpo.data import Pair, PairDataset, check_pictures, describe, split, tokenize, within_length
+from train.llava_hound_dpo.model import make_trainable, parameter_table
+from train.llava_hound_dpo.plan import plan
+from train.llava_hound_dpo.reference import ReferenceCache, fingerprint
+from train.llava_hound_dpo.trainer import AttentionAwareDPOTrainer, latest_checkpoint
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Everything the run reads before its weights, checked."""
+
+    config: LlavaConfig
+    processor: Any
+    grid: PatchGrid
+    store: ImageStore
+    layers: frozenset[int]
+    train: list[Pair]
+    evaluation: list[Pair]
+    dropped: list[Pair]
+
+    def dataset(self, pairs: Sequence[Pair]) -> PairDataset:
+        """The pairs with their pictures."""
+        return PairDataset(pairs, self.store, self.processor.image_processor, self.grid, self.config.image_token_id)
+
+
+def main() -> None:
+    """Check, plan, train, save. Bad input ends it with one line and exit code 2 before any weight is loaded."""
+    setup_logging()
+    without_compiler()
+    with user_errors():
+        model_args, data_args, loss_args, args = parse()
+        inputs = read_inputs(model_args, data_args, loss_args, args)
+    if args.dry_run:
+        arguments = (model_args, loss_args, args, inputs.config, inputs.train, inputs.evaluation, inputs.dropped)
+        logger.info(plan(*arguments, inputs.grid.num_tokens))
+        return
+    identity = describe_run(model_args, data_args, loss_args, args, inputs)
+    with user_errors():
+        checkpoint = latest_checkpoint(args.output_dir, identity)
+        policy = load_policy(model_args, args)
+    trainer = build_trainer(policy, model_args, loss_args, args, inputs, identity)
+    record_run(model_args, data_args, loss_args, args, inputs)
+    if checkpoint:
+        logger.info("continuing from %s", checkpoint)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trainer.save_model()
+    trainer.save_state()
+    logger.info("saved %s", args.output_dir)
+    leave()
+
+
+def read_inputs(model: ModelArguments, data: DataArguments, loss: LossArguments, args: TrainArguments) -> Inputs:
+    """Read and check config, processor, records and pictures. Raises ValueError or FileNotFoundError for bad input."""
+    config = load_config(model.model_name_or_path)
+    processor = load_processor(model.model_name_or_path)
+    grid = PatchGrid.of(processor.image_processor, config.vision_config, pad=data.image_aspect_ratio == "pad")
+    layers = layer_range(config.text_config.num_hidden_layers, loss.attention_layers)
+    store = ImageStore(data.image_folder)
+    pairs, dropped = _pairs(data.data_path, data, config, processor)
+    if data.eval_data_path:
+        train = pairs
+        evaluation, dropped_too = _pairs(data.eval_data_path, data, config, processor)
+        dropped = dropped + dropped_too
+    else:
+        train, evaluation = split(pairs, data.eval_split, args.seed)
+    if args.eval_strategy != "no" and not evaluation:
+        raise ValueError("--eval_strategy needs something to evaluate on: give --eval_split or --eval_data_path")
+    if is_main_process():  # if it finds something it ends, and the launcher ends the others
+        check_pictures([*train, *evaluation], store, grid, data.check_images)
+    return Inputs(config, processor, grid, store, layers, train, evaluation, dropped)
+
+
+def _pairs(path: str, data: DataArguments, config: LlavaConfig, processor) -> tuple[list[Pair], list[Pair]]:
+    records = read_preferences(path)
+    pairs = tokenize(records, processor.tokenizer, config.image_token_id, image_tokens(config))
+    return within_length(pairs, data.model_max_length, data.overlong)
+
+
+def load_policy(model: ModelArguments, args: TrainArguments):
+    """The policy in the training precision. Must come after TrainArguments exist, or ZeRO-3 is not seen."""
+    if args.deepspeed and args.use_cpu:
+        import deepspeed
+
+        # Without it DeepSpeed believes in one process while the weights are partitioned.
+        deepspeed.init_distributed(dist_backend="gloo")
+    reduced = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+    # Without DeepSpeed's master copy, weights that are trained themselves stay in fp32 under autocast.
+    keep_fp32 = not args.deepspeed and not (model.lora_enable and args.bf16)
+    policy = load_model(model.model_name_or_path, torch.float32 if keep_fp32 else reduced)
+    set_seed(args.seed)  # after loading, which draws differently under ZeRO-3: LoRA starts the same everywhere
+    return make_trainable(policy, model)
+
+
+def build_trainer(policy, model, loss, args, inputs: Inputs, identity: dict[str, Any]) -> AttentionAwareDPOTrainer:
+    """The trainer with its data, loss and source of reference log-probs."""
+    offline_wandb(args.report_to)
+    weights = loss.weights()
+    reference = None
+    if weights.needs_rejected and not model.lora_enable:
+        settings = inputs.processor.image_processor, inputs.grid.pad
+        commit = getattr(policy.config, "_commit_hash", None)
+        key = fingerprint(model.model_name_or_path, commit, str(policy.dtype), *settings)
+        reference = ReferenceCache(Path(args.output_dir) / "reference", key)
+    logger.info("%s", parameter_table(policy))
+    return AttentionAwareDPOTrainer(
+        model=policy,
+        args=args,
+        train_dataset=inputs.dataset(inputs.train),
+        eval_dataset=inputs.dataset(inputs.evaluation) if inputs.evaluation else None,
+        processing_class=inputs.processor,
+        weights=weights,
+        layers=inputs.layers,
+        image_token=inputs.config.image_token_id,
+        reference=reference,
+        identity=identity,
+    )
+
+
+def describe_run(model, data, loss, args, inputs: Inputs) -> dict[str, Any]:
+    """What makes two runs the same experiment: a checkpoint resumes only into the same."""
+    content = hashlib.sha256(repr([(p.record, p.prompt) for p in inputs.train]).encode()).hexdigest()[:16]
+    names = ("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size",
+             "gradient_accumulation_steps", "lr_scheduler_type", "warmup_steps", "seed", "world_size", "bf16")  # fmt: skip
+    return {
+        **{f.name: getattr(model, f.name) for f in dataclasses.fields(model)},
+        **{f.name: getattr(loss, f.name) for f in dataclasses.fields(loss)},
+        **{name: getattr(args, name) for name in names},
+        "image_aspect_ratio": data.image_aspect_ratio,
+        "deepspeed": args.deepspeed if isinstance(args.deepspeed, str) else None,
+        "train_pairs": f"{len(inputs.train)} ({content})",
+    }
+
+
+def record_run(model, data, loss, args, inputs: Inputs) -> None:
+    """Write run.json, once per job: resolved arguments, versions, commit, counts."""
+    if not args.should_save:
+        return
+    counts = {"train": describe(inputs.train), "dropped": [pair.record.where for pair in inputs.dropped]}
+    if inputs.evaluation:
+        counts["evaluation"] = describe(inputs.evaluation)
+    write_run_json(
+        Path(args.output_dir) / "run.json",
+        model=dataclasses.asdict(model),
+        data=dataclasses.asdict(data),
+        loss=dataclasses.asdict(loss),
+        attention_layers=sorted(inputs.layers),
+        training=args.to_dict(),
+        counts=counts,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,86 @@
+"""One forward pass over a packed row: log-probs of its answers and the attention of its chosen ones."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from llava.attention import Plan, Probe, mean_masses
+from llava.layout import PackedRow
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """What one model says of a row of N pairs. `rejected` is None where the row holds no rejected answers."""
+
+    chosen: Float[Tensor, " N"]  # log-probs summed over answer tokens, nats
+    rejected: Float[Tensor, " N"] | None
+    chosen_tokens: Float[Tensor, " N"]
+    rejected_tokens: Float[Tensor, " N"] | None
+    masses: Float[Tensor, "L N 2"] | None  # mean attention mass on (target, all images) per probed layer
+
+    @property
+    def per_token(self) -> tuple[Tensor, Tensor | None]:
+        """(chosen, rejected) log-probs averaged over tokens."""
+        return self.chosen / self.chosen_tokens, None if self.rejected is None else self.rejected / self.rejected_tokens
+
+
+def score(
+    model,
+    row: PackedRow,
+    pixel_values: Tensor | None = None,
+    image_features: list[Tensor] | None = None,
+    layers: frozenset[int] = frozenset(),
+) -> Scores:
+    """Scores of a packed row; probes attention in `layers`.
+
+    Pictures come as `pixel_values` or, encoded before, as `image_features`. Raises RuntimeError if the masses are
+    cut off from the weights while gradients are wanted (a reentrant checkpoint does that): the attention term would
+    train nothing without a word.
+    """
+    probe = Probe(row.regions, layers) if layers else None
+    encoded = None
+    if image_features is not None:
+        encoded = {"image": BaseModelOutputWithPooling(pooler_output=image_features)}
+    outputs = model(
+        input_ids=row.input_ids,
+        # An explicit mask of ones: without any, restarted positions are taken for separate documents.
+        attention_mask=torch.ones_like(row.input_ids),
+        position_ids=row.position_ids,
+        pixel_values=pixel_values,
+        mm_encoder_outputs=encoded,
+        logits_to_keep=row.keep,
+        use_cache=False,
+        output_attentions=bool(layers),
+        plan=Plan(row.trees, probe),
+    )
+    logps = token_logps(outputs.logits, row.labels)
+    sums = logps.new_zeros(2 * row.num_pairs).index_add(0, row.branch, logps)
+    tokens = torch.bincount(row.branch, minlength=2 * row.num_pairs).to(logps.dtype)
+    has_rejected = bool((row.branch % 2).any())
+    return Scores(
+        chosen=sums[0::2],
+        rejected=sums[1::2] if has_rejected else None,
+        chosen_tokens=tokens[0::2],
+        rejected_tokens=tokens[1::2] if has_rejected else None,
+        masses=_masses(outputs.attentions, row, layers) if layers else None,
+    )
+
+
+def token_logps(logits: Float[Tensor, "T V"], labels: Tensor) -> Float[Tensor, " T"]:
+    """Log-prob of each label, in fp32."""
+    return torch.log_softmax(logits.float(), dim=-1).gather(-1, labels[:, None])[:, 0]
+
+
+def _masses(attentions: tuple[Tensor, ...], row: PackedRow, layers: frozenset[int]) -> Tensor:
+    if len(attentions or ()) != len(layers):
+        raise RuntimeError(f"{len(layers)} layers were probed but {len(attentions or ())} masses came back")
+    if torch.is_grad_enabled() and not attentions[0].requires_grad:
+        raise RuntimeError(
+            "the attention masses carry no gradient, so the attention term would train nothing; "
+            "use non-reentrant checkpointing and do not detach the model's inputs"
+        )
+    masses = torch.stack([mass[0] for mass in attentions])  # (L, H, T_chosen, 2)
+    return mean_masses(masses, row.chosen_owner, row.num_pairs)

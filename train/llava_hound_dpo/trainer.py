@@ -1,0 +1,282 @@
+"""`AttentionAwareDPOTrainer`: transformers' Trainer with the loss of design §5 on packed rows."""
+
+import json
+import logging
+import math
+from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel
+from torch import Tensor
+from tqdm import tqdm
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from llava.attention import attention_ratio
+from llava.checkpoints import PROJECTOR
+from llava.records import FORMATS
+from llava.runtime import is_main_process, write_text
+from train.llava_hound_dpo.data import PairCollator, PairDataset
+from train.llava_hound_dpo.losses import Weights, logits_margin, total_loss
+from train.llava_hound_dpo.reference import ReferenceCache
+from train.llava_hound_dpo.scoring import Scores, score
+
+logger = logging.getLogger(__name__)
+
+METRICS = (
+    "losses/total", "losses/dpo", "losses/sft", "losses/attention",
+    "attention/ratio", *(f"attention/ratio_{name}" for name in FORMATS), "attention/image_mass",
+    "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
+    "logps/chosen", "logps/rejected",
+)  # fmt: skip
+COMPLETE = "complete.json"  # written last into a checkpoint: without it a kill interrupted the saving
+
+
+class AttentionAwareDPOTrainer(Trainer):
+    """Trains a LLaVA, with or without LoRA, on packed preference pairs.
+
+    `layers` are the probed layers of the language model. `reference` is needed for full fine-tuning with a DPO share
+    and must be None with LoRA, where the reference is the model with its adapter off. `identity` describes the
+    experiment; a checkpoint of another one is not resumed.
+    """
+
+    def __init__(
+        self,
+        *args,
+        weights: Weights,
+        layers: frozenset[int],
+        image_token: int,
+        reference: ReferenceCache | None = None,
+        identity: Mapping[str, Any] | None = None,
+        **kwargs,
+    ):
+        super().__init__(*args, data_collator=PairCollator(image_token, weights.needs_rejected), **kwargs)
+        self.weights, self.layers, self.reference = weights, sorted(layers), reference
+        self.model_accepts_loss_kwargs = False  # our loss is a mean over pairs: let the Trainer average micro-batches
+        self.compute_metrics = _mean_metrics
+        self._sums = torch.zeros(2, len(METRICS), dtype=torch.float64)
+        self.shares_images = not any(p.requires_grad for n, p in self.model.named_parameters() if PROJECTOR in n)
+        is_lora = isinstance(self.model, PeftModel)
+        assert not weights.needs_rejected or is_lora != (reference is not None), "one source of reference log-probs"
+        self.add_callback(_MarkComplete(identity or {}))
+        for standard in (ProgressCallback, PrinterCallback):
+            self.remove_callback(standard)
+        self.add_callback(_StepLines())
+        if reference is not None:
+            self.add_callback(_ComputeReference(self))
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Mean loss of a batch of pairs; with `return_outputs` also the (N, metrics) matrix, NaN where undefined.
+
+        Raises FloatingPointError, before any update, if the loss of a pair is not finite.
+        """
+        row, pictures = inputs["row"], self._pictures(inputs["pixel_values"])
+        dataset = self.train_dataset if model.training else self.eval_dataset
+        reference = self._reference(model, inputs, pictures, dataset) if self.weights.needs_rejected else None
+        policy = score(model, row, **pictures, layers=frozenset(self.layers))
+        ratio = attention_ratio(policy.masses).mean(dim=0)
+        z = self._margin(policy, reference) if reference else None
+        loss, parts = total_loss(self.weights, policy.chosen, policy.chosen_tokens, ratio, z)
+        if not torch.isfinite(parts["total"]).all():
+            bad = inputs["index"][~torch.isfinite(parts["total"])].tolist()
+            names = ", ".join(dataset.pairs[i].record.where for i in bad)
+            raise FloatingPointError(f"the loss is not finite at step {self.state.global_step + 1}: {names}")
+        metrics = self._metrics(parts, policy, reference, ratio, inputs["format"])
+        if model.training:
+            self._remember(metrics)
+        return (loss, metrics) if return_outputs else loss
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Metrics of a batch as "logits", so that the Trainer gathers and counts every pair exactly once."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            _, metrics = self.compute_loss(model, inputs, return_outputs=True)
+        return None, metrics, inputs["index"]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the means of all metrics since the last log, over all processes, to a training step's log."""
+        if "loss" in logs:
+            sums = self.accelerator.reduce(self._sums.to(self.args.device), reduction="sum").cpu()
+            logs.update({name: (s / n).item() for name, s, n in zip(METRICS, *sums, strict=True) if n})
+            self._sums.zero_()
+        super().log(logs, start_time)
+
+    def create_optimizer(self, model=None):
+        """As the Trainer's, with the projector's weights at their own learning rate if one is set."""
+        optimizer = super().create_optimizer(model)
+        rate = getattr(self.args, "mm_projector_lr", None)
+        if rate is None:
+            return optimizer
+        projector = {id(p) for n, p in self.model.named_parameters() if PROJECTOR in n and p.requires_grad}
+        for group in list(optimizer.param_groups):
+            moved = [p for p in group["params"] if id(p) in projector]
+            if moved:
+                group["params"] = [p for p in group["params"] if id(p) not in projector]
+                optimizer.add_param_group({**group, "params": moved, "lr": rate})
+        return optimizer
+
+    def _pictures(self, pixel_values: Tensor) -> dict[str, Any]:
+        """Pictures encoded once for policy and reference, unless the two see them through different projectors."""
+        if not self.shares_images:
+            return {"pixel_values": pixel_values}
+        model = self.accelerator.unwrap_model(self.model_wrapped)
+        with torch.no_grad():
+            encoded = _base(model).get_image_features(pixel_values=pixel_values, return_dict=True)
+        return {"image_features": encoded.pooler_output}
+
+    def _reference(self, model, inputs, pictures: dict[str, Any], dataset: PairDataset) -> Scores | tuple[Tensor, Tensor]:
+        if self.reference is not None:
+            row = inputs["row"]
+            chosen, rejected = self.reference.lookup(dataset, inputs["index"].tolist(), row.labels.device)
+            tokens = torch.bincount(row.branch, minlength=2 * row.num_pairs).to(chosen.dtype)
+            return Scores(chosen, rejected, tokens[0::2], tokens[1::2], None)
+        with torch.no_grad(), self.accelerator.unwrap_model(model).disable_adapter():
+            return score(model, inputs["row"], **pictures)
+
+    def _margin(self, policy: Scores, reference: Scores) -> Tensor:
+        if self.weights.averages_logps:
+            return logits_margin(*policy.per_token, *reference.per_token)
+        return logits_margin(policy.chosen, policy.rejected, reference.chosen, reference.rejected)
+
+    def _metrics(self, parts: dict, policy: Scores, reference: Scores | None, ratio: Tensor, formats: Tensor) -> Tensor:
+        """(N, metrics) matrix of one batch, NaN where a metric does not apply to a pair."""
+        found = {f"losses/{name}": value for name, value in parts.items()}
+        found |= {"logps/chosen": policy.chosen, "attention/ratio": ratio}
+        found["attention/image_mass"] = policy.masses[..., 1].mean(dim=0)
+        for number, name in enumerate(FORMATS):
+            found[f"attention/ratio_{name}"] = torch.where(formats == number, ratio, math.nan)
+        if reference is not None:
+            chosen = self.weights.beta * (policy.chosen - reference.chosen)
+            rejected = self.weights.beta * (policy.rejected - reference.rejected)
+            found |= {"rewards/chosen": chosen, "rewards/rejected": rejected, "rewards/margins": chosen - rejected}
+            found |= {"rewards/accuracies": (chosen > rejected).float(), "logps/rejected": policy.rejected}
+        absent = torch.full_like(ratio, math.nan)
+        return torch.stack([found.get(name, absent).detach().float() for name in METRICS], dim=1)
+
+    def _remember(self, metrics: Tensor) -> None:
+        metrics = metrics.double().cpu()
+        self._sums += torch.stack([metrics.nansum(dim=0), (~metrics.isnan()).sum(dim=0)])
+
+
+def _base(model):
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def _mean_metrics(predictions) -> dict[str, float]:
+    """Mean of every metric over the evaluation set; `loss` is the mean total."""
+    matrix = np.asarray(predictions.predictions, dtype=np.float64).reshape(-1, len(METRICS))
+    means = {name: float(np.nanmean(c)) for name, c in zip(METRICS, matrix.T, strict=True) if not np.isnan(c).all()}
+    return {"loss": means["losses/total"], **means}
+
+
+def latest_checkpoint(output_dir: str | Path, identity: Mapping[str, Any]) -> Path | None:
+    """The newest complete checkpoint of this experiment, or None.
+
+    A checkpoint that a kill interrupted is passed over with a line that says so. Raises ValueError if the folder holds
+    another experiment's checkpoints, or this one's with other processes: its optimiser state cannot be read then.
+    """
+    folders = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.split("-")[-1].isdigit()]
+    for folder in sorted(folders, key=lambda path: int(path.name.split("-")[-1]), reverse=True):
+        marker = folder / COMPLETE
+        if not marker.is_file():
+            logger.info("%s was interrupted while it was written: passed over", folder)
+            continue
+        theirs = json.loads(marker.read_text(encoding="utf-8"))
+        differing = [k for k in {**theirs, **identity} if theirs.get(k) != json.loads(json.dumps(identity.get(k)))]
+        if differing:
+            listed = ", ".join(f"{k} {theirs.get(k)} there, {identity.get(k)} here" for k in differing)
+            raise ValueError(f"{folder} is of another run ({listed}): choose another --output_dir, or remove the old one")
+        return folder
+    return None
+
+
+class _MarkComplete(TrainerCallback):
+    """Writes the marker that makes a checkpoint resumable, once every process has written its part."""
+
+    def __init__(self, identity: Mapping[str, Any]):
+        self.identity = dict(identity)
+
+    def on_save(self, args, state, control, **kwargs):
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            write_text(folder / COMPLETE, json.dumps(self.identity, indent=2))
+
+
+class _StepLines(TrainerCallback):
+    """A progress bar with the time left, and one line per logged step in a fixed order."""
+
+    SHOWN = (
+        ("loss", "loss"), ("dpo", "losses/dpo"), ("sft", "losses/sft"), ("att", "losses/attention"),
+        ("ratio", "attention/ratio"), ("margin", "rewards/margins"), ("acc", "rewards/accuracies"), ("lr", "learning_rate"),
+    )  # fmt: skip
+
+    def __init__(self):
+        self.bar = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.bar is None or not logs:
+            return
+        if "loss" in logs:
+            shown = [f"{label} {logs[name]:.4g}" for label, name in self.SHOWN if name in logs]
+            self.bar.write(f"step {state.global_step}/{state.max_steps}  " + "  ".join(shown))
+        elif "eval_loss" in logs:
+            shown = [f"{label} {logs['eval_' + name]:.4g}" for label, name in self.SHOWN if "eval_" + name in logs]
+            self.bar.write(f"evaluation at step {state.global_step}  " + "  ".join(shown))
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            self.bar.close()
+
+
+class _ComputeReference(TrainerCallback):
+    """Fills the reference cache before the first step, while the policy still is the reference."""
+
+    def __init__(self, trainer: AttentionAwareDPOTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        cache, trainer = self.trainer.reference, self.trainer
+        cache.load()
+        for dataset in filter(None, (trainer.train_dataset, trainer.eval_dataset)):
+            missing = cache.missing(dataset)
+            if missing and state.global_step:
+                cache.lookup(dataset, missing, "cpu")  # raises: the weights are no longer the reference's
+            self._fill(cache, dataset, missing)
+
+    def _fill(self, cache: ReferenceCache, dataset: PairDataset, missing: list[int]) -> None:
+        trainer, args = self.trainer, self.trainer.args
+        world, size = args.world_size, args.per_device_eval_batch_size
+        model = trainer.model_wrapped
+        was_training = model.training
+        model.eval()
+        batches = [missing[start : start + size] for start in range(0, len(missing), size)]
+        # Every process makes the same number of forwards: under ZeRO-3 they are collective.
+        rounds = range(0, len(batches), world)
+        for start in tqdm(rounds, desc="reference log-probs", disable=not (is_main_process() and rounds)):
+            own = start + args.process_index
+            indices = batches[own] if own < len(batches) else batches[0]
+            inputs = trainer._prepare_inputs(trainer.data_collator([dataset[index] for index in indices]))
+            inputs["row"] = inputs["row"].to(args.device)
+            with torch.no_grad(), trainer.compute_loss_context_manager() or nullcontext():
+                scores = score(model, inputs["row"], **trainer._pictures(inputs["pixel_values"]))
+            if own < len(batches):
+                keys = cache.keys(dataset)
+                cache.append(args.process_index, [keys[i] for i in indices], scores.chosen, scores.rejected)
+        model.train(was_training)
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
+        cache.load()
