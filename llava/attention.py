@@ -145,7 +145,12 @@ def tree_attention(
         head, whole = slice(begin, middle), slice(begin, end)
         parts.append(
             F.scaled_dot_product_attention(
-                query[:, :, head], key[:, :, head], value[:, :, head], is_causal=True, scale=scaling, dropout_p=dropout
+                query[:, :, head],
+                key[:, :, head],
+                value[:, :, head],
+                is_causal=True,
+                scale=scaling,
+                dropout_p=dropout,
             )
         )
         if tree.mask is not None:
@@ -190,7 +195,13 @@ def _probed(query: Tensor, key: Tensor, attention_mask: Tensor | None, scaling: 
         (begin, _), (start, stop) = tree.prompt, tree.branches[0]
         visible = torch.ones(stop - start, stop - begin, dtype=torch.bool, device=query.device).tril(start - begin)
         masses.append(
-            region_mass(query[:, :, start:stop], key[:, :, begin:stop], regions[:, begin:stop], visible[None, None], scaling)
+            region_mass(
+                query[:, :, start:stop],
+                key[:, :, begin:stop],
+                regions[:, begin:stop],
+                visible[None, None],
+                scaling,
+            )
         )
     return torch.cat(masses, dim=2)
 
@@ -220,7 +231,7 @@ def layer_range(num_layers: int, spec: str, reference: tuple[int, int] = (14, 22
 
 
 def mean_masses(masses: Float[Tensor, "L H T R"], owner: Tensor, num_samples: int) -> Float[Tensor, "L N R"]:
-    """Mean mass of each region over a sample's measured rows and the heads, per layer. `owner` (T,) names the sample."""
+    """Mean mass of each region over a sample's rows and the heads, per layer. `owner` (T,) is each row's sample."""
     rows = masses.mean(dim=1)  # (L, T, R)
     sums = rows.new_zeros(len(rows), num_samples, rows.shape[-1]).index_add(1, owner, rows)
     return sums / torch.bincount(owner, minlength=num_samples)[:, None]

@@ -35,7 +35,11 @@ class PromptBatch:
 
 
 def batch_prompts(
-    prompts: Sequence[list[int]], targets: Sequence[Tensor], pixel_values: Tensor, image_token: int, pad_token: int
+    prompts: Sequence[list[int]],
+    targets: Sequence[Tensor],
+    pixel_values: Tensor,
+    image_token: int,
+    pad_token: int,
 ) -> PromptBatch:
     """Left-pad expanded prompts; `targets` hold a weight for every image token of each prompt."""
     longest = max(len(prompt) for prompt in prompts)
@@ -87,7 +91,9 @@ def _lengths(tokens: Tensor, end: int) -> Tensor:
 
 def _ratios(attentions: Sequence[Sequence[Tensor]], lengths: Tensor) -> Tensor:
     """(B, L) ratio of each answer from the masses (B, H, 1, 2) of every step and layer."""
-    masses = torch.stack([torch.cat([step[layer] for step in attentions], dim=2) for layer in range(len(attentions[0]))])
+    masses = torch.stack(
+        [torch.cat([step[layer] for step in attentions], dim=2) for layer in range(len(attentions[0]))]
+    )
     steps = torch.arange(masses.shape[3], device=masses.device)
     rows = []
     for sample, length in enumerate(lengths):

@@ -128,9 +128,11 @@ def pip_box(size: tuple[int, int]) -> tuple[int, int, int, int]:
 def target_box(record: Prompt, size: tuple[int, int]) -> tuple[float, ...]:
     """Box in px of what a one-image prompt points at: the record's own, else its format's rule."""
     if record.target_box is not None:
-        x0, y0, x1, y1 = record.target_box
+        _, _, x1, y1 = record.target_box
         if x1 > size[0] or y1 > size[1]:
-            raise ValueError(f"`target_box` {list(record.target_box)} reaches outside the {size[0]} x {size[1]} picture")
+            raise ValueError(
+                f"`target_box` {list(record.target_box)} reaches outside the {size[0]} x {size[1]} picture"
+            )
         return record.target_box
     if record.image_type == "collage":
         return collage_box(size, record.target, record.grid)
@@ -155,7 +157,9 @@ def target_weights(record: Prompt, sizes: Sequence[tuple[int, int]], grid: Patch
     try:
         weights[0] = grid.weights(target_box(record, sizes[0]), sizes[0])
         if not weights.any():
-            raise ValueError("the target lies in a part of the picture that is cropped away: use --image_aspect_ratio pad")
+            raise ValueError(
+                "the target lies in a part of the picture that is cropped away: use --image_aspect_ratio pad"
+            )
     except ValueError as error:
         raise ValueError(f"{record.where}: {error}") from error
     return weights.flatten()

@@ -85,7 +85,9 @@ def read_json(path: str | Path) -> list[Any]:
         try:
             return json.loads(text)
         except json.JSONDecodeError as error:
-            raise DataError([f"{path}: broken JSON at line {error.lineno}, column {error.colno}: {error.msg}"]) from error
+            raise DataError(
+                [f"{path}: broken JSON at line {error.lineno}, column {error.colno}: {error.msg}"]
+            ) from error
     return list(_json_lines(path, text))
 
 

@@ -23,7 +23,9 @@ def setup_logging() -> None:
     """Our INFO lines on the first process, warnings elsewhere and of libraries."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout, force=True)
     # Deprecations inside the pinned libraries are not the user's to act on.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|transformers|peft|accelerate|deepspeed)\.")
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning, module=r"(torch|transformers|peft|accelerate|deepspeed)\."
+    )
     if is_main_process():
         for name in OURS:
             logging.getLogger(name).setLevel(logging.INFO)

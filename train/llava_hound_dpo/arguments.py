@@ -43,7 +43,9 @@ class ModelArguments:
     lora_enable: bool = field(default=True, metadata={"help": "Train LoRA weights; False trains the language model."})
     lora_r: int = field(default=128, metadata={"help": "Rank of LoRA."})
     lora_alpha: int = field(default=256, metadata={"help": "LoRA is scaled by lora_alpha / lora_r."})
-    lora_dropout: float = field(default=0.0, metadata={"help": "LoRA dropout; above 0 the step-0 DPO loss is not ln 2."})
+    lora_dropout: float = field(
+        default=0.0, metadata={"help": "LoRA dropout; above 0 the step-0 DPO loss is not ln 2."}
+    )
     freeze_mm_mlp_adapter: bool = field(default=True, metadata={"help": "False trains the projector as well."})
 
 
@@ -60,10 +62,15 @@ class DataArguments:
         metadata={"help": "pad: to a square with the mean colour, as LLaVA-1.5; crop: what the processor does alone.",
                   "choices": ["pad", "crop"]},
     )  # fmt: skip
-    model_max_length: int = field(default=4096, metadata={"help": "Tokens of prompt and longer answer, images included."})
+    model_max_length: int = field(
+        default=4096, metadata={"help": "Tokens of prompt and longer answer, images included."}
+    )
     overlong: str = field(
         default="error",
-        metadata={"help": "Pairs above model_max_length: stop, or drop and list them.", "choices": ["error", "drop"]},
+        metadata={
+            "help": "Pairs above model_max_length: stop, or drop and list them.",
+            "choices": ["error", "drop"],
+        },
     )
     check_images: str = field(
         default="full",
@@ -85,9 +92,7 @@ class LossArguments:
     dpo_alpha: float = field(default=1.0, metadata={"help": "Weight of attention-aware DPO."})
     gamma: float = field(default=0.0, metadata={"help": "Weight of attention-aware SFT."})
     beta: float = field(default=0.1, metadata={"help": "DPO's inverse temperature."})
-    loss_type: str = field(
-        default="sigmoid", metadata={"help": "Preference loss.", "choices": list(PREFERENCE_LOSSES)}
-    )
+    loss_type: str = field(default="sigmoid", metadata={"help": "Preference loss.", "choices": list(PREFERENCE_LOSSES)})
     label_smoothing: float = field(default=0.0, metadata={"help": "Assumed share of flipped pairs (sigmoid, robust)."})
     attention_weight: float = field(default=0.9, metadata={"help": "λ; 0 gives plain DPO or SFT."})
     attention_threshold: float = field(default=0.75, metadata={"help": "τ: the ratio from which L_att (hinge) is 0."})
@@ -156,7 +161,9 @@ class Parser(HfArgumentParser):
         raise ValueError(message + "; see --help")
 
 
-def parse(argv: Sequence[str] | None = None) -> tuple[ModelArguments, DataArguments, LossArguments, TrainArguments]:
+def parse(
+    argv: Sequence[str] | None = None,
+) -> tuple[ModelArguments, DataArguments, LossArguments, TrainArguments]:
     """The four groups of flags. Raises ValueError with a nearest name for an unknown flag."""
     argv = list(sys.argv[1:] if argv is None else argv)
     groups = (ModelArguments, DataArguments, LossArguments, TrainArguments)

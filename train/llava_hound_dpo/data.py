@@ -55,7 +55,7 @@ def tokenize(records: Sequence[Preference], tokenizer, image_token: int, tokens_
 
 
 def within_length(pairs: Sequence[Pair], max_length: int, overlong: str) -> tuple[list[Pair], list[Pair]]:
-    """(fitting, dropped) pairs. Never cuts one. Raises DataError listing the overlong ones unless they may be dropped."""
+    """(fitting, dropped) pairs; none is cut. Raises DataError listing the overlong ones unless they may go."""
     fitting = [pair for pair in pairs if pair.num_tokens <= max_length]
     dropped = [pair for pair in pairs if pair.num_tokens > max_length]
     if dropped and (overlong == "error" or not fitting):
@@ -82,7 +82,9 @@ def check_pictures(pairs: Sequence[Pair], store: ImageStore, grid: PatchGrid, de
         try:
             if depth == "exists" and not store.has(name):
                 raise FileNotFoundError(f"{name} in {store.path}: no such picture")
-            looked_at[name] = None if depth == "exists" else store.open(name).size if depth == "full" else store.size(name)
+            looked_at[name] = (
+                None if depth == "exists" else store.open(name).size if depth == "full" else store.size(name)
+            )
         except (OSError, ValueError) as error:
             looked_at[name] = error
 

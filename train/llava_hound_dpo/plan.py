@@ -26,10 +26,10 @@ class Memory:
     activations: float
     logits: float
 
-    @property
-    def total(self) -> float:
-        """Their sum."""
-        return self.weights + self.gradients_and_optimizer + self.activations + self.logits
+    def __str__(self) -> str:
+        parts = {name.replace("_", " "): size / GIB for name, size in vars(self).items()}
+        listed = ", ".join(f"{name} {size:.2f}" for name, size in parts.items())
+        return f"{sum(parts.values()):.2f} GiB ({listed})"
 
 
 def world_size() -> int:
@@ -102,30 +102,26 @@ def plan(
         bool(args.activation_checkpointing),
     )  # fmt: skip
     counts = describe(pairs)
-    steps = steps_per_epoch(len(pairs), args.per_device_train_batch_size, args.gradient_accumulation_steps, world)
+    lengths = counts["tokens"]
+    per_device, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    steps = steps_per_epoch(len(pairs), per_device, accumulation, world)
     total = args.max_steps if args.max_steps > 0 else math.ceil(steps * args.num_train_epochs)
-    effective = args.per_device_train_batch_size * args.gradient_accumulation_steps * world
-    return "\n".join(
-        [
-            "plan (nothing is loaded)",
-            f"  model          {model_arguments.model_name_or_path}",
-            *("    " + line for line in parameter_table(model).splitlines()),
-            f"  pairs          {len(pairs):,} to train on, {len(held_out):,} held out, {len(dropped):,} dropped as too long",
-            f"  formats        {_counts(counts['by_format'])}",
-            f"  images         {_counts(counts['by_images'])} (images: pairs), {tokens_per_image} tokens each",
-            f"  tokens/pair    {counts['tokens']['min']:,} to {counts['tokens']['max']:,}, median {counts['tokens']['median']:,}"
-            " (prompt and longer answer)",
-            f"  loss           {loss.dpo_alpha:g} x (dpo + {loss.attention_weight:g} x attention) + {loss.gamma:g} x "
-            f"(sft + {loss.attention_weight:g} x attention)",
-            f"  batch          {effective} pairs = {args.per_device_train_batch_size} x {args.gradient_accumulation_steps} "
-            f"accumulated x {world} processes",
-            f"  steps          {steps:,} per epoch, {total:,} in all",
-            f"  memory         about {memory.total / GIB:.1f} GiB per process at the longest batch ({tokens:,} tokens): weights "
-            f"{memory.weights / GIB:.1f}, gradients and optimiser {memory.gradients_and_optimizer / GIB:.1f}, activations "
-            f"{memory.activations / GIB:.1f}, logits {memory.logits / GIB:.1f} (estimated, ZeRO stage {stage})",
-            f"  output         {args.output_dir}",
-        ]
-    )
+    effective = per_device * accumulation * world
+    weight = f"{loss.attention_weight:g} x attention"
+    rows = {
+        "pairs": f"{len(pairs):,} to train on, {len(held_out):,} held out, {len(dropped):,} dropped as too long",
+        "formats": _counts(counts["by_format"]),
+        "images": f"{_counts(counts['by_images'])} (images: pairs), {tokens_per_image} tokens each",
+        "tokens/pair": f"{lengths['min']:,} to {lengths['max']:,}, median {lengths['median']:,}, with the longer answer",
+        "loss": f"{loss.dpo_alpha:g} x (dpo + {weight}) + {loss.gamma:g} x (sft + {weight})",
+        "batch": f"{effective} pairs = {per_device} x {accumulation} accumulated x {world} processes",
+        "steps": f"{steps:,} per epoch, {total:,} in all",
+        "memory": f"about {memory} per process at the longest batch ({tokens:,} tokens), estimated for ZeRO {stage}",
+        "output": args.output_dir,
+    }
+    table = ["    " + line for line in parameter_table(model).splitlines()]
+    head = ["plan (no weights are loaded)", f"  {'model':<15}{model_arguments.model_name_or_path}", *table]
+    return "\n".join(head + [f"  {name:<15}{text}" for name, text in rows.items()])
 
 
 def _counts(counts: dict) -> str:

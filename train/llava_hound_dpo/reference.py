@@ -68,7 +68,9 @@ class ReferenceCache:
             found = [self._known[keys[index]] for index in indices]
         except KeyError as error:
             where = dataset.pairs[keys.index(error.args[0])].record.where
-            raise DataError([f"{self.folder}: no reference log-probs of {where}; delete the folder and start again"]) from error
+            raise DataError(
+                [f"{self.folder}: no reference log-probs of {where}; delete the folder and start again"]
+            ) from error
         chosen, rejected = torch.tensor(found, device=device).unbind(dim=-1)
         return chosen, rejected
 

@@ -17,15 +17,42 @@ from llava.checkpoints import image_tokens, load_config, load_model, load_proces
 from llava.image import ImageStore
 from llava.layout import PatchGrid
 from llava.records import read_preferences
-from llava.runtime import is_main_process, leave, offline_wandb, setup_logging, user_errors, without_compiler, write_run_json
-from train.llava_hound_dpo.arguments import DataArguments, LossArguments, ModelArguments, TrainArguments, parse
-from train.llava_hound_dpo.data import Pair, PairDataset, check_pictures, describe, split, tokenize, within_length
+from llava.runtime import (
+    is_main_process,
+    leave,
+    offline_wandb,
+    setup_logging,
+    user_errors,
+    without_compiler,
+    write_run_json,
+)
+from train.llava_hound_dpo.arguments import (
+    DataArguments,
+    LossArguments,
+    ModelArguments,
+    TrainArguments,
+    parse,
+)
+from train.llava_hound_dpo.data import (
+    Pair,
+    PairDataset,
+    check_pictures,
+    describe,
+    split,
+    tokenize,
+    within_length,
+)
 from train.llava_hound_dpo.model import make_trainable, parameter_table
 from train.llava_hound_dpo.plan import plan
 from train.llava_hound_dpo.reference import ReferenceCache, fingerprint
 from train.llava_hound_dpo.trainer import AttentionAwareDPOTrainer, latest_checkpoint
 
 logger = logging.getLogger(__name__)
+
+SCHEDULE = (
+    "learning_rate", "lr_scheduler_type", "warmup_steps", "num_train_epochs", "max_steps", "seed", "bf16", "world_size",
+    "per_device_train_batch_size", "gradient_accumulation_steps",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -54,7 +81,15 @@ def main() -> None:
         model_args, data_args, loss_args, args = parse()
         inputs = read_inputs(model_args, data_args, loss_args, args)
     if args.dry_run:
-        arguments = (model_args, loss_args, args, inputs.config, inputs.train, inputs.evaluation, inputs.dropped)
+        arguments = (
+            model_args,
+            loss_args,
+            args,
+            inputs.config,
+            inputs.train,
+            inputs.evaluation,
+            inputs.dropped,
+        )
         logger.info(plan(*arguments, inputs.grid.num_tokens))
         return
     identity = describe_run(model_args, data_args, loss_args, args, inputs)
@@ -142,12 +177,10 @@ def build_trainer(policy, model, loss, args, inputs: Inputs, identity: dict[str,
 def describe_run(model, data, loss, args, inputs: Inputs) -> dict[str, Any]:
     """What makes two runs the same experiment: a checkpoint resumes only into the same."""
     content = hashlib.sha256(repr([(p.record, p.prompt) for p in inputs.train]).encode()).hexdigest()[:16]
-    names = ("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size",
-             "gradient_accumulation_steps", "lr_scheduler_type", "warmup_steps", "seed", "world_size", "bf16")  # fmt: skip
     return {
         **{f.name: getattr(model, f.name) for f in dataclasses.fields(model)},
         **{f.name: getattr(loss, f.name) for f in dataclasses.fields(loss)},
-        **{name: getattr(args, name) for name in names},
+        **{name: getattr(args, name) for name in SCHEDULE},
         "image_aspect_ratio": data.image_aspect_ratio,
         "deepspeed": args.deepspeed if isinstance(args.deepspeed, str) else None,
         "train_pairs": f"{len(inputs.train)} ({content})",

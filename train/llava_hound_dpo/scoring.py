@@ -24,7 +24,10 @@ class Scores:
     @property
     def per_token(self) -> tuple[Tensor, Tensor | None]:
         """(chosen, rejected) log-probs averaged over tokens."""
-        return self.chosen / self.chosen_tokens, None if self.rejected is None else self.rejected / self.rejected_tokens
+        return (
+            self.chosen / self.chosen_tokens,
+            None if self.rejected is None else self.rejected / self.rejected_tokens,
+        )
 
 
 def score(

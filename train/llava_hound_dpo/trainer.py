@@ -128,7 +128,9 @@ class AttentionAwareDPOTrainer(Trainer):
             encoded = _base(model).get_image_features(pixel_values=pixel_values, return_dict=True)
         return {"image_features": encoded.pooler_output}
 
-    def _reference(self, model, inputs, pictures: dict[str, Any], dataset: PairDataset) -> Scores | tuple[Tensor, Tensor]:
+    def _reference(
+        self, model, inputs, pictures: dict[str, Any], dataset: PairDataset
+    ) -> Scores | tuple[Tensor, Tensor]:
         if self.reference is not None:
             row = inputs["row"]
             chosen, rejected = self.reference.lookup(dataset, inputs["index"].tolist(), row.labels.device)
@@ -152,7 +154,11 @@ class AttentionAwareDPOTrainer(Trainer):
         if reference is not None:
             chosen = self.weights.beta * (policy.chosen - reference.chosen)
             rejected = self.weights.beta * (policy.rejected - reference.rejected)
-            found |= {"rewards/chosen": chosen, "rewards/rejected": rejected, "rewards/margins": chosen - rejected}
+            found |= {
+                "rewards/chosen": chosen,
+                "rewards/rejected": rejected,
+                "rewards/margins": chosen - rejected,
+            }
             found |= {"rewards/accuracies": (chosen > rejected).float(), "logps/rejected": policy.rejected}
         absent = torch.full_like(ratio, math.nan)
         return torch.stack([found.get(name, absent).detach().float() for name in METRICS], dim=1)
@@ -189,7 +195,9 @@ def latest_checkpoint(output_dir: str | Path, identity: Mapping[str, Any]) -> Pa
         differing = [k for k in {**theirs, **identity} if theirs.get(k) != json.loads(json.dumps(identity.get(k)))]
         if differing:
             listed = ", ".join(f"{k} {theirs.get(k)} there, {identity.get(k)} here" for k in differing)
-            raise ValueError(f"{folder} is of another run ({listed}): choose another --output_dir, or remove the old one")
+            raise ValueError(
+                f"{folder} is of another run ({listed}): choose another --output_dir, or remove the old one"
+            )
         return folder
     return None
 
@@ -213,7 +221,8 @@ class _StepLines(TrainerCallback):
 
     SHOWN = (
         ("loss", "loss"), ("dpo", "losses/dpo"), ("sft", "losses/sft"), ("att", "losses/attention"),
-        ("ratio", "attention/ratio"), ("margin", "rewards/margins"), ("acc", "rewards/accuracies"), ("lr", "learning_rate"),
+        ("ratio", "attention/ratio"), ("margin", "rewards/margins"), ("acc", "rewards/accuracies"),
+        ("lr", "learning_rate"),
     )  # fmt: skip
 
     def __init__(self):

@@ -1,0 +1,24 @@
+# Sourced by the launch scripts, from the repository root: how many processes, on how many nodes.
+# Sets NPROC (processes per node) and the array LAUNCH (the torchrun command).
+
+if [[ -z ${NPROC:-} ]]; then
+  if [[ -n ${CUDA_VISIBLE_DEVICES:-} ]]; then
+    NPROC=$(awk -F, '{ print NF }' <<<"$CUDA_VISIBLE_DEVICES")
+  else
+    NPROC=$(nvidia-smi -L 2>/dev/null | wc -l)
+  fi
+  ((NPROC > 0)) || NPROC=1 # no GPU: one process on the CPU
+fi
+export NPROC OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+
+LAUNCH=(torchrun --nproc_per_node="$NPROC")
+if ((${SLURM_NNODES:-1} > 1)); then
+  if [[ -z ${SLURM_PROCID:-} || ${SLURM_NTASKS:-1} -lt $SLURM_NNODES ]]; then
+    echo "a job of $SLURM_NNODES nodes needs one launcher per node: srun --ntasks-per-node=1 bash $0" >&2
+    exit 2
+  fi
+  first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+  LAUNCH+=(--nnodes="$SLURM_NNODES" --node_rank="$SLURM_NODEID" --master_addr="$first" --master_port="${MASTER_PORT:-29500}")
+else
+  LAUNCH+=(--standalone)
+fi

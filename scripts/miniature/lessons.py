@@ -1,0 +1,109 @@
+"""Batches that teach the base: pictures with labelled patches, and conversations of several questions.
+
+Several questions about the same pictures supervise a prompt more densely than one; the first of them is
+exactly the one-question prompt that the product asks.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import LlavaProcessor
+
+from llava.conversation import render
+from scripts.miniature import draw
+from scripts.miniature.model import PATCH_SIDE
+from scripts.miniature.prompts import Prompt, sample_prompt
+from scripts.miniature.world import ATTRIBUTES, Scene
+
+PATCHES = draw.SIDE // PATCH_SIDE  # along a side
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Right-padded conversations of one format. `answers` marks the tokens to be learnt."""
+
+    input_ids: torch.Tensor  # (batch, tokens)
+    pixel_values: torch.Tensor | None  # (pictures of all rows in order, 3, side, side)
+    answers: torch.Tensor  # (batch, tokens), bool
+
+
+def patch_batch(
+    rng: np.random.Generator, processor: LlavaProcessor, split: str, image_types: list[str]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Pixels, the scene number of every patch (pictures, patches), and the scenes' values
+    (pictures, scenes, attributes), rows of absent scenes being -1."""
+    prompts = [sample_prompt(rng, split, image_type) for image_type in image_types]
+    pictures = [prompt.pictures()[0] for prompt in prompts]
+    values = np.full((len(prompts), 4, len(ATTRIBUTES)), -1)
+    for row, prompt in enumerate(prompts):
+        values[row, : len(prompt.scenes)] = [_values(scene) for scene in prompt.scenes]
+    owners = np.stack([_patch_owners(image_type) for image_type in image_types])
+    return to_pixels(processor, pictures), torch.tensor(owners), torch.tensor(values)
+
+
+def conversation_batch(
+    rng: np.random.Generator,
+    processor: LlavaProcessor,
+    image_type: str,
+    num_scenes: int | None,
+    size: int,
+    num_questions: int,
+    in_words: bool = False,
+) -> Batch:
+    """Conversations about train scenes. With `in_words`, five words stand in the place of each picture."""
+    texts, pictures = [], []
+    for _ in range(size):
+        first = sample_prompt(rng, "train", image_type, num_scenes)
+        prompts = [first, *_follow_ups(rng, first, num_questions - 1)]
+        turns = [(p.text if p is first else p.question, p.answer) for p in prompts]
+        text = render(turns)
+        if in_words:
+            for scene in first.scenes:
+                text = text.replace("<image>", " " + " ".join(getattr(scene, name) for name in ATTRIBUTES), 1)
+        else:
+            pictures += first.pictures()
+        texts.append(text)
+    return encode(processor, texts, pictures)
+
+
+def encode(processor: LlavaProcessor, texts: list[str], pictures: list[Image.Image]) -> Batch:
+    """The texts as one padded batch, each `<image>` as many times as a picture has patches."""
+    tokenizer = processor.tokenizer
+    expanded = [text.replace("<image>", "<image>" * PATCHES**2) for text in texts]
+    rows = tokenizer(expanded, padding=True, return_tensors="pt")["input_ids"]
+    ends = rows == tokenizer.eos_token_id
+    answers = ends | ends.roll(-1, dims=1)  # an answer is one token and the end token
+    return Batch(rows, to_pixels(processor, pictures) if pictures else None, answers)
+
+
+def to_pixels(processor: LlavaProcessor, pictures: list[Image.Image]) -> torch.Tensor:
+    """What the image processor gives for pictures that already have the model's size, but faster."""
+    image = processor.image_processor
+    pixels = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).float() / 255
+    return ((pixels - torch.tensor(image.image_mean)) / torch.tensor(image.image_std)).permute(0, 3, 1, 2)
+
+
+def _follow_ups(rng: np.random.Generator, first: Prompt, number: int) -> list[Prompt]:
+    targets = [0] if first.image_type in ("single", "pip") else range(len(first.scenes))
+    pairs = [(t, name) for t in targets for name in ATTRIBUTES if (t, name) != (first.target, first.attribute)]
+    chosen = rng.permutation(len(pairs))[:number]
+    return [replace(first, target=pairs[i][0], attribute=pairs[i][1]) for i in chosen]
+
+
+def _values(scene: Scene) -> list[int]:
+    return [values.index(getattr(scene, name)) for name, values in ATTRIBUTES.items()]
+
+
+def _patch_owners(image_type: str) -> np.ndarray:
+    """Number of the scene under each patch's middle."""
+    middle = (np.arange(PATCHES) + 0.5) * PATCH_SIDE
+    if image_type == "collage":
+        half = (middle > draw.SIDE / 2).astype(int)
+        return (2 * half[:, None] + half[None, :]).ravel()
+    if image_type == "pip":
+        start, _, end, _ = draw.inner_box()
+        inside = (middle > start) & (middle < end)
+        return 1 - (inside[:, None] & inside[None, :]).astype(int).ravel()
+    return np.zeros(PATCHES**2, dtype=int)

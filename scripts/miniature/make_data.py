@@ -1,0 +1,81 @@
+"""Data sets of the miniature world: `python -m scripts.miniature.make_data --output DIR --seed 0`.
+
+Writes preference pairs (train.json, validation.json), test questions (test.json for the three multi-image
+formats, test_single.json for plain single images) and their pictures under DIR/images. The same seed writes the
+same bytes. A rejected answer is true of another image of its prompt: the confusion that the project treats.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from scripts.miniature.prompts import MULTI_IMAGE_TYPES, Prompt, sample_prompt
+
+
+def main() -> None:
+    """Writes the four files of one data set."""
+    args = parse_args()
+    num_validation = args.num_test if args.num_validation is None else args.num_validation
+    files = [
+        ("train", "train", args.num_train, MULTI_IMAGE_TYPES, preference),
+        ("validation", "validation", num_validation, MULTI_IMAGE_TYPES, preference),
+        ("test", "test", args.num_test, MULTI_IMAGE_TYPES, question),
+        ("test_single", "test", args.num_test // len(MULTI_IMAGE_TYPES), ("single",), question),
+    ]
+    for number, (name, split, size, image_types, make_record) in enumerate(files):
+        rng = np.random.default_rng([args.seed, number])
+        records = []
+        for index in tqdm(range(size), desc=name, unit="record"):
+            prompt = sample_prompt(rng, split, image_types[index % len(image_types)])
+            record_id = f"{name}_{index:06d}"
+            images = save_pictures(prompt.pictures(), args.output / "images", name, record_id)
+            records.append({"id": record_id, "image": images} | make_record(prompt, rng))
+        lines = ",\n".join(json.dumps(record) for record in records)
+        (args.output / f"{name}.json").write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="folder of the data set")
+    parser.add_argument("--num_train", type=int, default=1800, help="preference pairs for training")
+    parser.add_argument("--num_validation", type=int, help="held-out preference pairs (default: num_test)")
+    parser.add_argument("--num_test", type=int, default=600, help="multi-image test questions, a third a format")
+    parser.add_argument("--seed", type=int, default=0, help="of the draw; the held-out combinations stay the same")
+    return parser.parse_args()
+
+
+def preference(prompt: Prompt, rng: np.random.Generator) -> dict:
+    """The fields of a preference pair; the rejected answer is that of another image, at random."""
+    pair = {"prompt": prompt.text, "chosen": prompt.answer, "rejected": str(rng.choice(prompt.others))}
+    return pair | where(prompt) | {"rejected_from": "other_image"}
+
+
+def question(prompt: Prompt, rng: np.random.Generator) -> dict:
+    """The fields of a test question; `others` holds the answers that are true of the other images."""
+    return {"prompt": prompt.text, "answer": prompt.answer, "others": prompt.others} | where(prompt)
+
+
+def where(prompt: Prompt) -> dict:
+    """The fields that say what the prompt refers to; none for a single image."""
+    if prompt.image_type == "single":
+        return {}
+    fields = {"image_type": prompt.image_type, "target": prompt.target + 1, "target_box": prompt.target_box}
+    return fields | ({"grid": list(prompt.grid)} if prompt.image_type == "collage" else {})
+
+
+def save_pictures(pictures: list[Image.Image], folder: Path, name: str, record_id: str) -> list[str]:
+    """Paths of the saved pictures, relative to `folder`."""
+    (folder / name).mkdir(parents=True, exist_ok=True)
+    paths = [f"{name}/{record_id}_{number}.png" for number in range(1, len(pictures) + 1)]
+    for path, picture in zip(paths, pictures, strict=True):
+        picture.save(folder / path, compress_level=1)
+    return paths
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""A tiny LLaVA-1.5 for the miniature world: plain architecture, LLaMA-style tokenizer, everything from nothing."""
+
+import json
+from collections.abc import Iterable
+
+import torch
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    GenerationConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+
+from llava.conversation import SYSTEM
+from scripts.miniature.draw import SIDE
+from scripts.miniature.prompts import CENTRE_PHRASES, QUESTIONS
+from scripts.miniature.world import ATTRIBUTES
+
+PATCH_SIDE = 12
+VISION_LAYERS, VISION_WIDTH, VISION_HEADS = 4, 96, 6
+TEXT_LAYERS, TEXT_WIDTH, TEXT_HEADS, TEXT_FFN = 4, 128, 4, 384
+MAX_POSITIONS = 2048
+PROJECTOR_SCALE = 0.1  # of its last layer: image tokens start at the scale of word embeddings, or routing is slow
+OPENAI_MEAN, OPENAI_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
+
+
+def build_processor() -> LlavaProcessor:
+    """Tokenizer and image processor, as those of llava-1.5-7b-hf but for the sizes and the vocabulary."""
+    image_processor = CLIPImageProcessorPil(
+        size={"shortest_edge": SIDE},
+        crop_size={"height": SIDE, "width": SIDE},
+        image_mean=OPENAI_MEAN,
+        image_std=OPENAI_STD,
+    )
+    return LlavaProcessor(
+        image_processor=image_processor,
+        tokenizer=build_tokenizer(),
+        patch_size=PATCH_SIDE,
+        num_additional_image_tokens=1,
+        vision_feature_select_strategy="default",
+    )
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-fallback BPE with LLaMA's rules and a word a token for the world's own text; any text encodes."""
+    specials = ["<unk>", "<s>", "</s>"]
+    pieces, merges = _learn_merges(world_text())
+    vocabulary = {piece: index for index, piece in enumerate(specials + _byte_tokens() + pieces)}
+    tokenizer = Tokenizer(
+        models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    )
+    tokenizer.normalizer = _llama_normalizer()
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B:1", special_tokens=[("<s>", vocabulary["<s>"])]
+    )
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in [*specials, "<image>"]])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<unk>",
+        padding_side="right",
+        model_max_length=MAX_POSITIONS,
+        clean_up_tokenization_spaces=False,
+        extra_special_tokens={"image_token": "<image>"},
+    )
+
+
+def world_text() -> list[str]:
+    """Every word that the world's conversations contain."""
+    questions = [
+        variant
+        for question in QUESTIONS.values()
+        for variant in (question, f"\n{question}", question[0].lower() + question[1:])
+    ]
+    answers = [word for values in ATTRIBUTES.values() for word in values]
+    return [SYSTEM, "USER: ASSISTANT:", "In Image1,", "\nIn", "\nImage1:", *CENTRE_PHRASES, *questions, *answers]
+
+
+def build_model(processor: LlavaProcessor, seed: int) -> LlavaForConditionalGeneration:
+    """An untrained LLaVA-1.5 of about 1.5 M parameters."""
+    tokenizer = processor.tokenizer
+    special_ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    vision = CLIPVisionConfig(
+        hidden_size=VISION_WIDTH,
+        intermediate_size=4 * VISION_WIDTH,
+        num_hidden_layers=VISION_LAYERS,
+        num_attention_heads=VISION_HEADS,
+        image_size=SIDE,
+        patch_size=PATCH_SIDE,
+        projection_dim=VISION_WIDTH,
+    )
+    text = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=TEXT_WIDTH,
+        intermediate_size=TEXT_FFN,
+        num_hidden_layers=TEXT_LAYERS,
+        num_attention_heads=TEXT_HEADS,
+        max_position_embeddings=MAX_POSITIONS,
+        tie_word_embeddings=False,
+        **special_ids,
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_seq_length=(SIDE // PATCH_SIDE) ** 2,
+        projector_hidden_act="gelu",
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        **special_ids,
+    )
+    torch.manual_seed(seed)
+    model = LlavaForConditionalGeneration(config)
+    with torch.no_grad():
+        model.model.multi_modal_projector.linear_2.weight.mul_(PROJECTOR_SCALE)
+    model.generation_config = GenerationConfig(do_sample=False, **special_ids)
+    return model
+
+
+def _llama_normalizer() -> normalizers.Normalizer:
+    return normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+
+
+def _byte_tokens() -> list[str]:
+    return [f"<0x{byte:02X}>" for byte in range(256)]
+
+
+def _learn_merges(text: Iterable[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """Pieces and merges of a BPE over `text`; a digit or a sign is never merged with its neighbours."""
+    learner = Tokenizer(models.BPE())
+    learner.normalizer = _llama_normalizer()
+    learner.pre_tokenizer = pre_tokenizers.Split(Regex(r"▁?[A-Za-z]+|[^A-Za-z]"), "isolated")
+    printable = [chr(code) for code in range(33, 127)]
+    learner.train_from_iterator(text, trainers.BpeTrainer(initial_alphabet=["▁", *printable], show_progress=False))
+    model = json.loads(learner.to_str())["model"]
+    pieces = [piece for piece, _ in sorted(model["vocab"].items(), key=lambda item: item[1]) if piece != "\n"]
+    return pieces, [tuple(merge) for merge in model["merges"]]

@@ -1,0 +1,167 @@
+"""Makes the miniature's base model from nothing: `python -m scripts.miniature.train_base --output DIR --seed 0`.
+
+Three stages: the vision tower learns what each patch belongs to; the language model learns to find an image by
+its number in prompts where words stand for pictures; then pictures take the place of the words, behind the frozen
+tower. The mix leaves routing partly formed, so that what is built on this base has something to improve.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+from tqdm import tqdm
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
+from transformers.utils import logging as transformers_logging
+
+from scripts.miniature.lessons import PATCHES, Batch, conversation_batch, patch_batch
+from scripts.miniature.model import VISION_WIDTH, build_model, build_processor
+from scripts.miniature.scores import score_base
+from scripts.miniature.world import ATTRIBUTES
+
+VISION_STEPS, VISION_BATCH, VISION_RATE = 1500, 48, 1.5e-3
+VISION_MIX = {"single": 0.4, "collage": 0.35, "pip": 0.25}
+WORDS_STEPS, WORDS_RATE = 320, 1e-3
+WORDS_BATCH = 48
+PICTURES_STEPS, PICTURES_RATE = 800, 1e-3
+PICTURES_MIX = {"words": 0.05, "single": 0.25, "sequence": 0.3, "collage": 0.25, "pip": 0.15}
+PICTURES_BATCH = {"words": 48, "single": 32, "sequence": 12, "collage": 24, "pip": 24}
+SEQUENCE_SCENES = (2, 3, 4, 5)
+QUESTIONS = 6  # of a conversation
+WARMUP = 0.05  # share of a stage's steps over which the rate rises
+WEIGHT_DECAY, MAX_GRAD_NORM = 0.01, 1.0
+POSITION_WEIGHT = 0.1  # of the head that keeps a patch's place readable from its features
+
+
+def main() -> None:
+    """Trains, scores and saves the base."""
+    args = parse_args()
+    torch.set_num_threads(1)  # the same sums in the same order on every machine
+    transformers_logging.set_verbosity_error()
+    rng = np.random.default_rng(args.seed)
+    processor = build_processor()
+    model = build_model(processor, args.seed)
+    seconds = {}
+    for stage in (train_vision, train_words, train_pictures):
+        start = time.perf_counter()
+        stage(model, processor, rng)
+        seconds[stage.__name__] = round(time.perf_counter() - start)
+    save(model, processor, args.output)
+    scores = score_base(model.eval(), processor, args.num_test) | {"seconds": seconds, "seed": args.seed}
+    (args.output / "base_scores.json").write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(scores, indent=1))  # noqa: T201
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="folder of the checkpoint")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and lessons")
+    parser.add_argument("--num_test", type=int, default=400, help="held-out prompts for each score")
+    return parser.parse_args()
+
+
+def train_vision(model: LlavaForConditionalGeneration, processor: LlavaProcessor, rng: np.random.Generator) -> None:
+    """Every patch learns the five attributes of the scene it belongs to, and its own place.
+
+    A tower that keeps the regions of one picture apart is what collages and pictures in pictures need.
+    """
+    tower = model.model.vision_tower
+    sizes = [len(values) for values in ATTRIBUTES.values()]
+    heads = nn.Linear(VISION_WIDTH, sum(sizes) + PATCHES**2)
+    optimizer, schedule = optimizer_for([*tower.parameters(), *heads.parameters()], VISION_RATE, VISION_STEPS)
+    names, shares = list(VISION_MIX), list(VISION_MIX.values())
+    places = torch.arange(PATCHES**2).repeat(VISION_BATCH)
+    progress = tqdm(range(VISION_STEPS), desc="vision")
+    for _ in progress:
+        image_types = [str(name) for name in rng.choice(names, VISION_BATCH, p=shares)]
+        pixels, owners, values = patch_batch(rng, processor, "train", image_types)
+        features = tower(pixels, output_hidden_states=True).hidden_states[model.config.vision_feature_layer]
+        *logits, place = heads(features[:, 1:]).flatten(0, 1).split([*sizes, PATCHES**2], dim=-1)
+        truth = values[torch.arange(len(values))[:, None], owners].flatten(0, 1)  # (patches of all, attributes)
+        loss = sum(F.cross_entropy(part, truth[:, i]) for i, part in enumerate(logits)) / len(sizes)
+        accuracy = [(part.argmax(-1) == truth[:, i]).float().mean().item() for i, part in enumerate(logits)]
+        update(loss + POSITION_WEIGHT * F.cross_entropy(place, places), optimizer, schedule)
+        progress.set_postfix(loss=f"{loss.item():.2f}", accuracy=" ".join(f"{value:.2f}" for value in accuracy))
+    tower.requires_grad_(False)
+
+
+def train_words(model: LlavaForConditionalGeneration, processor: LlavaProcessor, rng: np.random.Generator) -> None:
+    """The language model alone learns to answer about the scene whose number is asked for."""
+    parameters = [*model.model.language_model.parameters(), *model.lm_head.parameters()]
+    optimizer, schedule = optimizer_for(parameters, WORDS_RATE, WORDS_STEPS)
+    progress = tqdm(range(WORDS_STEPS), desc="words")
+    for _ in progress:
+        learn(model, words_batch(rng, processor), optimizer, schedule, progress)
+
+
+def train_pictures(model: LlavaForConditionalGeneration, processor: LlavaProcessor, rng: np.random.Generator) -> None:
+    """Projector and language model learn all formats, one format a step, behind the frozen tower."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer, schedule = optimizer_for(parameters, PICTURES_RATE, PICTURES_STEPS)
+    progress = tqdm(range(PICTURES_STEPS), desc="pictures")
+    for _ in progress:
+        kind = str(rng.choice(list(PICTURES_MIX), p=list(PICTURES_MIX.values())))
+        if kind == "words":
+            batch = words_batch(rng, processor)
+        else:
+            num_scenes = int(rng.choice(SEQUENCE_SCENES))
+            batch = conversation_batch(rng, processor, kind, num_scenes, PICTURES_BATCH[kind], QUESTIONS)
+        learn(model, batch, optimizer, schedule, progress, kind)
+
+
+def words_batch(rng: np.random.Generator, processor: LlavaProcessor) -> Batch:
+    """Sequences of 1 to 5 scenes told in words."""
+    num_scenes = int(rng.choice((1, *SEQUENCE_SCENES)))
+    kind = "sequence" if num_scenes > 1 else "single"
+    return conversation_batch(rng, processor, kind, num_scenes, WORDS_BATCH, QUESTIONS, in_words=True)
+
+
+def learn(model, batch: Batch, optimizer, schedule, progress: tqdm, kind: str = "") -> None:
+    """One step on the answers of a batch; logits are computed at answers only."""
+    before = batch.answers.roll(-1, dims=1)
+    before[:, -1] = False
+    logits = model(
+        input_ids=batch.input_ids, pixel_values=batch.pixel_values, logits_to_keep=before, use_cache=False
+    ).logits.flatten(0, -2)
+    truth = batch.input_ids[batch.answers]
+    loss = F.cross_entropy(logits, truth)
+    update(loss, optimizer, schedule)
+    right = (logits.argmax(-1) == truth)[::2].float().mean().item()  # every second one is the end token
+    progress.set_postfix(kind=kind, loss=f"{loss.item():.2f}", accuracy=f"{right:.2f}")
+
+
+def optimizer_for(parameters: list[nn.Parameter], rate: float, steps: int):
+    """AdamW and its schedule: a short rise, then half a cosine to a tenth of the rate."""
+    optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY)
+    rise = max(1, round(WARMUP * steps))
+
+    def factor(step: int) -> float:
+        fall = 0.1 + 0.45 * (1 + np.cos(np.pi * step / steps))
+        return min(1.0, (step + 1) / rise) * fall
+
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def update(loss: torch.Tensor, optimizer, schedule) -> None:
+    """One optimizer step."""
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], MAX_GRAD_NORM)
+    optimizer.step()
+    schedule.step()
+
+
+def save(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder: Path) -> None:
+    """A normal Hugging Face checkpoint in half precision; the model in memory becomes what was saved."""
+    model.half().save_pretrained(folder)
+    processor.save_pretrained(folder)
+    model.float()
+
+
+if __name__ == "__main__":
+    main()

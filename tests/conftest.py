@@ -1,0 +1,100 @@
+"""What the tests share: a tiny LLaVA with peaky attention, its checkpoint on disk, and records to feed it."""
+
+import json
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from jaxtyping import install_import_hook
+
+# Shapes written in signatures are checked while tests run.
+install_import_hook(["llava.attention", "llava.layout", "train.llava_hound_dpo.losses"], "beartype.beartype")
+
+import pytest
+import torch
+from PIL import Image
+from transformers import LlavaForConditionalGeneration
+
+from scripts.miniature.model import build_model, build_processor
+
+torch.set_num_threads(1)
+
+SIDE = 72  # px of the miniature's pictures
+
+
+@pytest.fixture(scope="session")
+def processor():
+    return build_processor()
+
+
+def tiny_model(processor, seed=0, **text_config):
+    """An untrained miniature LLaVA whose attention is far from uniform, so that a wrong mask shows."""
+    config = build_model(processor, seed=seed).config
+    for name, value in text_config.items():
+        setattr(config.text_config, name, value)
+    torch.manual_seed(seed)
+    model = LlavaForConditionalGeneration(config)
+    with torch.no_grad():
+        for layer in model.model.language_model.layers:
+            layer.self_attn.q_proj.weight.mul_(6)
+            layer.self_attn.k_proj.weight.mul_(6)
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory, processor):
+    """Folder of a tiny checkpoint in the llava-hf format."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    tiny_model(processor).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def model(processor):
+    """A fresh tiny model with our attention function installed."""
+    from llava.attention import install
+
+    model = tiny_model(processor)
+    install(model)
+    return model
+
+
+def picture(colour, size=(SIDE, SIDE)):
+    return Image.new("RGB", size, colour)
+
+
+COLOURS = ("red", "green", "blue", "yellow", "white")
+
+
+def preference(number=0, num_images=2, target=1, **changes):
+    """A sequence preference record as a dict, with pictures named after colours."""
+    lines = "".join(f"Image{i + 1}:<image>\n" for i in range(num_images))
+    record = {
+        "id": f"pair_{number}",
+        "image": [f"{COLOURS[(number + i) % 5]}.png" for i in range(num_images)],
+        "prompt": f"{lines}In Image{target}, what colour is the picture?",
+        "chosen": COLOURS[(number + target - 1) % 5],
+        "rejected": COLOURS[(number + target) % 5],
+    }
+    record.update(changes)
+    return {key: value for key, value in record.items() if value is not None}
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A folder with `images/`, and a function that writes records to `train.json` and returns its path."""
+    images = tmp_path / "images"
+    images.mkdir()
+    for colour in COLOURS:
+        picture(colour).save(images / f"{colour}.png")
+
+    def write(records, name="train.json"):
+        path = tmp_path / name
+        path.write_text(json.dumps(records), encoding="utf-8")
+        return path
+
+    write.folder, write.images = tmp_path, images
+    return write
