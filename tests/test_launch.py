@@ -1,0 +1,241 @@
+"""The real thing: the launch script and torchrun, on two CPU processes, with DeepSpeed, killed and resumed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from tests.conftest import SIDE, preference
+from train.llava_hound_dpo.trainer import COMPLETE
+
+ROOT = Path(__file__).parent.parent
+SCRIPT = ROOT / "train/llava_hound_dpo/train_dpo_multi_hpc_a100.sh"
+PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+
+
+@pytest.fixture(scope="module")
+def data_set(tmp_path_factory):
+    """The published layout: train.json without target boxes, `<image-placeholder>`, and images.zip."""
+    folder = tmp_path_factory.mktemp("published")
+    rng = np.random.default_rng(0)
+    records = []
+    with zipfile.ZipFile(folder / "images.zip", "w") as archive:
+        for number in range(24):
+            count = 2 + number % 3 if number % 2 else 1
+            names = [f"coco/{number}_{i}.jpg" for i in range(count)]
+            for name in names:
+                size = (SIDE, SIDE) if number % 2 else (936, 488)
+                pixels = rng.integers(0, 255, (size[1] // 8, size[0] // 8, 3), dtype=np.uint8)
+                with archive.open(f"images/{name}", "w") as file:
+                    Image.fromarray(pixels).resize(size).save(file, "JPEG")
+            lines = "".join(f"Image{i + 1}:<image-placeholder>\n" for i in range(count))
+            prompt = f"{lines if count > 1 else '<image-placeholder>' + chr(10)}In Image2, what colour is the shape?"
+            record = {
+                "id": f"pair {number}",
+                "image": names,
+                "prompt": prompt,
+                "chosen": "red",
+                "rejected": "dark green",
+            }
+            records.append(record | {"gt": "red"})
+    (folder / "train.json").write_text(json.dumps(records))
+    return folder
+
+
+def flags(data_set, checkpoint, output):
+    """Two epochs of three steps of eight pairs, a checkpoint after every step."""
+    pairs = {
+        "model_name_or_path": checkpoint, "data_path": data_set / "train.json", "image_folder": data_set / "images.zip",
+        "output_dir": output, "lora_r": 4, "lora_alpha": 8, "learning_rate": 1e-3, "num_train_epochs": 2,
+        "lr_scheduler_type": "cosine", "per_device_train_batch_size": 2, "save_steps": 1, "logging_steps": 1,
+        "gradient_checkpointing": True, "eval_split": 0, "disable_tqdm": True,
+    }  # fmt: skip
+    return [str(word) for name, value in pairs.items() for word in (f"--{name}", value)]
+
+
+def environment(**changes):
+    return {
+        **os.environ,
+        "PATH": PATH,
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "WANDB_MODE": "offline",
+        **changes,
+    }
+
+
+def torchrun(processes, *words):
+    return ["torchrun", "--standalone", f"--nproc_per_node={processes}", "-m", "train.llava_hound_dpo.run_dpo", *words]
+
+
+def run(command, **changes):
+    done = subprocess.run(command, cwd=ROOT, env=environment(**changes), capture_output=True, text=True, timeout=240)
+    return done.returncode, done.stdout, done.stderr
+
+
+def history(output):
+    """Logged training steps of a finished run."""
+    state = json.loads((Path(output) / "trainer_state.json").read_text())
+    return [log for log in state["log_history"] if "loss" in log]
+
+
+@pytest.fixture(scope="module")
+def zero2(data_set, checkpoint, tmp_path_factory):
+    """Output folder of an uninterrupted run on two processes with ZeRO-2."""
+    output = tmp_path_factory.mktemp("zero2") / "out"
+    words = flags(data_set, checkpoint, output) + ["--gradient_accumulation_steps", "2"]
+    code, _, errors = run(torchrun(2, *words, "--deepspeed", "scripts/zero2.json"))
+    assert code == 0, errors[-3000:]
+    return output
+
+
+def test_step_0_is_ln_2_and_run_json_tells_everything(zero2):
+    first = history(zero2)[0]
+    assert first["losses/dpo"] == pytest.approx(np.log(2), abs=1e-6)
+    assert first["rewards/margins"] == 0
+    record = json.loads((zero2 / "run.json").read_text())
+    assert record["counts"]["train"]["pairs"] == 24
+    assert record["loss"]["attention_threshold"] == 0.75 and record["attention_layers"] == [2]
+    assert {"torch", "transformers", "deepspeed"} <= set(record["versions"])
+
+
+@pytest.mark.parametrize(
+    ("processes", "accumulation", "config"),
+    [(1, 4, None), (2, 2, "scripts/zero3.json")],
+    ids=["one process", "zero3 on two"],
+)
+def test_losses_agree_with_zero2_on_the_same_global_batch(
+    data_set, checkpoint, tmp_path, zero2, processes, accumulation, config
+):
+    """To 2e-4 over six steps in fp32; the first step, before any update, to 1e-5."""
+    words = [*flags(data_set, checkpoint, tmp_path / "out"), "--gradient_accumulation_steps", str(accumulation)]
+    words += ["--deepspeed", config] if config else []
+    code, _, errors = run(torchrun(processes, *words))
+    assert code == 0, errors[-3000:]
+    for step, (ours, theirs) in enumerate(zip(history(tmp_path / "out"), history(zero2), strict=True)):
+        for name in ("losses/total", "losses/dpo", "losses/attention", "attention/ratio", "grad_norm"):
+            assert ours[name] == pytest.approx(theirs[name], abs=2e-4 if step else 1e-5), (step, name)
+
+
+def test_killed_and_resumed_ends_with_the_same_weights(data_set, checkpoint, tmp_path, zero2):
+    words = flags(data_set, checkpoint, tmp_path / "out") + ["--gradient_accumulation_steps", "2"]
+    command = torchrun(2, *words, "--deepspeed", "scripts/zero2.json")
+    job = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment(),
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "out").glob(f"checkpoint-*/{COMPLETE}")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(job.pid, signal.SIGKILL)
+    job.wait()
+    assert not (tmp_path / "out" / "adapter_model.safetensors").exists(), "the job ended before it could be killed"
+    code, output, errors = run(command)
+    assert code == 0, errors[-3000:]
+    assert "continuing from" in output
+    resumed, whole = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "out", zero2))
+    assert resumed.keys() == whole.keys()
+    for name, tensor in whole.items():
+        assert torch.equal(resumed[name], tensor), name
+
+
+def test_another_number_of_processes_is_refused_before_loading(data_set, checkpoint, zero2):
+    words = flags(data_set, checkpoint, zero2) + ["--gradient_accumulation_steps", "4"]
+    code, _, errors = run([sys.executable, "-m", "train.llava_hound_dpo.run_dpo", *words])
+    assert code == 2
+    assert "world_size 2 there, 1 here" in errors
+
+
+def test_full_fine_tuning_under_zero3(data_set, checkpoint, tmp_path):
+    words = flags(data_set, checkpoint, tmp_path / "out") + ["--lora_enable", "False", "--save_strategy", "no"]
+    code, _, errors = run(torchrun(2, *words, "--deepspeed", "scripts/zero3.json"))
+    assert code == 0, errors[-3000:]
+    logs = history(tmp_path / "out")
+    assert logs[0]["losses/dpo"] == pytest.approx(np.log(2), abs=1e-5)
+    assert logs[-1]["losses/dpo"] < 0.68
+    saved = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(tensor.numel() for tensor in saved.values())
+
+
+class TestScript:
+    """train_dpo_multi_hpc_a100.sh as a user calls it, on one CPU process."""
+
+    def call(self, data_set, checkpoint, output, *words, **changes):
+        small = [
+            "--bf16",
+            "False",
+            "--lora_r",
+            "4",
+            "--lora_alpha",
+            "8",
+            "--max_steps",
+            "1",
+            "--dataloader_num_workers",
+            "0",
+        ]
+        return run(
+            ["bash", str(SCRIPT), *small, "--gradient_accumulation_steps", "2", *words],
+            **{
+                "MODEL": checkpoint, "DATA": str(data_set / "train.json"), "IMAGES": str(data_set / "images.zip"),
+                "OUTPUT": str(output), "NPROC": "1", **changes,
+            },
+        )  # fmt: skip
+
+    def test_the_other_recipe_trains_with_wandb_offline_without_a_login(self, data_set, checkpoint, tmp_path):
+        changes = {"dpo_alpha": "0.0", "gamma": "1.0", "WANDB_DIR": str(tmp_path), "HOME": str(tmp_path)}
+        code, output, errors = self.call(data_set, checkpoint, tmp_path / "out", WANDB_MODE="", **changes)
+        assert code == 0, errors[-3000:]
+        assert "0 x (dpo" in output and "1 x (sft" in output
+        log = history(tmp_path / "out")[0]
+        assert "losses/sft" in log and "losses/dpo" not in log
+        assert list(tmp_path.glob("wandb/offline-run-*"))
+
+    def test_dry_run_prints_the_plan_and_writes_nothing(self, data_set, checkpoint, tmp_path):
+        code, output, errors = self.call(data_set, checkpoint, tmp_path / "out", "--dry_run", NPROC="2")
+        assert code == 0, errors
+        assert "24 to train on" in output and "= 1 x 2 accumulated x 2 processes" in output
+        assert not (tmp_path / "out").exists()
+
+    @pytest.mark.parametrize(
+        ("words", "expected"),
+        [
+            (["--dpo_alpa", "1"], "did you mean --dpo_alpha"),
+            (["--X", "Image"], "no longer exists"),
+            (["--dpo_alpha", "0"], "nothing to train"),
+            (["--model_max_length", "100"], "record 2 (id pair 1)"),
+            (["--image_folder", "nowhere"], "nowhere: no such image folder"),
+        ],
+    )
+    def test_bad_input_ends_in_one_line(self, data_set, checkpoint, tmp_path, words, expected):
+        code, _, errors = self.call(data_set, checkpoint, tmp_path / "out", *words)
+        assert code == 2
+        lines = [line for line in errors.splitlines() if line.strip() and "WARNING" not in line]
+        assert len(lines) == 1 and expected in lines[0], errors
+
+    def test_a_truncated_picture_names_file_record_and_id(self, data, checkpoint, tmp_path):
+        path = data([preference(0), preference(1)])
+        whole = (data.images / "blue.png").read_bytes()
+        (data.images / "blue.png").write_bytes(whole[: len(whole) // 2])
+        code, _, errors = self.call(data.folder, checkpoint, tmp_path / "out", "--image_folder", str(data.images))
+        assert code == 2
+        assert f"{path} record 2 (id pair_1)" in errors and "blue.png" in errors and "damaged" in errors
+
+    def test_help_is_complete(self, data_set, checkpoint, tmp_path):
+        code, output, _ = self.call(data_set, checkpoint, tmp_path / "out", "--help")
+        assert code == 0
+        for flag in ("--dpo_alpha", "--attention_layers", "--overlong", "--learning_rate", "--dry_run"):
+            assert flag in output
