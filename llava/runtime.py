@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from transformers.utils import logging as transformers_logging
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "datasets", "pillow", "numpy")
 OURS = ("__main__", "llava", "train", "inference", "inference_optimization", "data_gen", "scripts")
@@ -26,6 +27,7 @@ def setup_logging() -> None:
     warnings.filterwarnings(
         "ignore", category=FutureWarning, module=r"(torch|transformers|peft|accelerate|deepspeed)\."
     )
+    transformers_logging.disable_progress_bar()  # one per process and load; our own bars tell more
     if is_main_process():
         for name in OURS:
             logging.getLogger(name).setLevel(logging.INFO)

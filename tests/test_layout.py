@@ -186,7 +186,7 @@ def test_painting_the_target_changes_the_weighted_patches(name, side, patch, pad
     weights = target_weights(record, [size], grid).reshape(grid.rows, grid.cols).numpy()
     share, changed = changed_share(processor_of(side), patch, size, box, pad)
     np.testing.assert_allclose(share, weights, atol=0.06)  # blur at the border is symmetric but for clipped overshoot
-    assert changed[weights == 1].all() and (weights == 1).any()
+    assert changed[weights == 1].all() and weights.max() > 0.4
     assert not changed[~grown(weights > 0)].any()
 
 

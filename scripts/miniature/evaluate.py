@@ -129,7 +129,8 @@ def table(scores: dict[str, dict]) -> str:
     for image_type in FORMATS:
         rows = [scores[name][image_type] for name in names]
         accuracy = "".join(f"{row['accuracy']:>10.1f}" for row in rows)
-        ratio = "".join(f"{row['attention_ratio']:>10.3f}" for row in rows)
+        # One image holds all image attention: its ratio says nothing.
+        ratio = "".join(f"{'-' if image_type == 'single' else format(r['attention_ratio'], '.3f'):>10}" for r in rows)
         confused = "".join(f"{row['true_of_another_image']:>10.1f}" for row in rows)
         lines.append(f"{image_type:<10}{rows[0]['prompts']:>8} |{accuracy} |{ratio} |{confused}")
     return "\n".join(lines)
@@ -143,10 +144,11 @@ def draw(scores: dict[str, dict], path: Path) -> None:
     for axis, (key, label, top) in zip(
         axes, [("accuracy", "accuracy (%)", 100), ("attention_ratio", "attention ratio", 1)], strict=True
     ):
+        shown = FORMATS if key == "accuracy" else FORMATS[:3]
         for number, (name, by_format) in enumerate(scores.items()):
-            places = [place + (number + 0.5) * width - 0.4 for place in range(len(FORMATS))]
-            axis.bar(places, [by_format[t][key] for t in FORMATS], width, label=name)
-        axis.set(xticks=range(len(FORMATS)), xticklabels=FORMATS, ylim=(0, top), ylabel=label)
+            places = [place + (number + 0.5) * width - 0.4 for place in range(len(shown))]
+            axis.bar(places, [by_format[t][key] for t in shown], width, label=name)
+        axis.set(xticks=range(len(shown)), xticklabels=shown, ylim=(0, top), ylabel=label)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].legend(frameon=False)
     figure.savefig(path, dpi=120)

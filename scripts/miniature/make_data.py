@@ -61,9 +61,9 @@ def question(prompt: Prompt, rng: np.random.Generator) -> dict:
 
 
 def where(prompt: Prompt) -> dict:
-    """The fields that say what the prompt refers to; none for a single image."""
+    """The fields that say what the prompt refers to."""
     if prompt.image_type == "single":
-        return {}
+        return {"image_type": "single"}
     fields = {"image_type": prompt.image_type, "target": prompt.target + 1, "target_box": prompt.target_box}
     return fields | ({"grid": list(prompt.grid)} if prompt.image_type == "collage" else {})
 

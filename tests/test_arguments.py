@@ -1,0 +1,184 @@
+"""The command line of training: defaults of the design, and one line for every mistake."""
+
+import dataclasses
+
+import pytest
+
+from train.llava_hound_dpo.arguments import (
+    RETIRED,
+    DataArguments,
+    LossArguments,
+    ModelArguments,
+    TrainArguments,
+    parse,
+)
+
+REQUIRED = {"model_name_or_path": "m", "data_path": "train.json", "image_folder": "images.zip", "output_dir": "out"}
+GROUPS = (ModelArguments, DataArguments, LossArguments, TrainArguments)
+
+
+def parsed(*flags, without=()):
+    required = [word for name, value in REQUIRED.items() if name not in without for word in (f"--{name}", value)]
+    return parse([*required, *flags])
+
+
+def refused(*flags, without=()):
+    """The message with which the flags are refused; it is one line."""
+    with pytest.raises((ValueError, FileNotFoundError)) as caught:
+        parsed(*flags, without=without)
+    assert "\n" not in str(caught.value), str(caught.value)
+    return str(caught.value)
+
+
+# ---- defaults and values
+
+
+def test_defaults_are_those_of_the_design():
+    model, data, loss, args = parsed()
+    assert (loss.dpo_alpha, loss.gamma, loss.beta) == (1.0, 0.0, 0.1)
+    assert (loss.attention_threshold, loss.attention_weight, loss.attention_loss) == (0.75, 0.9, "hinge")
+    assert (loss.loss_type, loss.label_smoothing, loss.attention_layers) == ("sigmoid", 0.0, "auto")
+    assert (model.lora_enable, model.lora_r, model.lora_alpha, model.lora_dropout) == (True, 128, 256, 0.0)
+    assert model.freeze_mm_mlp_adapter is True
+    assert (data.image_aspect_ratio, data.overlong, data.model_max_length) == ("pad", "error", 4096)
+    assert args.dry_run is False and args.remove_unused_columns is False and args.mm_projector_lr is None
+
+
+def test_values_reach_their_group():
+    flags = "--beta 0.2 --lora_r=8 --freeze_mm_mlp_adapter False --image_aspect_ratio crop --mm_projector_lr 2e-5"
+    model, data, loss, args = parsed(*flags.split(), "--learning_rate", "5e-5", "--seed", "7")
+    assert (loss.beta, model.lora_r, model.freeze_mm_mlp_adapter) == (0.2, 8, False)
+    assert (data.image_aspect_ratio, args.mm_projector_lr, args.learning_rate, args.seed) == ("crop", 2e-5, 5e-5, 7)
+    assert (model.model_name_or_path, data.data_path) == ("m", "train.json")
+    assert (data.image_folder, args.output_dir) == ("images.zip", "out")
+
+
+def test_the_last_of_two_equal_flags_wins():
+    assert parsed("--dpo_alpha", "1", "--dpo_alpha", "0.5")[2].dpo_alpha == 0.5
+
+
+def test_weights_of_the_loss_are_the_flags():
+    weights = parsed("--dpo_alpha", "0", "--gamma", "2", "--attention_weight", "0.3")[2].weights()
+    assert (weights.dpo_alpha, weights.gamma, weights.attention_weight) == (0.0, 2.0, 0.3)
+
+
+def test_gradient_checkpointing_by_its_older_name():
+    """Given either way it is on, and transformers itself is not asked to warn about it."""
+    for name in ("--gradient_checkpointing", "--activation_checkpointing"):
+        assert parsed(name, "True")[3].activation_checkpointing is True
+    assert not parsed()[3].activation_checkpointing
+
+
+@pytest.mark.parametrize("group", GROUPS[:3])
+def test_every_flag_of_ours_has_a_help_text(group):
+    assert all(len(f.metadata.get("help", "")) > 5 for f in dataclasses.fields(group))
+
+
+def test_help_ends_normally(capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse(["--help"])
+    assert caught.value.code == 0 and "--attention_weight" in capsys.readouterr().out
+
+
+# ---- names
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [("--dpo_alfa", "dpo_alpha"), ("--image_foldr", "image_folder"), ("--learning_rat", "learning_rate")],
+)
+@pytest.mark.parametrize("form", ["{} 1", "{}=1"])
+def test_unknown_flag_suggests_the_nearest(typed, meant, form):
+    assert f"did you mean --{meant}?" in refused(*form.format(typed).split())
+
+
+def test_unknown_flag_like_no_other():
+    assert "unknown flag --xyzzy" in refused("--xyzzy")
+
+
+def test_an_unknown_flag_comes_before_a_missing_one():
+    with pytest.raises(ValueError, match="did you mean --gamma"):
+        parse(["--gama", "1"])
+
+
+def test_a_value_without_flag_is_refused():
+    assert "stray" in refused("stray")
+
+
+@pytest.mark.parametrize("name", RETIRED)
+def test_retired_flags_say_what_to_do(name):
+    message = refused(f"--{name}", "1")
+    assert message.startswith(f"--{name} ") and RETIRED[name] in message and "no longer exists" in message
+
+
+def test_the_flags_that_users_know_from_before_are_retired_or_alive():
+    known = {f.name for group in GROUPS for f in dataclasses.fields(group)}
+    assert not known & set(RETIRED)
+    assert {"X", "training_modal", "video_folder", "version", "mm_use_x_start_end"} <= set(RETIRED)  # design §9
+    assert {"mm_projector_lr", "model_max_length", "deepspeed", "bf16", "lora_alpha"} <= known
+
+
+# ---- values
+
+
+@pytest.mark.parametrize("name", REQUIRED)
+def test_a_missing_required_flag_is_named(name):
+    if name == "output_dir":
+        pytest.skip("transformers has a default for it")
+    assert f"--{name}" in refused(without=(name,))
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        ("--dpo_alpha 0 --gamma 0", "nothing to train"),
+        ("--dpo_alpha 0", "nothing to train"),  # gamma is 0 by default
+        ("--dpo_alpha -1", "--dpo_alpha"),
+        ("--gamma -0.1", "--gamma"),
+        ("--attention_weight -0.9", "--attention_weight"),
+        ("--beta 0", "--beta"),
+        ("--beta -0.1", "--beta"),
+        ("--dpo_alpha much", "--dpo_alpha"),
+        ("--dpo_alpha nan", "--dpo_alpha"),
+        ("--beta nan", "--beta"),
+        ("--lora_r 1.5", "--lora_r"),
+        ("--label_smoothing 0.5", "--label_smoothing"),
+        ("--label_smoothing -0.1", "--label_smoothing"),
+        ("--label_smoothing 0.1 --loss_type hinge", "hinge knows no label smoothing"),
+        ("--label_smoothing 0.1 --loss_type ipo", "ipo knows no label smoothing"),
+        ("--loss_type dpo", "sigmoid"),
+        ("--attention_loss square", "hinge"),
+        ("--image_aspect_ratio square", "crop"),
+        ("--overlong cut", "drop"),
+        ("--check_images never", "header"),
+        ("--eval_split 1", "--eval_split"),
+        ("--eval_split -0.1", "--eval_split"),
+        ("--eval_split 0.1 --eval_data_path e.json", "--eval_data_path"),
+        ("--deepspeed nowhere.json", "scripts/zero2.json"),
+        ("--learning_rate", "--learning_rate"),
+    ],
+)
+def test_bad_values_are_one_line(flags, reason):
+    assert reason in refused(*flags.split())
+
+
+@pytest.mark.parametrize("kind", ["sigmoid", "robust"])
+def test_label_smoothing_with_the_losses_that_know_it(kind):
+    assert parsed("--label_smoothing", "0.1", "--loss_type", kind)[2].label_smoothing == 0.1
+
+
+@pytest.mark.parametrize("flag", ["gradient", "activation"])
+def test_reentrant_checkpointing_is_refused(flag):
+    reentrant = [f"--{flag}_checkpointing", "True", f"--{flag}_checkpointing_kwargs", '{"use_reentrant": true}']
+    assert "use_reentrant" in refused(*reentrant)
+    parsed(*[word.replace("true", "false") for word in reentrant])
+
+
+@pytest.mark.parametrize("argument", ["", None])
+def test_no_deepspeed(argument):
+    assert TrainArguments(output_dir="out", deepspeed=argument).deepspeed is None
+
+
+def test_a_dry_run_remembers_the_deepspeed_file_but_starts_no_process_group():
+    args = parsed("--dry_run", "True", "--deepspeed", "scripts/zero2.json")[3]
+    assert args.deepspeed is None and args.deepspeed_file == "scripts/zero2.json"

@@ -1,0 +1,81 @@
+"""Batched answers against one prompt at a time with eager attention."""
+
+import torch
+
+from llava.attention import install
+from llava.generation import batch_prompts, generate
+from tests.conftest import SIDE, tiny_model
+
+TOKENS = 36
+
+
+def prompts_of(model, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    image = [model.config.image_token_id] * TOKENS
+    made = []
+    for count in (1, 3, 2):
+        words = torch.randint(10, 300, (4 + count,), generator=generator).tolist()
+        prompt = [1, *words, *(token for n in range(count) for token in [*image, 20 + n]), *words[:3]]
+        pixels = torch.randn(count, 3, SIDE, SIDE, generator=generator)
+        made.append((prompt, torch.rand(count * TOKENS, generator=generator), pixels))
+    return made
+
+
+def alone_with_eager(model, prompt, target, pixels, steps, end):
+    """(tokens, first-token confidence, ratio per layer 1 and 2), by a plain loop that feeds everything again."""
+    tokens, rows, confidence = [], [], None
+    is_image = torch.tensor(prompt) == model.config.image_token_id
+    weights = torch.zeros(len(prompt)).masked_scatter(is_image, target)
+    for _ in range(steps):
+        ids = torch.tensor([[*prompt, *tokens]])
+        out = model(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=pixels, output_attentions=True)
+        probabilities = out.logits[0, -1].softmax(-1)
+        confidence = confidence or probabilities.max().item()
+        last = torch.stack([out.attentions[layer][0, :, -1, : len(prompt)] for layer in (1, 2)])
+        rows.append(torch.stack([(last * weights).sum(-1).mean(-1), (last * is_image).sum(-1).mean(-1)], dim=-1))
+        tokens.append(probabilities.argmax().item())
+        if tokens[-1] == end:
+            break
+    means = torch.stack(rows).mean(0)
+    return tokens, confidence, means[:, 0] / means[:, 1]
+
+
+def test_left_padded_batch_equals_single_prompts_with_eager_attention(processor):
+    ours, eager = tiny_model(processor), tiny_model(processor)
+    install(ours)
+    eager.set_attn_implementation("eager")
+    prompts = prompts_of(ours)
+    end = processor.tokenizer.eos_token_id
+    batch = batch_prompts(
+        [p for p, _, _ in prompts],
+        [t for _, t, _ in prompts],
+        torch.cat([x for _, _, x in prompts]),
+        ours.config.image_token_id,
+        processor.tokenizer.pad_token_id,
+    )
+    answers = generate(ours, processor.tokenizer, batch, [1, 2], max_new_tokens=6)
+    for answer, (prompt, target, pixels) in zip(answers, prompts, strict=True):
+        with torch.no_grad():
+            tokens, confidence, ratio = alone_with_eager(eager, prompt, target, pixels, 6, end)
+        assert answer.text == processor.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+        assert answer.num_tokens == len(tokens)
+        assert abs(answer.confidence - confidence) < 1e-5
+        torch.testing.assert_close(torch.tensor(answer.ratio_by_layer), ratio, atol=1e-5, rtol=1e-4)
+
+
+def test_an_answer_ends_at_its_end_token_while_others_go_on(processor):
+    """A model made to answer with the end token at once has answers of one token, empty text."""
+    model = tiny_model(processor)
+    install(model)
+    prompt, target, pixels = prompts_of(model)[0]
+    end = processor.tokenizer.eos_token_id
+    batch = batch_prompts([prompt], [target], pixels, model.config.image_token_id, processor.tokenizer.pad_token_id)
+    (answer,) = generate(model, processor.tokenizer, batch, [2], max_new_tokens=5)
+    assert answer.num_tokens > 1
+
+    def always_end(ids, logits):
+        return torch.full_like(logits, -1e9).index_fill(1, torch.tensor([end]), 0.0)
+
+    (ended,) = generate(model, processor.tokenizer, batch, [2], max_new_tokens=5, logits_processor=[always_end])
+    assert (ended.num_tokens, ended.text) == (1, "")
+    assert ended.confidence == answer.confidence
