@@ -1,14 +1,29 @@
-"""Loading a LLaVA-1.5 checkpoint: its config, its processor, its weights, with or without a LoRA adapter."""
+"""Loading a LLaVA-1.5 checkpoint of any dialect: llava-hf, the original format, or a LoRA adapter on either.
+
+Every tensor is accounted for. What is missing, unexpected or of another shape is an error with its name; nothing
+starts from random numbers.
+"""
 
 import json
 import logging
 import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import PeftModel
+from accelerate import init_empty_weights
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from transformers import AutoProcessor, LlavaConfig, LlavaForConditionalGeneration
 
+from llava import original
 from llava.attention import install
 from llava.conversation import END, IMAGE
 
@@ -18,76 +33,201 @@ ADAPTER_CONFIG = "adapter_config.json"
 # The seven linear layers of every block of the language model. A plain "q_proj" would also match the vision tower.
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 PROJECTOR = "multi_modal_projector"
+LLAVA_HF, ORIGINAL, PEFT_ADAPTER, ORIGINAL_LORA = "llava-hf", "original LLaVA", "PEFT adapter", "original LLaVA LoRA"
 
 
-def load_config(path: str) -> LlavaConfig:
-    """The config of a llava-hf folder or hub name, or of the base below a LoRA adapter.
+@dataclass(frozen=True)
+class Source:
+    """What a `--model_name_or_path` is."""
 
-    Raises FileNotFoundError if there is nothing to read, ValueError if it is not a LLaVA-1.5 of the llava-hf format.
+    path: str
+    dialect: str  # one of the four above
+    base: "Source | None" = None  # below an adapter
+    image_tower: str | None = None  # overrides the vision tower that an original checkpoint names
+
+    @property
+    def root(self) -> "Source":
+        """The checkpoint that holds the whole model."""
+        return self.base.root if self.base else self
+
+    def __str__(self) -> str:
+        return f"{self.path} ({self.dialect})" + (f" on {self.base}" if self.base else "")
+
+
+def find_source(path: str, image_tower: str | None = None) -> Source:
+    """Dialect of a folder or hub name, by its files.
+
+    Raises FileNotFoundError if there is nothing to read, ValueError if it is no LLaVA-1.5.
     """
-    path = base_of(path)
+    folder = Path(path)
+    if (folder / ADAPTER_CONFIG).is_file():
+        settings = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        base = settings.get("base_model_name_or_path")
+        if not base:
+            raise ValueError(f"{path}: {ADAPTER_CONFIG} names no base model (base_model_name_or_path)")
+        is_old = (folder / original.NON_LORA).is_file() or (folder / "config.json").is_file()
+        return Source(path, ORIGINAL_LORA if is_old else PEFT_ADAPTER, find_source(base, image_tower))
     raw = _read_config(path)
-    if "mm_vision_tower" in raw or raw.get("model_type") not in ("llava", None):
-        raise ValueError(
-            f"{path}: model_type {raw.get('model_type')!r} in the original LLaVA format or of another model; "
-            "give a llava-hf checkpoint such as llava-hf/llava-1.5-7b-hf"
-        )
-    if "text_config" not in raw:
-        raise ValueError(f"{path}: config.json has no `text_config`: not a llava-hf checkpoint")
-    config = LlavaConfig.from_pretrained(path)
+    if original.is_original(raw):
+        return Source(path, ORIGINAL, image_tower=image_tower)
+    if raw.get("model_type") != "llava" or "text_config" not in raw:
+        raise ValueError(f"{path}: config.json is of model_type {raw.get('model_type')!r}, not of a LLaVA-1.5")
+    return Source(path, LLAVA_HF)
+
+
+def load_config(path: str, image_tower: str | None = None) -> LlavaConfig:
+    """The config of a checkpoint, or of the base below an adapter. Raises like `find_source`."""
+    source = find_source(path, image_tower).root
+    if source.dialect == ORIGINAL:
+        config = original.translate_config(_read_config(source.path), source.image_tower)
+    else:
+        config = LlavaConfig.from_pretrained(source.path)
     if config.vision_feature_select_strategy != "default":
         raise ValueError(
-            f"{path}: vision_feature_select_strategy is {config.vision_feature_select_strategy!r}; regions need the "
-            "patch tokens alone ('default'), as LLaVA-1.5 has them"
+            f"{source.path}: vision_feature_select_strategy is {config.vision_feature_select_strategy!r}; regions need "
+            "the patch tokens alone ('default'), as LLaVA-1.5 has them"
         )
     return config
 
 
-def load_processor(path: str):
+def load_processor(path: str, image_tower: str | None = None):
     """Tokenizer and image processor. Raises ValueError if its special tokens are not the model's."""
-    source = path if _has_file(path, "tokenizer_config.json") else base_of(path)
-    try:
-        processor = AutoProcessor.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(f"{source}: no processor to load ({_first_line(error)})") from error
-    tokenizer = processor.tokenizer
-    wanted = load_config(path).image_token_id
-    found = tokenizer.convert_tokens_to_ids(IMAGE)
-    if found != wanted:
-        raise ValueError(f"{source}: the tokenizer reads {IMAGE} as id {found}, the model's config says {wanted}")
-    if tokenizer.eos_token != END:
-        raise ValueError(f"{source}: the end token is {tokenizer.eos_token!r}, vicuna_v1 ends answers with {END!r}")
+    source = find_source(path, image_tower)
+    config = load_config(path, image_tower)
+    place = path if (Path(path) / "processor_config.json").is_file() else source.root.path
+    if place == source.root.path and source.root.dialect == ORIGINAL:
+        raw, folder = _read_config(place), original.local_folder(place)
+        processor = original.build_processor(folder, raw, config, source.root.image_tower)
+    else:
+        try:
+            processor = AutoProcessor.from_pretrained(place)
+        except (OSError, ValueError) as error:
+            raise FileNotFoundError(f"{place}: no processor to load ({_first_line(error)})") from error
+    found = processor.tokenizer.convert_tokens_to_ids(IMAGE)
+    if found != config.image_token_id:
+        raise ValueError(
+            f"{place}: the tokenizer reads {IMAGE} as id {found}, the model has id {config.image_token_id}"
+        )
+    if processor.tokenizer.eos_token != END:
+        raise ValueError(f"{place}: the end token is {processor.tokenizer.eos_token!r}, vicuna_v1 ends with {END!r}")
     return processor
 
 
-def load_model(path: str, dtype: torch.dtype = torch.float32) -> LlavaForConditionalGeneration | PeftModel:
-    """The model with our attention function installed; with its adapter where `path` is a LoRA folder.
+def load_model(
+    path: str, dtype: torch.dtype = torch.float32, image_tower: str | None = None
+) -> LlavaForConditionalGeneration | PeftModel:
+    """The model with our attention function installed; with its adapter where `path` is one.
 
-    Every tensor must come from the checkpoint: raises ValueError naming missing, unexpected and mis-shaped ones.
+    Raises ValueError naming missing, unexpected and mis-shaped tensors.
     """
-    base = base_of(path)
-    load_config(path)
-    model, report = LlavaForConditionalGeneration.from_pretrained(base, dtype=dtype, output_loading_info=True)
-    _refuse_incomplete(base, report)
+    source = find_source(path, image_tower)
+    model = _load_whole(source.root, load_config(path, image_tower), dtype)
     install(model)
-    logger.info("loaded %s: %s parameters in %s", base, f"{model.num_parameters():,}", dtype)
-    if base == path:
-        return model
-    logger.info("adapter: %s", path)
-    return PeftModel.from_pretrained(model, path)
-
-
-def base_of(path: str) -> str:
-    """The checkpoint below a LoRA adapter, or the path itself if it is none."""
-    adapter = Path(path) / ADAPTER_CONFIG
-    if not adapter.is_file():
-        return path
-    return json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    logger.info("loaded %s: %s parameters in %s", source, f"{model.num_parameters():,}", dtype)
+    return _with_adapters(model, source)
 
 
 def image_tokens(config: LlavaConfig) -> int:
     """Image tokens per image: 576 for CLIP-L/336."""
     return (config.vision_config.image_size // config.vision_config.patch_size) ** 2
+
+
+def _load_whole(source: Source, config: LlavaConfig, dtype: torch.dtype) -> LlavaForConditionalGeneration:
+    settings = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}  # refused below, by name
+    if source.dialect == LLAVA_HF:
+        model, report = LlavaForConditionalGeneration.from_pretrained(source.path, **settings)
+    else:
+        folder, raw = original.local_folder(source.path), _read_config(source.path)
+        state = original.read_state(folder, raw, config, source.image_tower)
+        account(source.path, shapes_of(config), {name: tensor.shape for name, tensor in state.items()})
+        model, report = LlavaForConditionalGeneration.from_pretrained(None, config=config, state_dict=state, **settings)
+        model.name_or_path = source.path
+    _refuse(source.path, *(report.get(kind, ()) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")))
+    return model
+
+
+def _with_adapters(model, source: Source):
+    if source.base is None:
+        return model
+    model = _with_adapters(model, source.base)
+    if source.dialect == ORIGINAL_LORA:
+        return _load_original_lora(model, Path(source.path))
+    return _load_peft(model, Path(source.path))
+
+
+def _load_peft(model, folder: Path) -> PeftModel:
+    """A PEFT adapter, checked: plain `PeftModel.from_pretrained` leaves a missing tensor at its random start."""
+    adapted = get_peft_model(model, PeftConfig.from_pretrained(folder), autocast_adapter_dtype=False)
+    given = original.read_tensors(folder, original.ADAPTER_FILES)
+    wanted = get_peft_model_state_dict(adapted)
+    account(str(folder), {n: t.shape for n, t in wanted.items()}, {n: t.shape for n, t in given.items()})
+    set_peft_model_state_dict(adapted, given)
+    return adapted
+
+
+def _load_original_lora(model, folder: Path) -> PeftModel:
+    """Base, then fully trained tensors, then LoRA, each checked by name and shape."""
+    lora, trained = original.translate_lora(folder)
+    own = dict(model.named_parameters())
+    _refuse(
+        str(folder),
+        [],
+        [n for n in trained if n not in own],
+        [n for n in trained if n in own and own[n].shape != trained[n].shape],
+    )
+    with torch.no_grad():
+        for name, tensor in trained.items():
+            own[name].copy_(tensor)
+    settings = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    modules = sorted({name.rsplit(".lora_", 1)[0] for name in lora})
+    config = LoraConfig(r=settings["r"], lora_alpha=settings["lora_alpha"], lora_dropout=0.0, target_modules=modules)
+    adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
+    wanted = {n: p for n, p in adapted.named_parameters() if ".lora_" in n}
+    given = {f"base_model.model.{name.replace('.weight', '.default.weight')}": tensor for name, tensor in lora.items()}
+    account(str(folder), {n: p.shape for n, p in wanted.items()}, {n: t.shape for n, t in given.items()})
+    with torch.no_grad():
+        for name, tensor in given.items():
+            wanted[name].copy_(tensor)
+    return adapted
+
+
+def shapes_of(config: LlavaConfig) -> dict[str, torch.Size]:
+    """Name and shape of every tensor that a model of this config loads."""
+    with init_empty_weights():
+        return {name: tensor.shape for name, tensor in LlavaForConditionalGeneration(config).state_dict().items()}
+
+
+def account(where: str, wanted: Mapping[str, torch.Size], given: Mapping[str, torch.Size]) -> None:
+    """Raises ValueError naming every tensor that is missing, unexpected, or of another shape."""
+    _refuse(
+        where,
+        [name for name in wanted if name not in given],
+        [name for name in given if name not in wanted],
+        [
+            f"{name} {tuple(given[name])}, the model has {tuple(wanted[name])}"
+            for name in wanted
+            if name in given and given[name] != wanted[name]
+        ],
+    )
+
+
+def _refuse(where: str, missing: Iterable, unexpected: Iterable, mismatched: Iterable) -> None:
+    problems = []
+    for kind, names in (("missing", missing), ("unexpected", unexpected), ("mis-shaped", mismatched)):
+        names = sorted(_name(name) for name in names)
+        if names:
+            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+            problems.append(f"{kind} tensors: {', '.join(names[:5])}{more}")
+    if problems:
+        raise ValueError(f"{where}: the weights do not fit the config; {'; '.join(problems)}")
+
+
+def _name(entry) -> str:
+    """transformers reports a mis-shaped tensor as (name, shape in the file, shape in the model)."""
+    if isinstance(entry, str):
+        return entry
+    name, found, wanted = entry
+    return f"{name} {tuple(found)}, the model has {tuple(wanted)}"
 
 
 def _read_config(path: str) -> dict:
@@ -105,21 +245,6 @@ def _read_config(path: str) -> dict:
             f"{path}: not a folder here, and the hub gave no config ({_first_line(error)}); "
             "download the checkpoint and give its folder"
         ) from error
-
-
-def _has_file(path: str, name: str) -> bool:
-    return (Path(path) / name).is_file()
-
-
-def _refuse_incomplete(path: str, report: dict) -> None:
-    problems = []
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        names = sorted(str(name) for name in report.get(kind, ()))
-        if names:
-            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            problems.append(f"{kind.replace('_keys', '')} tensors: {', '.join(names[:5])}{more}")
-    if problems:
-        raise ValueError(f"{path}: the weights do not fit the config; {'; '.join(problems)}")
 
 
 def _first_line(error: Exception) -> str:

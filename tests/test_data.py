@@ -68,27 +68,22 @@ def test_num_tokens_counts_images_and_the_longer_answer(setting):
     assert pair.num_tokens == text + 2 * 36 + len(pair.rejected)
 
 
-def test_records_that_tokenise_badly_are_all_listed(setting):
-    """A tokenizer that knows no capitals makes two different answers the same tokens."""
+class WithoutCapitals:
+    """A tokenizer that reads "Red" and "red" alike."""
 
-    def deaf(text):
-        ids = setting.tokenizer(text)["input_ids"]
-        return {"input_ids": setting.tokenizer(text.lower().replace("assistant", "ASSISTANT"))["input_ids"] or ids}
-
-    deaf.eos_token_id = setting.tokenizer.eos_token_id
-    records = [pair.record for pair in setting.pairs(preference(0), preference(1), preference(2))]
-    same = [type(r)(**{**vars(r), "chosen": "Red", "rejected": "red"}) for r in records[1:]]
-    found = problems(tokenize, [records[0], *same], _Tokenizer(deaf), setting.image_token, TOKENS)
-    assert ["record 2 (id pair_1)" in found[0], "record 3 (id pair_2)" in found[1]] == [True, True] and len(found) == 2
-    assert all("same tokens" in problem for problem in found)
-
-
-class _Tokenizer:
-    def __init__(self, call):
-        self.call, self.eos_token_id = call, call.eos_token_id
+    def __init__(self, tokenizer):
+        self.tokenizer, self.eos_token_id = tokenizer, tokenizer.eos_token_id
 
     def __call__(self, text):
-        return self.call(text)
+        return self.tokenizer(text.lower())
+
+
+def test_records_that_tokenise_badly_are_all_listed(setting):
+    same = {"chosen": "Red", "rejected": "red"}
+    records = [pair.record for pair in setting.pairs(preference(0), preference(1, **same), preference(2, **same))]
+    found = problems(tokenize, records, WithoutCapitals(setting.tokenizer), setting.image_token, TOKENS)
+    assert len(found) == 2 and all("same tokens" in problem for problem in found)
+    assert "train.json record 2 (id pair_1)" in found[0] and "train.json record 3 (id pair_2)" in found[1]
 
 
 # ---- within_length
@@ -165,9 +160,9 @@ def test_every_record_with_a_bad_picture_is_listed(setting):
     assert [problem.split("(id ")[1].split(")")[0] for problem in found] == ["pair_0", "pair_1", "pair_3", "pair_4"]
 
 
-def collage(number, target, **changes):
+def collage(number, target, image="canvas.png", **changes):
     prompt = f"<image>\nIn Image{target}, what colour is the picture?"
-    return preference(number, image=["canvas.png"], prompt=prompt, **changes)
+    return preference(number, image=[image], prompt=prompt, **changes)
 
 
 @pytest.mark.parametrize("depth", ["full", "header"])
@@ -181,7 +176,7 @@ def test_a_cell_that_does_not_exist_is_named_with_its_record(setting, depth):
 
 
 def test_a_box_outside_its_picture_is_named_with_its_record(setting):
-    pairs = setting.pairs(collage(0, 1, image=["red.png"], target_box=[0, 0, 73, 10]))
+    pairs = setting.pairs(collage(0, 1, image="red.png", target_box=[0, 0, 73, 10]))
     (found,) = problems(check_pictures, pairs, setting.store, setting.grid, "header")
     assert "record 1 (id pair_0)" in found and "72 x 72" in found
 
@@ -245,12 +240,13 @@ def test_a_picture_gone_since_the_check_is_named(setting):
 
 @pytest.mark.parametrize("needs_rejected", [True, False])
 def test_batch(setting, needs_rejected):
-    dataset = setting.dataset(setting.pairs(preference(0, 2), preference(1, 3), preference(2, 1)))
+    dataset = setting.dataset(setting.pairs(preference(0, 2), preference(1, 3), preference(2, 1, image_type="single")))
     items = [dataset[0], dataset[1], dataset[2]]
     batch = PairCollator(setting.image_token, needs_rejected)(items)
     row, pairs = batch["row"], [item["pair"] for item in items]
     assert next(iter(batch)) == "index" and batch["index"].tolist() == [0, 1, 2]
-    assert batch["pixel_values"].shape == (6, 3, 72, 72) and batch["format"].tolist() == [0, 0, 0]
+    assert batch["pixel_values"].shape == (6, 3, 72, 72)
+    assert [FORMATS[number] for number in batch["format"]] == ["sequence", "sequence", "single"]
     assert (row.input_ids == setting.image_token).sum() == 6 * TOKENS and row.num_pairs == 3
     labels = [token for p in pairs for token in p.chosen + (p.rejected if needs_rejected else [])]
     assert row.labels.tolist() == labels

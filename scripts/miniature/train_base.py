@@ -33,6 +33,7 @@ PICTURES_BATCH = {"words": 48, "single": 32, "sequence": 12, "collage": 24, "pip
 SEQUENCE_SCENES = (2, 3, 4, 5)
 QUESTIONS = 6  # of a conversation
 WARMUP = 0.05  # share of a stage's steps over which the rate rises
+COOLDOWN = 0.25  # share over which it falls again
 WEIGHT_DECAY, MAX_GRAD_NORM = 0.01, 1.0
 POSITION_WEIGHT = 0.1  # of the head that keeps a patch's place readable from its features
 
@@ -95,8 +96,10 @@ def train_words(model: LlavaForConditionalGeneration, processor: LlavaProcessor,
     parameters = [*model.model.language_model.parameters(), *model.lm_head.parameters()]
     optimizer, schedule = optimizer_for(parameters, WORDS_RATE, WORDS_STEPS)
     progress = tqdm(range(WORDS_STEPS), desc="words")
-    for _ in progress:
-        learn(model, words_batch(rng, processor), optimizer, schedule, progress)
+    for step in progress:
+        # Two scenes first: telling two apart is where routing starts, five at once hide the gain.
+        most = 2 + min(3, 4 * step // WORDS_STEPS)
+        learn(model, words_batch(rng, processor, most), optimizer, schedule, progress)
 
 
 def train_pictures(model: LlavaForConditionalGeneration, processor: LlavaProcessor, rng: np.random.Generator) -> None:
@@ -114,11 +117,10 @@ def train_pictures(model: LlavaForConditionalGeneration, processor: LlavaProcess
         learn(model, batch, optimizer, schedule, progress, kind)
 
 
-def words_batch(rng: np.random.Generator, processor: LlavaProcessor) -> Batch:
-    """Sequences of 1 to 5 scenes told in words."""
-    num_scenes = int(rng.choice((1, *SEQUENCE_SCENES)))
-    kind = "sequence" if num_scenes > 1 else "single"
-    return conversation_batch(rng, processor, kind, num_scenes, WORDS_BATCH, QUESTIONS, in_words=True)
+def words_batch(rng: np.random.Generator, processor: LlavaProcessor, most: int = 5) -> Batch:
+    """Sequences of 2 to `most` scenes told in words."""
+    num_scenes = int(rng.integers(2, most + 1))
+    return conversation_batch(rng, processor, "sequence", num_scenes, WORDS_BATCH, QUESTIONS, in_words=True)
 
 
 def learn(model, batch: Batch, optimizer, schedule, progress: tqdm, kind: str = "") -> None:
@@ -136,13 +138,12 @@ def learn(model, batch: Batch, optimizer, schedule, progress: tqdm, kind: str = 
 
 
 def optimizer_for(parameters: list[nn.Parameter], rate: float, steps: int):
-    """AdamW and its schedule: a short rise, then half a cosine to a tenth of the rate."""
+    """AdamW and its schedule: a short rise, a long plateau (routing forms at the full rate or not), a linear fall."""
     optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY)
-    rise = max(1, round(WARMUP * steps))
+    rise, fall = max(1, round(WARMUP * steps)), max(1, round(COOLDOWN * steps))
 
     def factor(step: int) -> float:
-        fall = 0.1 + 0.45 * (1 + np.cos(np.pi * step / steps))
-        return min(1.0, (step + 1) / rise) * fall
+        return min(1.0, (step + 1) / rise, max(0.02, (steps - step) / fall))
 
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 

@@ -15,7 +15,6 @@ from train.llava_hound_dpo.losses import ATTENTION_LOSSES, PREFERENCE_LOSSES, SM
 RETIRED = {
     "X": "images are the only modality",
     "training_modal": "images are the only modality",
-    "image_tower": "a llava-hf checkpoint names its own vision tower",
     "video_tower": "there is no video",
     "video_folder": "there is no video",
     "version": "the template is always vicuna_v1, the one LLaVA-1.5 was trained with",
@@ -39,7 +38,10 @@ RETIRED = {
 class ModelArguments:
     """Which model, and which of its weights are trained."""
 
-    model_name_or_path: str = field(metadata={"help": "llava-hf checkpoint: a folder, or a hub name (owner/name)."})
+    model_name_or_path: str = field(metadata={"help": "LLaVA-1.5, llava-hf or original format: folder or hub name."})
+    image_tower: str | None = field(
+        default=None, metadata={"help": "Vision tower of an original checkpoint, instead of the one it names."}
+    )
     lora_enable: bool = field(default=True, metadata={"help": "Train LoRA weights; False trains the language model."})
     lora_r: int = field(default=128, metadata={"help": "Rank of LoRA."})
     lora_alpha: int = field(default=256, metadata={"help": "LoRA is scaled by lora_alpha / lora_r."})

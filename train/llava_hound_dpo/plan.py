@@ -112,7 +112,7 @@ def plan(
         "pairs": f"{len(pairs):,} to train on, {len(held_out):,} held out, {len(dropped):,} dropped as too long",
         "formats": _counts(counts["by_format"]),
         "images": f"{_counts(counts['by_images'])} (images: pairs), {tokens_per_image} tokens each",
-        "tokens/pair": f"{lengths['min']:,} to {lengths['max']:,}, median {lengths['median']:,}, with the longer answer",
+        "tokens/pair": f"{lengths['min']:,} to {lengths['max']:,}, median {lengths['median']:,} (longer answer)",
         "loss": f"{loss.dpo_alpha:g} x (dpo + {weight}) + {loss.gamma:g} x (sft + {weight})",
         "batch": f"{effective} pairs = {per_device} x {accumulation} accumulated x {world} processes",
         "steps": f"{steps:,} per epoch, {total:,} in all",

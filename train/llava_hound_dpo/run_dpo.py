@@ -13,7 +13,7 @@ import torch
 from transformers import LlavaConfig, set_seed
 
 from llava.attention import layer_range
-from llava.checkpoints import image_tokens, load_config, load_model, load_processor
+from llava.checkpoints import find_source, image_tokens, load_config, load_model, load_processor
 from llava.image import ImageStore
 from llava.layout import PatchGrid
 from llava.records import read_preferences
@@ -109,8 +109,14 @@ def main() -> None:
 
 def read_inputs(model: ModelArguments, data: DataArguments, loss: LossArguments, args: TrainArguments) -> Inputs:
     """Read and check config, processor, records and pictures. Raises ValueError or FileNotFoundError for bad input."""
-    config = load_config(model.model_name_or_path)
-    processor = load_processor(model.model_name_or_path)
+    source = find_source(model.model_name_or_path, model.image_tower)
+    if source.base:
+        raise ValueError(
+            f"{source}: training starts from a whole model; merge it with `python -m scripts.export` first"
+        )
+    logger.info("model: %s", source)
+    config = load_config(source.path, source.image_tower)
+    processor = load_processor(source.path, source.image_tower)
     grid = PatchGrid.of(processor.image_processor, config.vision_config, pad=data.image_aspect_ratio == "pad")
     layers = layer_range(config.text_config.num_hidden_layers, loss.attention_layers)
     store = ImageStore(data.image_folder)
@@ -144,7 +150,7 @@ def load_policy(model: ModelArguments, args: TrainArguments):
     reduced = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     # Without DeepSpeed's master copy, weights that are trained themselves stay in fp32 under autocast.
     keep_fp32 = not args.deepspeed and not (model.lora_enable and args.bf16)
-    policy = load_model(model.model_name_or_path, torch.float32 if keep_fp32 else reduced)
+    policy = load_model(model.model_name_or_path, torch.float32 if keep_fp32 else reduced, model.image_tower)
     set_seed(args.seed)  # after loading, which draws differently under ZeRO-3: LoRA starts the same everywhere
     return make_trainable(policy, model)
 

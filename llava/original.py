@@ -1,0 +1,274 @@
+"""The original LLaVA-1.5 format (liuhaotian/llava-v1.5-7b): its config, tensors, tokenizer, and LoRA folders.
+
+Everything is translated into what transformers' LLaVA expects, so that nothing else needs to know of a second dialect.
+"""
+
+import json
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors.torch import load_file
+from sentencepiece import SentencePieceProcessor
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+from transformers import (
+    AutoImageProcessor,
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+from transformers.convert_slow_tokenizer import generate_merges
+
+from llava.conversation import END, IMAGE
+
+logger = logging.getLogger(__name__)
+
+TEXT_FIELDS = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "rms_norm_eps", "max_position_embeddings", "rope_theta", "rope_scaling", "hidden_act", "initializer_range",
+    "attention_bias", "tie_word_embeddings", "bos_token_id", "eos_token_id",
+)  # fmt: skip
+# Original name to ours; the first prefix that fits wins. None: a buffer that is computed, not loaded.
+PREFIXES = (
+    ("model.mm_projector.0.", "model.multi_modal_projector.linear_1."),
+    ("model.mm_projector.2.", "model.multi_modal_projector.linear_2."),
+    ("model.vision_tower.vision_tower.vision_model.", "model.vision_tower."),
+    ("model.embed_tokens.", "model.language_model.embed_tokens."),
+    ("model.layers.", "model.language_model.layers."),
+    ("model.norm.", "model.language_model.norm."),
+    ("lm_head.", "lm_head."),
+)
+COMPUTED = (".rotary_emb.inv_freq", ".position_ids")
+VOCABULARY_STEP = 64  # rows are padded to a multiple of this above the image token, as in llava-hf
+WHOLE_FILES = ("model.safetensors", "pytorch_model.bin")
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+NON_LORA = "non_lora_trainables.bin"
+
+
+def is_original(raw: Mapping) -> bool:
+    """Whether a config.json is of the original format."""
+    return "text_config" not in raw and ("mm_vision_tower" in raw or raw.get("model_type") in ("llava", "llava_llama"))
+
+
+def local_folder(path: str) -> Path:
+    """The checkpoint's folder here: itself, or the hub's snapshot."""
+    if Path(path).is_dir():
+        return Path(path)
+    try:
+        return Path(snapshot_download(path, ignore_patterns=["*.msgpack", "*.h5", "*.onnx"]))
+    except Exception as error:  # the hub client raises many kinds: offline, unknown name, no access
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(f"{path}: not a folder here, and the hub did not give it ({reason})") from error
+
+
+def translate_config(raw: Mapping, image_tower: str | None) -> LlavaConfig:
+    """The config as transformers has it. The image token is the first id after the original vocabulary.
+
+    Raises ValueError for a projector or feature choice that LLaVA-1.5 does not have.
+    """
+    projector = raw.get("mm_projector_type", "linear")
+    if projector != "mlp2x_gelu":
+        raise ValueError(f"mm_projector_type {projector!r}: LLaVA-1.5 has 'mlp2x_gelu' (LLaVA-1.0 is not supported)")
+    feature = raw.get("mm_vision_select_feature", "patch")
+    if feature != "patch":
+        raise ValueError(f"mm_vision_select_feature {feature!r}: regions need the patch tokens alone ('patch')")
+    vision = CLIPVisionConfig.from_pretrained(local_folder(tower_of(raw, image_tower)))
+    image_token = raw["vocab_size"]
+    rows = -(-(image_token + 1) // VOCABULARY_STEP) * VOCABULARY_STEP
+    text = LlamaConfig.from_dict({k: raw[k] for k in TEXT_FIELDS if k in raw} | {"vocab_size": rows, "pad_token_id": 0})
+    return LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=image_token,
+        image_seq_length=(vision.image_size // vision.patch_size) ** 2,
+        projector_hidden_act="gelu",
+        vision_feature_layer=raw.get("mm_vision_select_layer", -2),
+        vision_feature_select_strategy="default",
+        bos_token_id=text.bos_token_id,
+        eos_token_id=text.eos_token_id,
+        pad_token_id=0,
+        tie_word_embeddings=False,
+    )
+
+
+def tower_of(raw: Mapping, image_tower: str | None) -> str:
+    """Folder or hub name of the vision tower. Raises ValueError if neither the config nor a flag names one."""
+    tower = image_tower or raw.get("mm_vision_tower") or raw.get("mm_image_tower")
+    if not tower:
+        raise ValueError("config.json names no vision tower (`mm_vision_tower`): give --image_tower")
+    return tower
+
+
+def read_tensors(folder: Path, names: Sequence[str] = WHOLE_FILES) -> dict[str, torch.Tensor]:
+    """All tensors of a folder: sharded or single, safetensors or .bin. Raises FileNotFoundError if there are none.
+
+    `.bin` files are unpickled with `weights_only=True`: an untrusted one cannot run code.
+    """
+    for name in names:
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            return {key: tensor for shard in shards for key, tensor in _read_shard(folder / shard).items()}
+        if (folder / name).is_file():
+            return _read_shard(folder / name)
+    raise FileNotFoundError(f"{folder}: no weights ({' or '.join(names)}, or an index of shards)")
+
+
+def _read_shard(path: Path) -> dict[str, torch.Tensor]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: the index names this shard, but it is not there")
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+
+def translate_name(name: str) -> str | None:
+    """Our name of an original tensor; None for a computed buffer. Raises KeyError for a name that means nothing."""
+    if name.endswith(COMPUTED):
+        return None
+    for theirs, ours in PREFIXES:
+        if name.startswith(theirs):
+            return ours + name.removeprefix(theirs)
+    raise KeyError(name)
+
+
+def read_state(folder: Path, raw: Mapping, config: LlavaConfig, image_tower: str | None) -> dict[str, torch.Tensor]:
+    """The whole model's tensors under our names, vision tower included, vocabulary rows padded.
+
+    Raises ValueError naming tensors of the original that mean nothing to LLaVA-1.5.
+    """
+    state, unknown = {}, []
+    for name, tensor in read_tensors(folder).items():
+        try:
+            ours = translate_name(name)
+        except KeyError:
+            unknown.append(name)
+            continue
+        if ours is not None:
+            state[ours] = tensor
+    if unknown:
+        raise ValueError(f"{folder}: unexpected tensors: {_some(unknown)}")
+    if not any(name.startswith("model.vision_tower.") for name in state):
+        state |= read_tower(local_folder(tower_of(raw, image_tower)))
+    for name in ("model.language_model.embed_tokens.weight", "lm_head.weight"):
+        if name in state:
+            state[name] = pad_rows(state[name], config.text_config.vocab_size)
+    return state
+
+
+def read_tower(folder: Path) -> dict[str, torch.Tensor]:
+    """Tensors of a CLIP checkpoint's vision model under our names; its text half is not ours to load."""
+    state = {}
+    for name, tensor in read_tensors(folder).items():
+        bare = name.removeprefix("vision_model.")
+        if name.startswith(("text_", "logit_scale", "visual_projection")) or name.endswith(COMPUTED):
+            continue
+        state[f"model.vision_tower.{bare}"] = tensor
+    return state
+
+
+def pad_rows(weight: torch.Tensor, rows: int) -> torch.Tensor:
+    """The matrix with rows of its mean added.
+
+    A mean row's logit is the mean of all logits, so it never wins, and by Jensen's inequality 64 of them add less
+    than 64 / 32000 = 0.2 % to a softmax's denominator. Random rows could do anything.
+    """
+    mean = weight.float().mean(dim=0, keepdim=True).to(weight.dtype)
+    return torch.cat([weight, mean.expand(rows - len(weight), -1)])
+
+
+def build_processor(folder: Path, raw: Mapping, config: LlavaConfig, image_tower: str | None) -> LlavaProcessor:
+    """Tokenizer and image processor of an original checkpoint."""
+    tower = local_folder(tower_of(raw, image_tower))
+    if (tower / "preprocessor_config.json").is_file():
+        image_processor = AutoImageProcessor.from_pretrained(tower, backend="pil")
+    else:
+        side = config.vision_config.image_size
+        crop = {"height": side, "width": side}
+        image_processor = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size=crop)
+    return LlavaProcessor(
+        image_processor=image_processor,
+        tokenizer=build_tokenizer(folder, config.image_token_id),
+        patch_size=config.vision_config.patch_size,
+        num_additional_image_tokens=1,
+        vision_feature_select_strategy="default",
+    )
+
+
+def build_tokenizer(folder: Path, image_token: int) -> PreTrainedTokenizerFast:
+    """LLaMA's sentencepiece tokenizer, merges ordered by score, with `<image>` behind the vocabulary.
+
+    transformers' own conversion orders the merges by id and gives runs of blanks other ids than sentencepiece does.
+    Raises FileNotFoundError without `tokenizer.model`, ValueError if its size does not fit the model's.
+    """
+    path = folder / "tokenizer.model"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder}: no tokenizer.model; an original LLaVA checkpoint has one")
+    pieces = SentencePieceProcessor(model_file=str(path))
+    names = [pieces.id_to_piece(i) for i in range(pieces.get_piece_size())]
+    if len(names) != image_token:
+        raise ValueError(f"{path}: {len(names)} pieces, but the model's vocabulary has {image_token} rows")
+    vocabulary = {name: i for i, name in enumerate(names)}
+    scores = {name: pieces.get_score(i) for i, name in enumerate(names)}
+    merges = generate_merges(vocabulary, scores)
+    tokenizer = Tokenizer(
+        models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    )
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    start = names[pieces.bos_id()]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{start} $A", pair=f"{start} $A {start} $B:1", special_tokens=[(start, pieces.bos_id())]
+    )
+    specials = ["<unk>", start, END, IMAGE]
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in specials])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        bos_token=start,
+        eos_token=END,
+        pad_token="<unk>",
+        padding_side="right",
+        clean_up_tokenization_spaces=False,
+        extra_special_tokens={"image_token": IMAGE},
+    )
+
+
+def translate_lora(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """(LoRA tensors, fully trained tensors) of an original LoRA folder, under our names.
+
+    LoRA names are module path + `.lora_A.weight` or `.lora_B.weight`, without PEFT's prefix. Raises ValueError naming
+    tensors that mean nothing here.
+    """
+    trained = _read_shard(folder / NON_LORA) if (folder / NON_LORA).is_file() else {}
+    return _translated(folder, read_tensors(folder, ADAPTER_FILES)), _translated(folder / NON_LORA, trained)
+
+
+def _translated(path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    found, unknown = {}, []
+    for name, tensor in tensors.items():
+        bare = name
+        while bare.startswith(("base_model.model.", "module.")):
+            bare = bare.removeprefix("module.").removeprefix("base_model.model.")
+        try:
+            ours = translate_name(bare)
+        except KeyError:
+            unknown.append(name)
+            continue
+        if ours is not None:
+            found[ours] = tensor
+    if unknown:
+        raise ValueError(f"{path}: unexpected tensors: {_some(unknown)}")
+    return found
+
+
+def _some(names: Iterable[str]) -> str:
+    names = sorted(names)
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

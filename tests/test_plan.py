@@ -1,0 +1,194 @@
+"""The plan of `--dry_run`: numbers against hand computation, without any weight."""
+
+import re
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+
+from tests.conftest import preference
+from train.llava_hound_dpo.arguments import DataArguments, LossArguments, ModelArguments, TrainArguments
+from train.llava_hound_dpo.model import build_on_meta, count_parameters, parameter_table
+from train.llava_hound_dpo.plan import Memory, packed_tokens, plan, steps_per_epoch, world_size, zero_stage
+from train.llava_hound_dpo.run_dpo import read_inputs
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# LLaVA-1.5-7B by hand: width 4096, feed-forward 11008, 32 blocks, 32064 tokens.
+LANGUAGE_MODEL = 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008 + 2 * 4096) + 4096 + 32064 * 4096
+HEAD = 32064 * 4096
+PROJECTOR = (1024 * 4096 + 4096) + (4096 * 4096 + 4096)
+# CLIP-L/336: class token, patches without bias, positions, two norms; 24 blocks of attention, feed-forward, norms.
+VISION = 1024 + 3 * 14 * 14 * 1024 + 577 * 1024 + 4 * 1024 + 24 * (
+    4 * (1024 * 1024 + 1024) + (1024 * 4096 + 4096) + (4096 * 1024 + 1024) + 4 * 1024
+)  # fmt: skip
+ALL = LANGUAGE_MODEL + HEAD + PROJECTOR + VISION
+LORA_128 = 32 * 128 * (4 * (4096 + 4096) + 3 * (4096 + 11008))  # A and B of seven layers a block
+
+
+@pytest.fixture(scope="module")
+def config_7b():
+    vision = CLIPVisionConfig(
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336,
+        patch_size=14, projection_dim=768,
+    )  # fmt: skip
+    text = LlamaConfig(vocab_size=32064, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32)
+    return LlavaConfig(vision_config=vision, text_config=text, image_token_index=32000, vision_feature_layer=-2)
+
+
+# ---- parameters
+
+
+@pytest.mark.parametrize(
+    ("settings", "added", "trained"),
+    [
+        ({}, LORA_128, LORA_128),
+        ({"lora_r": 16}, LORA_128 // 8, LORA_128 // 8),
+        ({"freeze_mm_mlp_adapter": False}, LORA_128 + PROJECTOR, LORA_128 + PROJECTOR),  # beside the frozen original
+        ({"lora_enable": False}, 0, LANGUAGE_MODEL + HEAD),
+        ({"lora_enable": False, "freeze_mm_mlp_adapter": False}, 0, LANGUAGE_MODEL + HEAD + PROJECTOR),
+    ],
+    ids=["default", "rank 16", "projector", "full", "full and projector"],
+)
+def test_parameters_of_7b(config_7b, settings, added, trained):
+    assert round(ALL / 1e9, 2) == 7.06 and LORA_128 == 319_815_680
+    model = build_on_meta(config_7b, ModelArguments("m", **settings))
+    assert count_parameters(model) == (ALL + added, trained)
+    assert all(p.device.type == "meta" for p in model.parameters())
+
+
+def test_table_of_7b(config_7b):
+    """LoRA of the language model only; the vision tower and the head train nothing."""
+    rows = {
+        line.split()[0]: [int(word.replace(",", "")) for word in line.split()[1:3]]
+        for line in parameter_table(build_on_meta(config_7b, ModelArguments("m"))).splitlines()[1:]
+    }
+    assert rows["vision_tower"] == [VISION, 0] and rows["multi_modal_projector"] == [PROJECTOR, 0]
+    assert rows["language_model"] == [LANGUAGE_MODEL + LORA_128, LORA_128] and rows["lm_head"] == [HEAD, 0]
+
+
+# ---- steps and tokens
+
+
+@pytest.mark.parametrize(
+    ("pairs", "per_device", "accumulation", "world", "steps"),
+    [
+        (27_000, 1, 32, 2, 422),  # 13,500 micro-batches a process, 421.9 times 32
+        (64, 1, 32, 2, 1),
+        (65, 1, 32, 2, 2),  # 33 micro-batches a process
+        (10, 4, 1, 1, 3),
+        (10, 4, 2, 1, 2),
+        (10, 4, 1, 2, 2),  # three micro-batches for two processes
+        (3, 8, 32, 2, 1),
+    ],
+)
+def test_steps_per_epoch(pairs, per_device, accumulation, world, steps):
+    assert steps_per_epoch(pairs, per_device, accumulation, world) == steps
+
+
+@pytest.mark.parametrize(("with_rejected", "tokens"), [(True, 1203), (False, 1193)])
+def test_packed_tokens(with_rejected, tokens):
+    """Prompt of 40 ids, two of them images of 576: 38 + 1152 = 1190. Branches repeat its last token and feed all but
+    the last token of their answers, so an answer of n tokens takes n rows: 1189 + 4 (+ 10)."""
+    pair = SimpleNamespace(
+        prompt=[1] * 40, chosen=[1] * 4, rejected=[1] * 10, record=SimpleNamespace(images=("a", "b"))
+    )
+    assert packed_tokens(pair, 576, with_rejected) == tokens
+
+
+def test_world_size(monkeypatch):
+    for name in ("WORLD_SIZE", "NPROC", "SLURM_NNODES"):
+        monkeypatch.delenv(name, raising=False)
+    assert world_size() == max(1, torch.cuda.device_count())
+    monkeypatch.setenv("NPROC", "4")
+    assert world_size() == 4
+    monkeypatch.setenv("SLURM_NNODES", "3")
+    assert world_size() == 12
+    monkeypatch.setenv("WORLD_SIZE", "2")  # a launcher knows best
+    assert world_size() == 2
+
+
+def test_zero_stage():
+    found = [zero_stage(f) for f in (None, "", str(ROOT / "scripts/zero2.json"), str(ROOT / "scripts/zero3.json"))]
+    assert found == [0, 0, 2, 3]
+
+
+def test_memory_adds_up():
+    assert str(Memory(2 * 1024**3, 1024**3, 512 * 1024**2, 0)).startswith("3.50 GiB (weights 2.00, ")
+
+
+# ---- the text
+
+
+def dry(checkpoint, data, **settings):
+    """(arguments, inputs) of a dry run on what `data` wrote."""
+    settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "num_train_epochs": 4} | settings
+    loss = {name: settings.pop(name) for name in ("dpo_alpha", "gamma") if name in settings}
+    arguments = (
+        ModelArguments(str(checkpoint), lora_r=8, lora_alpha=16),
+        DataArguments(str(data.folder / "train.json"), str(data.images), eval_split=settings.pop("eval_split", 0)),
+        LossArguments(**loss),
+        TrainArguments(output_dir=str(data.folder / "out"), dry_run=True, use_cpu=True, **settings),
+    )
+    return arguments, read_inputs(*arguments)
+
+
+def text_of(arguments, inputs):
+    model, _, loss, args = arguments
+    text = plan(
+        model, loss, args, inputs.config, inputs.train, inputs.evaluation, inputs.dropped, inputs.grid.num_tokens
+    )
+    return {line.split()[0]: re.sub(r"\s+", " ", line.strip()) for line in text.splitlines()}
+
+
+@pytest.fixture
+def one_process(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+
+
+def test_text_of_a_tiny_run(checkpoint, data, one_process):
+    data([preference(n, 1 + n % 3, image_type=None if n % 3 else "single") for n in range(20)])
+    arguments, inputs = dry(checkpoint, data, eval_split=0.1)
+    rows = text_of(arguments, inputs)
+    assert rows["model"].endswith(checkpoint) and rows["output"].endswith("out")
+    assert rows["pairs"] == "pairs 18 to train on, 2 held out, 0 dropped as too long"
+    assert rows["batch"] == "batch 6 pairs = 2 x 3 accumulated x 1 processes"
+    assert rows["steps"] == "steps 3 per epoch, 12 in all"  # 9 micro-batches in threes, 4 epochs
+    assert rows["loss"] == "loss 1 x (dpo + 0.9 x attention) + 0 x (sft + 0.9 x attention)"
+    assert rows["images"].endswith("36 tokens each")
+    # The miniature: 4 blocks of width 128 and feed-forward 384, LoRA of rank 8 on seven layers.
+    lora = 4 * 8 * (4 * (128 + 128) + 3 * (128 + 384))
+    assert rows["language_model"].split()[2] == f"{lora:,}" and rows["vision_tower"].split()[2] == "0"
+
+
+def test_tokens_of_the_longest_batch(checkpoint, data, one_process):
+    """Two rows of the longest pairs, each prompt once with 36 tokens an image; without the rejected for SFT."""
+    data([preference(n, n + 1, 1, image_type="sequence") for n in range(4)])
+    for weights, answers in (({}, 2), ({"dpo_alpha": 0.0, "gamma": 1.0}, 1)):
+        arguments, inputs = dry(checkpoint, data, **weights)
+        long = inputs.train[2:]
+        wanted = sum(len(p.prompt) - 1 + 35 * len(p.record.images) + answers * len(p.chosen) for p in long)
+        assert all(len(p.chosen) == len(p.rejected) for p in long)
+        assert f"({wanted:,} tokens)" in text_of(arguments, inputs)["memory"]
+
+
+def test_max_steps_overrides_epochs(checkpoint, data, one_process):
+    data([preference(n) for n in range(8)])
+    assert text_of(*dry(checkpoint, data, max_steps=7))["steps"].endswith("7 in all")
+
+
+def test_the_zero_stage_is_in_the_plan(checkpoint, data, one_process):
+    data([preference(n) for n in range(4)])
+    rows = text_of(*dry(checkpoint, data, deepspeed=str(ROOT / "scripts/zero3.json")))
+    assert rows["memory"].endswith("ZeRO 3")
+
+
+def test_no_weights_are_needed(checkpoint, data, one_process, tmp_path):
+    """Config and tokenizer files alone are enough, as a machine without the checkpoint has them."""
+    folder = shutil.copytree(checkpoint, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
+    assert not list(Path(folder).glob("*.safetensors"))
+    data([preference(n) for n in range(4)])
+    assert "4 to train on" in text_of(*dry(folder, data))["pairs"]
