@@ -4,19 +4,20 @@ Everything is translated into what transformers' LLaVA expects, so that nothing 
 """
 
 import json
-import logging
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 from transformers import (
     AutoImageProcessor,
     CLIPImageProcessorPil,
     CLIPVisionConfig,
+    CLIPVisionModel,
     LlamaConfig,
     LlavaConfig,
     LlavaProcessor,
@@ -25,8 +26,6 @@ from transformers import (
 from transformers.convert_slow_tokenizer import generate_merges
 
 from llava.conversation import END, IMAGE
-
-logger = logging.getLogger(__name__)
 
 TEXT_FIELDS = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
@@ -267,6 +266,53 @@ def _translated(path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, to
     if unknown:
         raise ValueError(f"{path}: unexpected tensors: {_some(unknown)}")
     return found
+
+
+def write_checkpoint(model, processor, folder: Path, source: Path) -> None:
+    """Write a model in the original layout: one safetensors file, vision tower and its processor in `vision_tower/`.
+
+    `tokenizer.model` cannot be made from a fast tokenizer: it is copied from the checkpoint that `source` is or stands
+    on. Raises FileNotFoundError if that has none.
+    """
+    config, state = model.config, model.state_dict()
+    vocabulary = find_tokenizer_model(source)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {}
+    for name, tensor in state.items():
+        theirs = next((old + name.removeprefix(new) for old, new in PREFIXES if name.startswith(new)), None)
+        if theirs is None or "vision_tower" in theirs:
+            continue
+        is_vocabulary = theirs in ("model.embed_tokens.weight", "lm_head.weight")
+        tensors[theirs] = (tensor[: config.image_token_id] if is_vocabulary else tensor).clone()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    tower = CLIPVisionModel(config.vision_config).to(model.dtype)
+    tower.load_state_dict(model.model.vision_tower.state_dict())
+    tower.save_pretrained(folder / "vision_tower")
+    processor.image_processor.save_pretrained(folder / "vision_tower")
+    text = config.text_config
+    written = {name: getattr(text, name) for name in TEXT_FIELDS if hasattr(text, name)}
+    written |= {"rope_theta": text.rope_parameters.get("rope_theta", 10000.0), "vocab_size": config.image_token_id}
+    written |= {
+        "architectures": ["LlavaLlamaForCausalLM"], "model_type": "llava", "pad_token_id": 0,
+        "torch_dtype": str(model.dtype).removeprefix("torch."), "mm_vision_tower": str(folder / "vision_tower"),
+        "mm_projector_type": "mlp2x_gelu", "mm_vision_select_layer": config.vision_feature_layer,
+        "mm_vision_select_feature": "patch", "mm_hidden_size": config.vision_config.hidden_size,
+        "mm_use_im_start_end": False, "mm_use_im_patch_token": False, "image_aspect_ratio": "pad",
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+    shutil.copy(vocabulary, folder / "tokenizer.model")
+
+
+def find_tokenizer_model(source: Path) -> Path:
+    """`tokenizer.model` of a checkpoint, or of the base below an adapter."""
+    while not (source / "tokenizer.model").is_file():
+        settings = source / "adapter_config.json"
+        if not settings.is_file():
+            raise FileNotFoundError(
+                f"{source}: no tokenizer.model, which the original layout needs: copy that of liuhaotian/llava-v1.5-7b there"
+            )
+        source = Path(json.loads(settings.read_text(encoding="utf-8"))["base_model_name_or_path"])
+    return source / "tokenizer.model"
 
 
 def _some(names: Iterable[str]) -> str:

@@ -90,7 +90,7 @@ def test_unexpected_tensor_is_named(copy):
 
 def test_misshaped_tensor_is_named(copy):
     edit_weights(copy, lambda tensors, name: tensors.update({name: torch.zeros(5, 7)}))
-    with pytest.raises(ValueError, match=rf"(?s)mismatched tensors: .*{PROJECTOR}"):
+    with pytest.raises(ValueError, match=rf"mis-shaped tensors: \S*{PROJECTOR} \(5, 7\), the model has \(128, 96\)"):
         load_model(str(copy))
 
 
@@ -127,7 +127,7 @@ def test_folder_without_config(tmp_path):
 
 
 def test_folder_that_does_not_exist(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere.*no such checkpoint folder"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere.*no such checkpoint folder"):
         load_config(str(tmp_path / "nowhere"))
 
 
@@ -139,19 +139,16 @@ def test_hub_name_while_offline(load):
     assert load is load_processor or "download the checkpoint" in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [{"mm_vision_tower": "openai/clip-vit-large-patch14-336"}, {"model_type": "llava_llama"}, {"model_type": "llama"}],
-)
-def test_original_format_is_refused_with_a_hint(copy, change):
-    edit_config(copy, **change)
-    with pytest.raises(ValueError, match=r"copy.*llava-hf/llava-1\.5-7b-hf"):
+@pytest.mark.parametrize("model_type", ["llava_next", "llama", "llava_onevision"])
+def test_other_models_are_refused(copy, model_type):
+    edit_config(copy, model_type=model_type)
+    with pytest.raises(ValueError, match=rf"copy.*'{model_type}'.*LLaVA-1\.5"):
         load_config(str(copy))
 
 
-def test_config_without_language_model(copy):
+def test_config_without_language_model_names_the_folder(copy):
     edit_config(copy, text_config=...)
-    with pytest.raises(ValueError, match=r"copy.*text_config"):
+    with pytest.raises(ValueError, match="copy"):
         load_config(str(copy))
 
 
@@ -163,7 +160,7 @@ def test_broken_config_names_the_file(copy):
 
 def test_feature_strategy_with_the_class_token_is_refused(copy):
     edit_config(copy, vision_feature_select_strategy="full")
-    with pytest.raises(ValueError, match="'full'.*'default'"):
+    with pytest.raises(ValueError, match=r"'full'.*'default'"):
         load_config(str(copy))
 
 
@@ -180,7 +177,7 @@ def test_another_image_id_is_refused(copy):
 def test_another_end_token_is_refused(copy):
     path = copy / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token": "<s>"}))
-    with pytest.raises(ValueError, match="'<s>'.*'</s>'"):
+    with pytest.raises(ValueError, match=r"'<s>'.*'</s>'"):
         load_processor(str(copy))
 
 
@@ -240,7 +237,9 @@ def test_adapter_with_a_missing_tensor_is_refused(adapter):
 
 def test_lora_targets_are_the_seven_layers_of_each_language_block(adapter):
     model = adapter[1]
-    found = sorted(name.removesuffix(".lora_A.default") for name, _ in model.named_modules() if name.endswith("lora_A.default"))
+    found = sorted(
+        name.removesuffix(".lora_A.default") for name, _ in model.named_modules() if name.endswith("lora_A.default")
+    )
     blocks = {f"self_attn.{n}_proj" for n in "qkvo"} | {f"mlp.{n}_proj" for n in ("gate", "up", "down")}
     prefix = "base_model.model.model.language_model.layers"
     assert found == sorted(f"{prefix}.{layer}.{block}" for layer in range(4) for block in blocks)

@@ -44,7 +44,7 @@ def test_a_turn_after_an_open_one_is_refused():
 @pytest.mark.parametrize("answer", ["red</s>", "</s>", "see <image>", "<image>\n"])
 def test_answers_with_tokens_of_the_template_are_refused(answer):
     for use in (check_answer, lambda text: render([(FIRST, text)])):
-        with pytest.raises(ValueError, match="</s>|<image>"):
+        with pytest.raises(ValueError, match=r"</s>|<image>"):
             use(answer)
 
 

@@ -57,7 +57,9 @@ def test_token_ids_of_a_pair(setting):
     (pair,) = setting.pairs(preference(num_images=3, target=2))
     tokenizer = setting.tokenizer
     assert pair.prompt.count(setting.image_token) == 3
-    assert tokenizer.decode(pair.chosen).strip() == "green</s>" and tokenizer.decode(pair.rejected).strip() == "blue</s>"
+    assert (
+        tokenizer.decode(pair.chosen).strip() == "green</s>" and tokenizer.decode(pair.rejected).strip() == "blue</s>"
+    )
 
 
 def test_num_tokens_counts_images_and_the_longer_answer(setting):

@@ -93,7 +93,9 @@ def test_two_workers_read_while_the_parent_holds_the_archive_open(tmp_path, kind
     store = ImageStore(make_store(tmp_path, kind, FILES))
     assert_all_read(store)
     names = list(FILES) * 8
-    loader = DataLoader(names, batch_size=None, num_workers=2, collate_fn=lambda n: (n, np.asarray(store.open(n)).sum()))
+    loader = DataLoader(
+        names, batch_size=None, num_workers=2, collate_fn=lambda n: (n, np.asarray(store.open(n)).sum())
+    )
     found = list(loader)
     assert_all_read(store)
     wanted = {name: noise(8 + n, 6, seed=n).sum() for n, name in enumerate(FILES)}

@@ -125,13 +125,15 @@ def test_patches_add_up_to_the_box(side, patch, size, share):
     area = (box[2] - box[0]) * (box[3] - box[1]) * scale**2
     assert padded.sum().item() * patch**2 == pytest.approx(area, rel=1e-4)
     assert padded.min() >= 0 and padded.max() <= 1
-    # Cropped: the shorter side is `side` px, and of the longer one the middle `side` px are seen.
-    across, down = (
-        min((high - low) * length, max(0, min(high * length, (length + seen) / 2) - max(low * length, (length - seen) / 2)))
-        for low, high, length, seen in ((share[0], share[2], width, min(size)), (share[1], share[3], height, min(size)))
-    )  # fmt: skip
+    seen = min(size)  # cropped: of the longer axis the middle as long as the shorter one is seen
+    lengths = []
+    for low, high, length in ((box[0], box[2], width), (box[1], box[3], height)):
+        first, last = (length - seen) / 2, (length + seen) / 2
+        lengths.append(max(0, min(high, last) - max(low, first)))
     cropped = grid_of(side, patch, pad=False).weights(box, size)
-    assert cropped.sum().item() * patch**2 == pytest.approx(across * down * (side / min(size)) ** 2, rel=0.02, abs=side)
+    assert cropped.sum().item() * patch**2 == pytest.approx(
+        lengths[0] * lengths[1] * (side / seen) ** 2, rel=0.02, abs=side
+    )
 
 
 def test_the_whole_square_picture_is_every_token_in_full():

@@ -132,6 +132,9 @@ def build_model(processor: LlavaProcessor, seed: int) -> LlavaForConditionalGene
     torch.manual_seed(seed)
     model = LlavaForConditionalGeneration(config)
     with torch.no_grad():
+        for name, weight in model.model.language_model.named_parameters():
+            if weight.ndim == 2 and "embed" not in name:
+                weight.normal_(std=weight.shape[1] ** -0.5)
         model.model.multi_modal_projector.linear_2.weight.mul_(PROJECTOR_SCALE)
     model.generation_config = GenerationConfig(do_sample=False, **special_ids)
     return model

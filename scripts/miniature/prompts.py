@@ -8,12 +8,12 @@ from PIL import Image
 from scripts.miniature import draw
 from scripts.miniature.world import ATTRIBUTES, Scene, combinations
 
-QUESTIONS = {
-    "colour": "What colour are the shapes?",
-    "shape": "What shape is drawn?",
-    "background": "What colour is the background?",
-    "count": "How many shapes are there?",
-    "pattern": "What pattern has the background?",
+QUESTIONS = {  # alike in length: what is asked for stands at a fixed distance from the answer, easy to find
+    "colour": "What is the colour?",
+    "shape": "What is the shape?",
+    "background": "What is the background?",
+    "count": "What is the count?",
+    "pattern": "What is the pattern?",
 }
 CENTRE_PHRASES = (
     "In the central picture",
