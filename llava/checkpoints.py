@@ -127,13 +127,25 @@ def load_model(
     return _with_adapters(model, source)
 
 
+def check_tensors(path: str, image_tower: str | None = None) -> int:
+    """Number of tensors of a checkpoint, each accounted for by name and shape, without reading their numbers.
+
+    Raises ValueError like `load_model`.
+    """
+    source = find_source(path, image_tower)
+    model = _load_whole(source.root, load_config(path, image_tower), torch.float32, device_map="meta")
+    adapted = _with_adapters(model, source)
+    return len(adapted.state_dict())
+
+
 def image_tokens(config: LlavaConfig) -> int:
     """Image tokens per image: 576 for CLIP-L/336."""
     return (config.vision_config.image_size // config.vision_config.patch_size) ** 2
 
 
-def _load_whole(source: Source, config: LlavaConfig, dtype: torch.dtype) -> LlavaForConditionalGeneration:
-    settings = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}  # refused below, by name
+def _load_whole(source: Source, config: LlavaConfig, dtype: torch.dtype, **more) -> LlavaForConditionalGeneration:
+    # Mis-shaped tensors are refused below, by name.
+    settings = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True, **more}
     if source.dialect == LLAVA_HF:
         model, report = LlavaForConditionalGeneration.from_pretrained(source.path, **settings)
     else:
@@ -161,7 +173,8 @@ def _load_peft(model, folder: Path) -> PeftModel:
     given = original.read_tensors(folder, original.ADAPTER_FILES)
     wanted = get_peft_model_state_dict(adapted)
     account(str(folder), {n: t.shape for n, t in wanted.items()}, {n: t.shape for n, t in given.items()})
-    set_peft_model_state_dict(adapted, given)
+    if not next(model.parameters()).is_meta:
+        set_peft_model_state_dict(adapted, given)
     return adapted
 
 

@@ -309,7 +309,7 @@ def find_tokenizer_model(source: Path) -> Path:
         settings = source / "adapter_config.json"
         if not settings.is_file():
             raise FileNotFoundError(
-                f"{source}: no tokenizer.model, which the original layout needs: copy that of liuhaotian/llava-v1.5-7b there"
+                f"{source}: no tokenizer.model, which the original layout needs: copy liuhaotian/llava-v1.5-7b's there"
             )
         source = Path(json.loads(settings.read_text(encoding="utf-8"))["base_model_name_or_path"])
     return source / "tokenizer.model"

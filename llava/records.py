@@ -59,7 +59,7 @@ class Question(Prompt):
 
 def read_preferences(path: str | Path) -> list[Preference]:
     """Preference pairs of a JSON array or JSONL file. Raises DataError, FileNotFoundError."""
-    return _read(path, _parse_preference)
+    return _read(path, parse_preference)
 
 
 def read_questions(path: str | Path) -> list[Question]:
@@ -101,12 +101,16 @@ def _json_lines(path: Path, text: str) -> Iterator[Any]:
             raise DataError([f"{path}: broken JSON at line {number}, column {error.colno}: {error.msg}"]) from error
 
 
+def name_of(path: str | Path, number: int, raw: Any) -> str:
+    """How messages name a record: file, number from 1, id if it has one."""
+    has_id = isinstance(raw, dict) and "id" in raw
+    return f"{path} record {number}" + (f" (id {raw['id']})" if has_id else "")
+
+
 def _read(path: str | Path, parse) -> list:
     records, problems = [], []
     for number, raw in enumerate(read_json(path), 1):
-        where = f"{path} record {number}"
-        if isinstance(raw, dict) and "id" in raw:
-            where += f" (id {raw['id']})"
+        where = name_of(path, number, raw)
         try:
             records.append(parse(raw, where))
         except ValueError as error:
@@ -118,7 +122,8 @@ def _read(path: str | Path, parse) -> list:
     return records
 
 
-def _parse_preference(raw: Any, where: str) -> Preference:
+def parse_preference(raw: Any, where: str) -> Preference:
+    """One preference pair. Raises ValueError saying what is wrong with it."""
     prompt = _parse_prompt(raw, where, KNOWN | {"chosen", "rejected"})
     chosen, rejected = check_answer(_text(raw, "chosen")), check_answer(_text(raw, "rejected"))
     if chosen.strip() == rejected.strip():

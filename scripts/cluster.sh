@@ -9,6 +9,7 @@ if [[ -z ${NPROC:-} ]]; then
   fi
   ((NPROC > 0)) || NPROC=1 # no GPU: one process on the CPU
 fi
+[[ -e /dev/nvidia0 ]] || export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
 export NPROC OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 LAUNCH=(torchrun --nproc_per_node="$NPROC")

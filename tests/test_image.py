@@ -2,10 +2,12 @@
 
 import io
 import pickle
+import struct
 import subprocess
 import sys
 import tarfile
 import zipfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -174,6 +176,15 @@ def test_a_picture_cut_anywhere_is_a_value_error(tmp_path, picture_format):
             store.open("x.img")
         except ValueError as error:
             assert "x.img" in str(error)
+
+
+def test_a_picture_of_absurd_size_is_named(tmp_path):
+    """A header that claims 20,000 x 20,000 px: pillow takes it for a decompression bomb."""
+    chunk = b"IHDR" + struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)
+    data = encoded(GOOD)
+    (tmp_path / "x.png").write_bytes(data[:12] + chunk + struct.pack(">I", zlib.crc32(chunk)) + data[33:])
+    with pytest.raises(ValueError, match=r"x\.png"):
+        ImageStore(tmp_path).open("x.png")
 
 
 def test_a_damaged_zip_member_is_named(tmp_path):

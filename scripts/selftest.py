@@ -1,0 +1,137 @@
+"""Does the attention term work with this installation and this checkpoint's shape? Answered on a small random twin."""
+
+from collections.abc import Iterator
+
+import torch
+from PIL import Image, ImageDraw
+from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+from llava.attention import Plan, Probe, attention_ratio, install
+from llava.image import pixel_values
+from llava.layout import EncodedPair, PatchGrid, pack
+from train.llava_hound_dpo.scoring import Scores, score
+
+LAYER = 1
+
+
+def run(config: LlavaConfig, image_processor) -> Iterator[tuple[str, str]]:
+    """(what was tested, problem or "") for every check."""
+    model = small_twin(config)
+    yield "region mass equals eager attention", mass_against_eager(model)
+    yield "the attention term's gradient reaches query and key", gradient_of_term(model)
+    yield "a step along the attention term raises the target's share", sign_of_term(model)
+    yield "a rejected answer does not see the chosen one", packing(model)
+    grid = PatchGrid.of(image_processor, config.vision_config, pad=True)
+    yield "target boxes fall on the right image tokens", painted_box(grid, image_processor)
+
+
+def small_twin(config: LlavaConfig) -> LlavaForConditionalGeneration:
+    """A random model of the same class and patch grid, small enough for seconds on a CPU, with peaky attention."""
+    twin = LlavaConfig.from_dict(config.to_dict())
+    text, vision = twin.text_config, twin.vision_config
+    share = max(1, text.num_attention_heads // (text.num_key_value_heads or text.num_attention_heads))
+    text.hidden_size, text.intermediate_size, text.num_hidden_layers = 64, 96, 3
+    text.num_attention_heads, text.num_key_value_heads, text.head_dim = 4, max(1, 4 // share), 16
+    vision.hidden_size, vision.intermediate_size, vision.num_hidden_layers, vision.num_attention_heads = 32, 64, 3, 2
+    torch.manual_seed(0)
+    model = LlavaForConditionalGeneration(twin)
+    with torch.no_grad():
+        for layer in model.model.language_model.layers:
+            layer.self_attn.q_proj.weight.mul_(6)
+            layer.self_attn.k_proj.weight.mul_(6)
+    install(model)
+    return model
+
+
+def example(model) -> tuple[EncodedPair, torch.Tensor]:
+    """A pair about the second of two random pictures."""
+    config = model.config
+    side, tokens = (
+        config.vision_config.image_size,
+        (config.vision_config.image_size // config.vision_config.patch_size) ** 2,
+    )
+    image = [config.image_token_id] * tokens
+    pair = EncodedPair(
+        prompt=[1, 11, *image, 12, *image, 13, 14],
+        chosen=[21, 22, 23],
+        rejected=[31, 32],
+        target=torch.cat([torch.zeros(tokens), torch.ones(tokens)]),
+    )
+    return pair, torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+
+
+def mass_against_eager(model) -> str:
+    """Compare with transformers' own attention maps."""
+    pair, pixels = example(model)
+    ids = torch.tensor([pair.prompt])
+    regions = (ids == model.config.image_token_id).float()[..., None]
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "pixel_values": pixels,
+        "output_attentions": True,
+    }
+    with torch.no_grad():
+        (ours,) = model(**inputs, plan=Plan(probe=Probe(regions, frozenset({LAYER})))).attentions
+        model.set_attn_implementation({"text_config": "eager"})
+        theirs = model(**inputs).attentions[LAYER][:, :, -1:] @ regions[:, None]
+    install(model)
+    error = (ours - theirs).abs().max().item()
+    return "" if error < 1e-5 else f"largest error {error:.1e}"
+
+
+def share(scores: Scores) -> torch.Tensor:
+    """The attention ratio of the one pair."""
+    return attention_ratio(scores.masses).mean()
+
+
+def gradient_of_term(model) -> str:
+    """The term alone, with gradient checkpointing as in training."""
+    pair, pixels = example(model)
+    model.train()
+    model.activation_checkpointing_enable()
+    model.zero_grad()
+    (1 - share(score(model, pack([pair], model.config.image_token_id), pixels, layers=frozenset({LAYER})))).backward()
+    attention = model.model.language_model.layers[LAYER].self_attn
+    norms = [p.weight.grad.norm().item() for p in (attention.q_proj, attention.k_proj)]
+    return "" if min(norms) > 0 else f"gradient norms {norms}"
+
+
+def sign_of_term(model) -> str:
+    """One small step against the gradient that `gradient_of_term` left."""
+    pair, pixels = example(model)
+    row = pack([pair], model.config.image_token_id)
+    with torch.no_grad():
+        before = share(score(model, row, pixels, layers=frozenset({LAYER}))).item()
+        parameters = [p for p in model.parameters() if p.grad is not None]
+        norm = sum(p.grad.square().sum() for p in parameters).sqrt()
+        for parameter in parameters:
+            parameter.sub_(0.05 * parameter.grad / norm)
+        after = share(score(model, row, pixels, layers=frozenset({LAYER}))).item()
+    return "" if after > before else f"share {before:.4f} before, {after:.4f} after"
+
+
+def packing(model) -> str:
+    """Log-probs of the rejected answer with and without a chosen one before it."""
+    pair, pixels = example(model)
+    alone = EncodedPair(pair.prompt, pair.rejected, [], pair.target)
+    with torch.no_grad():
+        both = score(model, pack([pair], model.config.image_token_id), pixels).rejected
+        single = score(model, pack([alone], model.config.image_token_id), pixels).chosen
+    error = (both - single).abs().max().item()
+    return "" if error < 1e-4 else f"log-probs differ by {error:.1e}"
+
+
+def painted_box(grid: PatchGrid, image_processor) -> str:
+    """Paint a box into a landscape and a portrait picture: the tokens inside it change, those far from it do not."""
+    for size in ((300, 200), (200, 300)):
+        box = (60, 50, 140, 150)
+        plain, painted = Image.new("RGB", size, "white"), Image.new("RGB", size, "white")
+        ImageDraw.Draw(painted).rectangle((box[0], box[1], box[2] - 1, box[3] - 1), fill="black")
+        change = (pixel_values([plain], image_processor, True) - pixel_values([painted], image_processor, True)).abs()
+        patches = change[0].amax(0).unfold(0, grid.patch, grid.patch).unfold(1, grid.patch, grid.patch).amax((-1, -2))
+        weights = grid.weights(box, size).view(grid.rows, grid.cols)
+        near = torch.nn.functional.max_pool2d(weights[None], 3, stride=1, padding=1)[0] > 0
+        if (patches[weights == 1] == 0).any() or (patches[~near] > 0).any():
+            return f"a box in a {size[0]} x {size[1]} picture changes other tokens than its weights say"
+    return ""

@@ -1,0 +1,182 @@
+"""Twenty planted faults, each found by name, and a clean bill for clean input."""
+
+import json
+import shutil
+import sys
+import types
+
+import pytest
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from scripts import doctor, selftest
+from tests.conftest import preference
+
+
+@pytest.fixture
+def examine(capsys, monkeypatch):
+    """Runs the doctor; gives (exit code, lines that say FAIL, everything printed)."""
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["doctor", *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            doctor.main()
+        printed = capsys.readouterr().out
+        return ended.value.code, [line for line in printed.splitlines() if line.startswith("  FAIL")], printed
+
+    return run
+
+
+@pytest.fixture
+def clean(data):
+    return [preference(n, num_images=2 + n % 3, target=1 + n % 2) for n in range(4)]
+
+
+def test_clean_input_passes_with_counts(examine, data, clean, checkpoint):
+    code, failures, printed = examine(
+        "--model_name_or_path", checkpoint, "--data_path", data(clean), "--image_folder", data.images
+    )
+    assert (code, failures) == (0, []), printed
+    assert "4 records, 0 of them bad" in printed and "'sequence': 4" in printed
+    assert "region mass equals eager attention" in printed
+
+
+def fault(**changes):
+    return lambda record, images: record.update(changes)
+
+
+def truncate(record, images):
+    whole = (images / "blue.png").read_bytes()
+    (images / "cut.png").write_bytes(whole[:-30])
+    record["image"][0] = "cut.png"
+
+
+def not_a_picture(record, images):
+    (images / "text.png").write_text("hello")
+    record["image"][0] = "text.png"
+
+
+def one_image(record, images, **changes):
+    Image.new("RGB", (448, 448)).save(images / "one.png")
+    record.update({"image": ["one.png"], "prompt": "<image>\nIn Image2, what?", **changes})
+
+
+RECORD_FAULTS = {
+    "missing field": (lambda record, images: record.pop("rejected"), "`rejected` is missing"),
+    "fewer placeholders than images": (fault(prompt="<image>\nIn Image1, what?"), "1 <image> but the record lists 3"),
+    "picture missing": (lambda record, images: record["image"].__setitem__(1, "no.png"), "no.png: no such picture"),
+    "picture truncated": (truncate, "cut.png: truncated or damaged"),
+    "not a picture": (not_a_picture, "text.png: not a picture"),
+    "image out of range": (fault(target=9), "Image9 does not exist"),
+    "empty chosen": (fault(chosen=" "), "`chosen` is empty"),
+    "chosen equals rejected": (fault(chosen="red", rejected="red "), "nothing to prefer"),
+    "stop string in the answer": (fault(chosen="red</s>"), "must not contain '</s>'"),
+    "cell that does not exist": (one_image, "read as 1 x 1 cells"),
+    "box outside the picture": (
+        lambda record, images: one_image(record, images, target_box=[0, 0, 500, 400], grid=[1, 2]),
+        "reaches outside the 448 x 448",
+    ),
+    "box without area": (fault(target_box=[5, 5, 5, 9]), "has no area"),
+    "unknown format": (fault(image_type="video"), "'video' is none of"),
+    "too long": (lambda record, images: record.update(chosen="word " * 600), "above --model_max_length 500"),
+    "id used twice": (fault(id="pair_0"), "the id is used 2 times"),
+}
+
+
+@pytest.mark.parametrize("name", RECORD_FAULTS)
+def test_a_bad_record_is_found_and_listed(examine, data, clean, checkpoint, tmp_path, name):
+    plant, expected = RECORD_FAULTS[name]
+    plant(clean[1], data.images)
+    path = data(clean)
+    words = ["--model_name_or_path", checkpoint, "--data_path", path, "--image_folder", data.images]
+    code, failures, printed = examine(*words, "--model_max_length", 500, "--fix-list", tmp_path / "bad.json")
+    assert code == 1, printed
+    line = next(line for line in failures if "record 2" in line)
+    assert expected in line and str(path) in line
+    assert clean[1]["id"] in json.loads((tmp_path / "bad.json").read_text())
+    assert "pair_2" not in (tmp_path / "bad.json").read_text()
+
+
+def test_all_problems_are_listed_not_only_the_first(examine, data, clean, checkpoint):
+    clean[0]["chosen"], clean[2]["image"][0] = "", "no.png"
+    words = ["--data_path", data(clean), "--image_folder", data.images]
+    _, failures, printed = examine("--model_name_or_path", checkpoint, *words)
+    assert len(failures) == 2 and "4 records, 2 of them bad" in printed
+
+
+def test_broken_json(examine, data, checkpoint, tmp_path):
+    (tmp_path / "broken.json").write_text('[{"id": 1,}]')
+    words = ["--data_path", tmp_path / "broken.json", "--image_folder", data.images]
+    code, failures, _ = examine("--model_name_or_path", checkpoint, *words)
+    assert code == 1 and "line 1, column 11" in failures[0]
+
+
+@pytest.mark.parametrize("kind", ["missing", "mis-shaped"])
+def test_a_bad_tensor(examine, checkpoint, tmp_path, kind):
+    shutil.copytree(checkpoint, tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(path)
+    name = next(name for name in tensors if "linear_1.weight" in name)
+    tensors[name] = tensors[name][:-1].clone()
+    if kind == "missing":
+        del tensors[name]
+    save_file(tensors, path, metadata={"format": "pt"})
+    code, failures, _ = examine("--model_name_or_path", tmp_path / "model")
+    assert code == 1 and kind in failures[0] and "linear_1.weight" in failures[0]
+
+
+def test_a_tokenizer_of_another_model(examine, checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    config = json.loads(path.read_text())
+    config["image_token_index"] = config["image_token_id"] = 5
+    path.write_text(json.dumps(config))
+    code, failures, _ = examine("--model_name_or_path", tmp_path / "model")
+    assert code == 1 and "the tokenizer reads <image> as id" in failures[0]
+
+
+def test_an_adapter_whose_base_is_gone(examine, tmp_path):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "/nowhere/base"}))
+    code, failures, _ = examine("--model_name_or_path", tmp_path)
+    assert code == 1 and "/nowhere/base" in failures[0]
+
+
+def test_a_llava_package_from_elsewhere(examine, monkeypatch, tmp_path):
+    foreign = types.ModuleType("llava")
+    foreign.__file__ = str(tmp_path / "site-packages" / "llava" / "__init__.py")
+    monkeypatch.setattr(doctor, "llava", foreign)
+    monkeypatch.setattr(doctor, "packages_distributions", lambda: {"llava": ["haotian-llava"]})
+    code, failures, _ = examine()
+    assert code == 1 and len(failures) == 2
+    assert "not this repository" in failures[0] and "pip uninstall haotian-llava" in failures[1]
+
+
+class TestSelfTestNotices:
+    """The self-test must fail when the term is broken, or it tells nothing."""
+
+    def problems(self, checkpoint):
+        from llava.checkpoints import load_config, load_processor
+
+        checks = selftest.run(load_config(checkpoint), load_processor(checkpoint).image_processor)
+        return [name for name, problem in checks if problem]
+
+    def test_a_wrong_mass(self, checkpoint, monkeypatch):
+        import llava.attention
+
+        right = llava.attention.region_mass
+        monkeypatch.setattr(llava.attention, "region_mass", lambda *a: right(*a) * 1.01)
+        assert any("eager" in name for name in self.problems(checkpoint))
+
+    def test_shifted_boxes(self, checkpoint, monkeypatch):
+        from llava.layout import PatchGrid
+
+        right = PatchGrid.weights
+        monkeypatch.setattr(PatchGrid, "weights", lambda self, box, size: right(self, box, size).roll(3))
+        assert any("boxes" in name for name in self.problems(checkpoint))
+
+    def test_a_wrong_sign(self, checkpoint, monkeypatch):
+        right = selftest.share
+        monkeypatch.setattr(
+            selftest, "share", lambda scores: 1 - right(scores) if scores.masses.requires_grad else right(scores)
+        )
+        assert any("raises" in name for name in self.problems(checkpoint))
