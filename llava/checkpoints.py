@@ -21,6 +21,7 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
+from safetensors import SafetensorError
 from transformers import AutoProcessor, LlavaConfig, LlavaForConditionalGeneration
 
 from llava import original
@@ -61,13 +62,15 @@ def find_source(path: str, image_tower: str | None = None) -> Source:
     """
     folder = Path(path)
     if (folder / ADAPTER_CONFIG).is_file():
-        settings = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        settings = _read_json(folder / ADAPTER_CONFIG)
         base = settings.get("base_model_name_or_path")
         if not base:
             raise ValueError(f"{path}: {ADAPTER_CONFIG} names no base model (base_model_name_or_path)")
         is_old = (folder / original.NON_LORA).is_file() or (folder / "config.json").is_file()
         return Source(path, ORIGINAL_LORA if is_old else PEFT_ADAPTER, find_source(base, image_tower))
     raw = _read_config(path)
+    if raw.get("model_type") == "llava" and "text_config" not in raw and "hidden_size" not in raw:
+        raise ValueError(f"{path}: config.json describes no language model (no `text_config`)")
     if original.is_original(raw):
         return Source(path, ORIGINAL, image_tower=image_tower)
     if raw.get("model_type") != "llava" or "text_config" not in raw:
@@ -79,7 +82,10 @@ def load_config(path: str, image_tower: str | None = None) -> LlavaConfig:
     """The config of a checkpoint, or of the base below an adapter. Raises like `find_source`."""
     source = find_source(path, image_tower).root
     if source.dialect == ORIGINAL:
-        config = original.translate_config(_read_config(source.path), source.image_tower)
+        try:
+            config = original.translate_config(_read_config(source.path), source.image_tower)
+        except ValueError as error:
+            raise ValueError(f"{source.path}: {error}") from error
     else:
         config = LlavaConfig.from_pretrained(source.path)
     if config.vision_feature_select_strategy != "default":
@@ -146,14 +152,18 @@ def image_tokens(config: LlavaConfig) -> int:
 def _load_whole(source: Source, config: LlavaConfig, dtype: torch.dtype, **more) -> LlavaForConditionalGeneration:
     # Mis-shaped tensors are refused below, by name.
     settings = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True, **more}
-    if source.dialect == LLAVA_HF:
-        model, report = LlavaForConditionalGeneration.from_pretrained(source.path, **settings)
-    else:
-        folder, raw = original.local_folder(source.path), _read_config(source.path)
-        state = original.read_state(folder, raw, config, source.image_tower)
-        account(source.path, shapes_of(config), {name: tensor.shape for name, tensor in state.items()})
-        model, report = LlavaForConditionalGeneration.from_pretrained(None, config=config, state_dict=state, **settings)
-        model.name_or_path = source.path
+    model_class = LlavaForConditionalGeneration
+    try:
+        if source.dialect == ORIGINAL:
+            folder, raw = original.local_folder(source.path), _read_config(source.path)
+            state = original.read_state(folder, raw, config, source.image_tower)
+            account(source.path, shapes_of(config), {name: tensor.shape for name, tensor in state.items()})
+            model, report = model_class.from_pretrained(None, config=config, state_dict=state, **settings)
+            model.name_or_path = source.path
+        else:
+            model, report = model_class.from_pretrained(source.path, **settings)
+    except (OSError, SafetensorError) as error:
+        raise FileNotFoundError(f"{source.path}: the weights cannot be read ({_first_line(error)})") from error
     _refuse(source.path, *(report.get(kind, ()) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")))
     return model
 
@@ -191,7 +201,7 @@ def _load_original_lora(model, folder: Path) -> PeftModel:
     with torch.no_grad():
         for name, tensor in trained.items():
             own[name].copy_(tensor)
-    settings = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    settings = _read_json(folder / ADAPTER_CONFIG)
     modules = sorted({name.rsplit(".lora_", 1)[0] for name in lora})
     config = LoraConfig(r=settings["r"], lora_alpha=settings["lora_alpha"], lora_dropout=0.0, target_modules=modules)
     adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
@@ -248,7 +258,7 @@ def _read_config(path: str) -> dict:
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise FileNotFoundError(f"{path}: the folder has no config.json; is it a checkpoint?")
-        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return _read_json(folder / "config.json")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
         raise FileNotFoundError(f"{path}: no such checkpoint folder, and not a hub name of the form owner/name")
     try:
@@ -258,6 +268,13 @@ def _read_config(path: str) -> dict:
             f"{path}: not a folder here, and the hub gave no config ({_first_line(error)}); "
             "download the checkpoint and give its folder"
         ) from error
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: broken JSON ({error})") from error
 
 
 def _first_line(error: Exception) -> str:

@@ -5,9 +5,12 @@ import os
 import tarfile
 import threading
 import zipfile
+import zlib
 from pathlib import Path, PurePosixPath
 
 from PIL import Image, UnidentifiedImageError
+
+DAMAGED = (zipfile.BadZipFile, zlib.error, tarfile.TarError, EOFError)
 
 
 class ImageStore:
@@ -26,7 +29,10 @@ class ImageStore:
         self._names: dict[str, str | tarfile.TarInfo] = {}
         self._handle, self._owner, self._lock = None, None, threading.Lock()
         if self.kind != "folder":
-            self._names = _with_short_names(self._members())
+            try:
+                self._names = _with_short_names(self._members())
+            except DAMAGED as error:
+                raise ValueError(f"{self.path}: the archive is cut off or damaged ({error})") from error
 
     def __getstate__(self):
         return {**self.__dict__, "_handle": None, "_owner": None, "_lock": None}
@@ -70,10 +76,13 @@ class ImageStore:
         return f"{info.file_size}-{info.CRC}"
 
     def _decoded(self, name: str) -> Image.Image:
+        source = self._source(name)
         try:
-            picture = Image.open(self._source(name))
+            picture = Image.open(source)
         except UnidentifiedImageError as error:
             raise ValueError(f"{self._place(name)}: not a picture that pillow can read") from error
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise ValueError(f"{self._place(name)}: truncated or damaged picture ({error})") from error
         if 0 in picture.size:
             raise ValueError(f"{self._place(name)}: the picture has no area")
         return picture
@@ -86,7 +95,10 @@ class ImageStore:
         member = self._names[_normal(name)]
         with self._lock:
             archive = self._archive()
-            data = archive.read(member) if self.kind == "zip" else archive.extractfile(member).read()
+            try:
+                data = archive.read(member) if self.kind == "zip" else archive.extractfile(member).read()
+            except DAMAGED as error:
+                raise ValueError(f"{self._place(name)}: the archive is damaged there ({error})") from error
         return io.BytesIO(data)
 
     def _file(self, name: str) -> Path:

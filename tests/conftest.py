@@ -7,8 +7,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import tests.shapes  # noqa: F401  the import hook looks it up by name
 from jaxtyping import install_import_hook
+
+import tests.shapes  # noqa: F401  the import hook looks it up by name
 
 # Shapes written in signatures are checked while tests run.
 install_import_hook(["llava.attention", "llava.layout", "train.llava_hound_dpo.losses"], "tests.shapes.check")

@@ -57,8 +57,9 @@ def train_sentencepiece(path: Path) -> None:
     text = path.with_suffix(".txt")
     text.write_text("\n".join(world_text() * 3 + ["def f(x):", "    return  x", "Ünïcode 12345 ."]), encoding="utf-8")
     sentencepiece.SentencePieceTrainer.train(
-        input=str(text), model_prefix=str(path.with_suffix("")), vocab_size=PIECES, model_type="bpe", byte_fallback=True,
-        unk_id=0, bos_id=1, eos_id=2, pad_id=-1, split_digits=True, add_dummy_prefix=True, remove_extra_whitespaces=False,
+        input=str(text), model_prefix=str(path.with_suffix("")), vocab_size=PIECES, model_type="bpe",
+        byte_fallback=True, unk_id=0, bos_id=1, eos_id=2, pad_id=-1, split_digits=True, add_dummy_prefix=True,
+        remove_extra_whitespaces=False,
         allow_whitespace_only_pieces=True, normalization_rule_name="identity", character_coverage=0.99995,
         hard_vocab_limit=False, minloglevel=2,
     )  # fmt: skip
@@ -77,7 +78,7 @@ def make_model(pieces: int = PIECES) -> LlavaForConditionalGeneration:
     )
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(**vision, patch_size=PATCH, projection_dim=WIDTH),
-        text_config={"model_type": "llama", **text, "rms_norm_eps": 1e-5, "max_position_embeddings": 512, "pad_token_id": 0},
+        text_config={"model_type": "llama", **text, "rms_norm_eps": 1e-5, "max_position_embeddings": 512},
         image_token_index=pieces, image_seq_length=16, projector_hidden_act="gelu", vision_feature_layer=-2,
         vision_feature_select_strategy="default", tie_word_embeddings=False,
     )  # fmt: skip
@@ -112,7 +113,8 @@ def write_original(folder: Path, tensors: dict, model, formats: Formats, kind: s
     config = {
         "architectures": ["LlavaLlamaForCausalLM"], "model_type": "llava" if kind == "bin" else "llava_llama",
         "hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": LAYERS, "num_attention_heads": 4,
-        "num_key_value_heads": 4, "rms_norm_eps": text.rms_norm_eps, "max_position_embeddings": 512, "hidden_act": "silu",
+        "num_key_value_heads": 4, "rms_norm_eps": text.rms_norm_eps, "max_position_embeddings": 512,
+        "hidden_act": "silu",
         "vocab_size": model.config.image_token_id, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
         "mm_vision_tower": str(formats.tower), "mm_projector_type": "mlp2x_gelu", "mm_vision_select_layer": -2,
         "mm_vision_select_feature": "patch", "mm_hidden_size": WIDTH, "image_aspect_ratio": "pad",

@@ -1,4 +1,4 @@
-"""Every checkpoint format that we read gives the same model, and refuses a tensor too few, too many or of another shape."""
+"""Every checkpoint format gives the same model; a tensor too few, too many or of another shape is refused."""
 
 import json
 import shutil
@@ -134,7 +134,7 @@ def test_a_bin_with_code_in_it_is_not_run(formats, tmp_path):
 
     folder = copied(formats.original_bin, tmp_path)
     torch.save({"lm_head.weight": Evil()}, folder / "pytorch_model-00001-of-00002.bin")
-    with pytest.raises(Exception, match="weights_only|Weights only"):
+    with pytest.raises(Exception, match=r"weights_only|Weights only"):
         load_model(str(folder))
     assert not (tmp_path / "owned").exists()
 
@@ -222,7 +222,7 @@ TEXTS = [
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_tokens_equal_the_rule_of_the_original_code(formats, text):
-    """Split at `<image>`, sentencepiece for each chunk with BOS, drop every BOS but the first, image id between chunks."""
+    """Split at `<image>`, sentencepiece for each chunk, one BOS in front, the image id between chunks."""
     tokenizer = load_processor(str(formats.original)).tokenizer
     pieces = SentencePieceProcessor(model_file=str(formats.pieces))
     image = tokenizer.convert_tokens_to_ids("<image>")

@@ -93,7 +93,7 @@ def history(output):
 def zero2(data_set, checkpoint, tmp_path_factory):
     """Output folder of an uninterrupted run on two processes with ZeRO-2."""
     output = tmp_path_factory.mktemp("zero2") / "out"
-    words = flags(data_set, checkpoint, output) + ["--gradient_accumulation_steps", "2"]
+    words = [*flags(data_set, checkpoint, output), "--gradient_accumulation_steps", "2"]
     code, _, errors = run(torchrun(2, *words, "--deepspeed", "scripts/zero2.json"))
     assert code == 0, errors[-3000:]
     return output
@@ -128,7 +128,7 @@ def test_losses_agree_with_zero2_on_the_same_global_batch(
 
 
 def test_killed_and_resumed_ends_with_the_same_weights(data_set, checkpoint, tmp_path, zero2):
-    words = flags(data_set, checkpoint, tmp_path / "out") + ["--gradient_accumulation_steps", "2"]
+    words = [*flags(data_set, checkpoint, tmp_path / "out"), "--gradient_accumulation_steps", "2"]
     command = torchrun(2, *words, "--deepspeed", "scripts/zero2.json")
     job = subprocess.Popen(
         command,
@@ -154,14 +154,14 @@ def test_killed_and_resumed_ends_with_the_same_weights(data_set, checkpoint, tmp
 
 
 def test_another_number_of_processes_is_refused_before_loading(data_set, checkpoint, zero2):
-    words = flags(data_set, checkpoint, zero2) + ["--gradient_accumulation_steps", "4"]
+    words = [*flags(data_set, checkpoint, zero2), "--gradient_accumulation_steps", "4"]
     code, _, errors = run([sys.executable, "-m", "train.llava_hound_dpo.run_dpo", *words])
     assert code == 2
     assert "world_size 2 there, 1 here" in errors
 
 
 def test_full_fine_tuning_under_zero3(data_set, checkpoint, tmp_path):
-    words = flags(data_set, checkpoint, tmp_path / "out") + ["--lora_enable", "False", "--save_strategy", "no"]
+    words = [*flags(data_set, checkpoint, tmp_path / "out"), "--lora_enable", "False", "--save_strategy", "no"]
     code, _, errors = run(torchrun(2, *words, "--deepspeed", "scripts/zero3.json"))
     assert code == 0, errors[-3000:]
     logs = history(tmp_path / "out")

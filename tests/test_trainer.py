@@ -75,7 +75,7 @@ def fill_lora_b(model, seed):
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
             if "lora_B" in name:
-                parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+                parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator))
 
 
 def one_batch(trainer, indices=range(9)):
@@ -119,7 +119,7 @@ def test_dpo_loss_equals_trl(make_trainer, checkpoint, pairs, tmp_path, loss_typ
     theirs.model.train()
     batch = DataCollatorForVisionPreference(processor)(examples)
     expected = theirs.compute_loss(theirs.model, batch)
-    assert abs(loss.item() - math.log(2)) > 1e-2
+    assert abs(metrics[:, METRICS.index("rewards/margins")]).min() > 1e-3  # policy and reference do differ
     assert loss.item() == pytest.approx(expected.item(), abs=2e-5)
     means = dict(zip(METRICS, metrics.nanmean(dim=0).tolist(), strict=True))
     for name in ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen"):
@@ -145,7 +145,7 @@ def test_with_a_fresh_adapter_the_dpo_loss_is_exactly_ln_2(make_trainer, checkpo
 @pytest.mark.parametrize("checkpointing", ["False", "True"])
 @pytest.mark.parametrize("recipe", [("1", "0"), ("0", "1")])
 def test_the_attention_term_reaches_the_adapter(make_trainer, checkpointing, recipe):
-    """The difference that the term makes to the gradient is not zero, on query and key of every layer up to the probe."""
+    """What the term adds to the gradient is not zero, on query and key of every layer up to the probe."""
 
     def gradients(weight):
         flags = ("--dpo_alpha", recipe[0], "--gamma", recipe[1], "--attention_threshold", "1")

@@ -50,18 +50,19 @@ def conversation_batch(
     num_scenes: int | None,
     size: int,
     num_questions: int,
-    in_words: bool = False,
+    num_words: int = 0,
 ) -> Batch:
-    """Conversations about train scenes. With `in_words`, five words stand in the place of each picture."""
+    """Conversations about train scenes. With `num_words`, so many words stand in the place of each picture."""
     texts, pictures = [], []
     for _ in range(size):
         first = sample_prompt(rng, "train", image_type, num_scenes)
-        prompts = [first, *_follow_ups(rng, first, num_questions - 1)]
+        told = _told_attributes(rng, first.attribute, num_words or len(ATTRIBUTES))
+        prompts = [first, *_follow_ups(rng, first, told, num_questions - 1)]
         turns = [(p.text if p is first else p.question, p.answer) for p in prompts]
         text = render(turns)
-        if in_words:
+        if num_words:
             for scene in first.scenes:
-                text = text.replace("<image>", " " + " ".join(getattr(scene, name) for name in ATTRIBUTES), 1)
+                text = text.replace("<image>", " " + " ".join(getattr(scene, name) for name in told), 1)
         else:
             pictures += first.pictures()
         texts.append(text)
@@ -85,9 +86,15 @@ def to_pixels(processor: LlavaProcessor, pictures: list[Image.Image]) -> torch.T
     return ((pixels - torch.tensor(image.image_mean)) / torch.tensor(image.image_std)).permute(0, 3, 1, 2)
 
 
-def _follow_ups(rng: np.random.Generator, first: Prompt, number: int) -> list[Prompt]:
+def _told_attributes(rng: np.random.Generator, asked: str, number: int) -> list[str]:
+    """`number` attributes in a random order, the one asked for among them."""
+    others = [name for name in ATTRIBUTES if name != asked]
+    return list(rng.permutation([asked, *rng.permutation(others)[: number - 1]]))
+
+
+def _follow_ups(rng: np.random.Generator, first: Prompt, told: list[str], number: int) -> list[Prompt]:
     targets = [0] if first.image_type in ("single", "pip") else range(len(first.scenes))
-    pairs = [(t, name) for t in targets for name in ATTRIBUTES if (t, name) != (first.target, first.attribute)]
+    pairs = [(t, str(name)) for t in targets for name in told if (t, name) != (first.target, first.attribute)]
     chosen = rng.permutation(len(pairs))[:number]
     return [replace(first, target=pairs[i][0], attribute=pairs[i][1]) for i in chosen]
 

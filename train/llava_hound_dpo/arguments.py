@@ -1,6 +1,7 @@
 """The command line of training: three dataclasses and transformers' own TrainingArguments."""
 
 import difflib
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -108,6 +109,10 @@ class LossArguments:
     )
 
     def __post_init__(self):
+        numbers = ("dpo_alpha", "gamma", "attention_weight", "attention_threshold", "beta", "label_smoothing")
+        for name in numbers:
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"--{name} {getattr(self, name)} must be a finite number")
         if min(self.dpo_alpha, self.gamma, self.attention_weight) < 0:
             raise ValueError("--dpo_alpha, --gamma and --attention_weight must not be negative")
         if self.dpo_alpha == 0 and self.gamma == 0:
@@ -138,6 +143,8 @@ class TrainArguments(TrainingArguments):
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Off: a non-finite loss ends the run."})
 
     def __post_init__(self):
+        if self.remove_unused_columns:
+            raise ValueError("--remove_unused_columns must stay False: a batch is a packed row, not columns")
         self.use_cpu = self.use_cpu or not torch.cuda.is_available()
         if not self.deepspeed:  # the flag's empty string, as a script passes it
             self.deepspeed = None

@@ -35,5 +35,5 @@ flags=(--model_name_or_path "$MODEL" --data_path "$DATA" --image_folder "$IMAGES
   --dataloader_num_workers 4 --report_to "$REPORT_TO")
 
 python -m train.llava_hound_dpo.run_dpo "${flags[@]}" "$@" --dry_run True # a bad flag or record ends the job here
-[[ " $* " =~ \ (--help|-h|--dry_run)\  ]] && exit
+[[ " $* " =~ \ (--help|-h|--dry_run(=|\ +)?(True|true|1)?)\  ]] && exit
 exec "${LAUNCH[@]}" -m train.llava_hound_dpo.run_dpo "${flags[@]}" --check_images exists "$@"
