@@ -25,8 +25,10 @@ class Batch:
     """Right-padded conversations of one format. `answers` marks the tokens to be learnt."""
 
     input_ids: torch.Tensor  # (batch, tokens)
-    pixel_values: torch.Tensor | None  # (pictures of all rows in order, 3, side, side)
+    pixel_values: torch.Tensor  # (pictures of all rows in order, 3, side, side)
     answers: torch.Tensor  # (batch, tokens), bool
+    owners: torch.Tensor | None = None  # (batch, tokens), scene number of each image token, -1 elsewhere
+    targets: torch.Tensor | None = None  # (batch, questions), scene number that each question asks about
 
 
 def patch_batch(
@@ -50,23 +52,22 @@ def conversation_batch(
     num_scenes: int | None,
     size: int,
     num_questions: int,
-    num_words: int = 0,
 ) -> Batch:
-    """Conversations about train scenes. With `num_words`, so many words stand in the place of each picture."""
-    texts, pictures = [], []
+    """Conversations about train scenes, all of the same number of scenes."""
+    texts, pictures, targets = [], [], []
     for _ in range(size):
         first = sample_prompt(rng, "train", image_type, num_scenes)
-        told = _told_attributes(rng, first.attribute, num_words or len(ATTRIBUTES))
-        prompts = [first, *_follow_ups(rng, first, told, num_questions - 1)]
-        turns = [(p.text if p is first else p.question, p.answer) for p in prompts]
-        text = render(turns)
-        if num_words:
-            for scene in first.scenes:
-                text = text.replace("<image>", " " + " ".join(getattr(scene, name) for name in told), 1)
-        else:
-            pictures += first.pictures()
-        texts.append(text)
-    return encode(processor, texts, pictures)
+        prompts = [first, *_follow_ups(rng, first, num_questions - 1)]
+        texts.append(render([(p.text if p is first else p.question, p.answer) for p in prompts]))
+        pictures += first.pictures()
+        targets.append([p.target for p in prompts])
+    batch = encode(processor, texts, pictures)
+    owners = torch.full_like(batch.input_ids, -1)
+    is_image = batch.input_ids == processor.tokenizer.convert_tokens_to_ids("<image>")
+    in_order = range(len(pictures) // size) if image_type == "sequence" else _patch_owners(image_type)
+    each = PATCHES**2 if image_type == "sequence" else 1
+    owners[is_image] = torch.tensor(np.tile(np.repeat(in_order, each), size))
+    return replace(batch, owners=owners, targets=torch.tensor(targets))
 
 
 def encode(processor: LlavaProcessor, texts: list[str], pictures: list[Image.Image]) -> Batch:
@@ -76,7 +77,7 @@ def encode(processor: LlavaProcessor, texts: list[str], pictures: list[Image.Ima
     rows = tokenizer(expanded, padding=True, return_tensors="pt")["input_ids"]
     ends = rows == tokenizer.eos_token_id
     answers = ends | ends.roll(-1, dims=1)  # an answer is one token and the end token
-    return Batch(rows, to_pixels(processor, pictures) if pictures else None, answers)
+    return Batch(rows, to_pixels(processor, pictures), answers)
 
 
 def to_pixels(processor: LlavaProcessor, pictures: list[Image.Image]) -> torch.Tensor:
@@ -92,9 +93,9 @@ def _told_attributes(rng: np.random.Generator, asked: str, number: int) -> list[
     return list(rng.permutation([asked, *rng.permutation(others)[: number - 1]]))
 
 
-def _follow_ups(rng: np.random.Generator, first: Prompt, told: list[str], number: int) -> list[Prompt]:
+def _follow_ups(rng: np.random.Generator, first: Prompt, number: int) -> list[Prompt]:
     targets = [0] if first.image_type in ("single", "pip") else range(len(first.scenes))
-    pairs = [(t, str(name)) for t in targets for name in told if (t, name) != (first.target, first.attribute)]
+    pairs = [(t, name) for t in targets for name in ATTRIBUTES if (t, name) != (first.target, first.attribute)]
     chosen = rng.permutation(len(pairs))[:number]
     return [replace(first, target=pairs[i][0], attribute=pairs[i][1]) for i in chosen]
 
