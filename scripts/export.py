@@ -9,6 +9,7 @@ import logging
 from pathlib import Path
 
 import torch
+from huggingface_hub import save_torch_state_dict
 from peft import PeftModel
 
 from llava.checkpoints import image_tokens, load_model, load_processor
@@ -19,6 +20,12 @@ from llava.runtime import setup_logging, stop, user_errors
 logger = logging.getLogger("scripts.export")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PUBLISHED = (
+    ("model.language_model.", "language_model.model."),
+    ("lm_head.", "language_model.lm_head."),
+    ("model.vision_tower.", "vision_tower.vision_model."),
+    ("model.multi_modal_projector.", "multi_modal_projector."),
+)
 # vicuna_v1 as in llava/conversation.py; the pictures of a turn come before its text, one a line.
 CHAT_TEMPLATE = (
     SYSTEM + " {% for message in messages %}{% set content = message['content'] %}"
@@ -70,8 +77,22 @@ def write(model, processor, folder: Path, layout: str, source: str) -> None:
         write_checkpoint(model, processor, folder, Path(source))
         return
     processor.chat_template = processor.chat_template or CHAT_TEMPLATE
-    model.save_pretrained(folder)
     processor.save_pretrained(folder)
+    model.config.architectures, model.config.dtype = [type(model).__name__], model.dtype
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    save_torch_state_dict({published_name(name): t for name, t in model.state_dict().items()}, folder)
+
+
+def published_name(name: str) -> str:
+    """A tensor's name as llava-hf/llava-1.5-7b-hf has it, which every reader of that format knows.
+
+    transformers 5 itself saves the vision tower under shorter names.
+    """
+    for ours, theirs in PUBLISHED:
+        if name.startswith(ours):
+            return theirs + name.removeprefix(ours)
+    raise KeyError(name)
 
 
 def example(model) -> dict[str, torch.Tensor]:

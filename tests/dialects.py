@@ -166,7 +166,7 @@ def write_adapters(formats: Formats) -> None:
     )
     torch.manual_seed(1)
     with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
+        for _, parameter in adapted.named_parameters():
             if parameter.requires_grad:
                 parameter.add_(0.1 * torch.randn_like(parameter))
     adapted.save_pretrained(formats.adapter)

@@ -1,18 +1,17 @@
 """Exported checkpoints: loaded by plain transformers, equal to their source, in both layouts."""
 
-import subprocess
 import sys
-from pathlib import Path
+from dataclasses import dataclass
 
 import pytest
 import torch
+from safetensors import safe_open
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
+import scripts.export
 from llava.checkpoints import load_model, load_processor
 from scripts.export import example, logits
 from tests.dialects import make_formats
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -20,24 +19,35 @@ def formats(tmp_path_factory):
     return make_formats(tmp_path_factory.mktemp("formats"))
 
 
-def export(source, output, *words):
-    command = [
-        sys.executable,
-        "-m",
-        "scripts.export",
-        "--model_name_or_path",
-        str(source),
-        "--output",
-        str(output),
-        *words,
-    ]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+@dataclass(frozen=True)
+class Done:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def export(monkeypatch, capsys):
+    """Runs `scripts.export` as its command line would."""
+
+    def run(source, output, *words):
+        monkeypatch.setattr(
+            sys, "argv", ["export", "--model_name_or_path", str(source), "--output", str(output), *words]
+        )
+        code = 0
+        try:
+            scripts.export.main()
+        except SystemExit as ended:
+            code = ended.code
+        return Done(code, *capsys.readouterr())
+
+    return run
 
 
 @pytest.mark.parametrize(
     ("source", "layout"), [("adapter", "hf"), ("original_lora", "hf"), ("original_lora", "original")]
 )
-def test_round_trip_in_fp32(formats, tmp_path, source, layout):
+def test_round_trip_in_fp32(export, formats, tmp_path, source, layout):
     done = export(getattr(formats, source), tmp_path / "out", "--format", layout, "--dtype", "float32")
     assert done.returncode == 0, done.stderr
     expected = load_model(str(formats.adapter)).eval()
@@ -53,14 +63,37 @@ def test_round_trip_in_fp32(formats, tmp_path, source, layout):
     assert processor.tokenizer(text)["input_ids"] == own(text)["input_ids"]
 
 
-def test_bf16_prints_its_difference(formats, tmp_path):
+def test_tensors_have_the_names_of_the_published_llava_hf_checkpoint(export, formats, tmp_path):
+    export(formats.adapter, tmp_path / "out")
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
+        names = set(file.keys())
+    assert {
+        "language_model.lm_head.weight",
+        "language_model.model.embed_tokens.weight",
+        "language_model.model.layers.0.self_attn.q_proj.weight",
+        "language_model.model.norm.weight",
+        "multi_modal_projector.linear_1.bias",
+        "vision_tower.vision_model.embeddings.class_embedding",
+        "vision_tower.vision_model.encoder.layers.0.layer_norm1.weight",
+        "vision_tower.vision_model.post_layernorm.weight",
+    } <= names
+    prefixes = (
+        "language_model.model.",
+        "language_model.lm_head.",
+        "multi_modal_projector.",
+        "vision_tower.vision_model.",
+    )
+    assert all(name.startswith(prefixes) for name in names)
+
+
+def test_bf16_prints_its_difference(export, formats, tmp_path):
     done = export(formats.adapter, tmp_path / "out")
     assert done.returncode == 0, done.stderr
     line = next(line for line in done.stdout.splitlines() if "largest difference" in line)
     assert 0 < float(line.split("source: ")[1].split()[0]) < 0.5
 
 
-def test_chat_template_is_the_template_of_training(formats, tmp_path):
+def test_chat_template_is_the_template_of_training(export, formats, tmp_path):
     from llava.conversation import render
 
     export(formats.adapter, tmp_path / "out")
@@ -77,12 +110,12 @@ def test_chat_template_is_the_template_of_training(formats, tmp_path):
     assert whole == render([("A?", "B"), ("C?", None)])
 
 
-def test_a_folder_with_files_is_not_overwritten(formats, tmp_path):
+def test_a_folder_with_files_is_not_overwritten(export, formats, tmp_path):
     (tmp_path / "precious").touch()
     done = export(formats.adapter, tmp_path)
     assert done.returncode == 2 and "not empty" in done.stderr
 
 
-def test_original_layout_without_a_sentencepiece_model_says_where_to_get_one(formats, tmp_path):
+def test_original_layout_without_a_sentencepiece_model_says_where_to_get_one(export, formats, tmp_path):
     done = export(formats.llava_hf, tmp_path / "out", "--format", "original")
     assert done.returncode == 2 and "tokenizer.model" in done.stderr

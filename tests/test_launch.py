@@ -153,6 +153,20 @@ def test_killed_and_resumed_ends_with_the_same_weights(data_set, checkpoint, tmp
         assert torch.equal(resumed[name], tensor), name
 
 
+def test_the_adapter_loads_in_plain_peft_with_the_same_logits(checkpoint, zero2):
+    from peft import PeftModel
+    from transformers import LlavaForConditionalGeneration
+
+    from llava.checkpoints import load_model
+    from scripts.export import example, logits
+
+    plain = PeftModel.from_pretrained(LlavaForConditionalGeneration.from_pretrained(checkpoint), zero2).eval()
+    ours, probe = load_model(str(zero2)).eval(), example(plain)
+    base = LlavaForConditionalGeneration.from_pretrained(checkpoint).eval()
+    assert (logits(plain, probe) - logits(base, probe)).abs().max() > 1e-4
+    torch.testing.assert_close(logits(ours, probe), logits(plain, probe), atol=1e-5, rtol=0)
+
+
 def test_another_number_of_processes_is_refused_before_loading(data_set, checkpoint, zero2):
     words = [*flags(data_set, checkpoint, zero2), "--gradient_accumulation_steps", "4"]
     code, _, errors = run([sys.executable, "-m", "train.llava_hound_dpo.run_dpo", *words])

@@ -87,12 +87,6 @@ def to_pixels(processor: LlavaProcessor, pictures: list[Image.Image]) -> torch.T
     return ((pixels - torch.tensor(image.image_mean)) / torch.tensor(image.image_std)).permute(0, 3, 1, 2)
 
 
-def _told_attributes(rng: np.random.Generator, asked: str, number: int) -> list[str]:
-    """`number` attributes in a random order, the one asked for among them."""
-    others = [name for name in ATTRIBUTES if name != asked]
-    return list(rng.permutation([asked, *rng.permutation(others)[: number - 1]]))
-
-
 def _follow_ups(rng: np.random.Generator, first: Prompt, number: int) -> list[Prompt]:
     targets = [0] if first.image_type in ("single", "pip") else range(len(first.scenes))
     pairs = [(t, name) for t in targets for name in ATTRIBUTES if (t, name) != (first.target, first.attribute)]
