@@ -1,0 +1,1 @@
+"""Answers of models to multi-image test sets, and their scores."""
