@@ -23,7 +23,8 @@ class DataError(ValueError):
 
     def __init__(self, problems: list[str]):
         self.problems = problems
-        more = f" ({len(problems) - 1} more records have problems)" if len(problems) > 1 else ""
+        others = len(problems) - 1
+        more = f" ({others} more records have problems; python -m scripts.doctor lists all)" if others else ""
         super().__init__(problems[0] + more)
 
 

@@ -5,7 +5,7 @@ if [[ -z ${NPROC:-} ]]; then
   if [[ -n ${CUDA_VISIBLE_DEVICES:-} ]]; then
     NPROC=$(awk -F, '{ print NF }' <<<"$CUDA_VISIBLE_DEVICES")
   else
-    NPROC=$(nvidia-smi -L 2>/dev/null | wc -l)
+    NPROC=$({ nvidia-smi -L 2>/dev/null || true; } | wc -l)
   fi
   ((NPROC > 0)) || NPROC=1 # no GPU: one process on the CPU
 fi

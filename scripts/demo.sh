@@ -1,25 +1,30 @@
 #!/bin/bash
-# The whole method in miniature, offline, on two CPU cores: makes data, trains with the real launch script, compares.
+# The whole method in miniature, offline, on two CPU cores: makes data, trains and answers with the real launch scripts.
 # Extra flags go to the training, e.g.  bash scripts/demo.sh --dpo_alpha 0 --gamma 1
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup.sh
+start=$SECONDS
 
 OUT=${OUT:-output/demo}
 BASE=scripts/miniature/base
 rm -rf "$OUT"
 
 echo "== 1/3  data: multi-image preference pairs of the miniature world"
-python -m scripts.miniature.make_data --output "$OUT/data" --num_train 1920 --num_test 900 --seed 0
+python -m scripts.miniature.make_data --output "$OUT/data" --num_train 1920 --num_test 1200 --seed 0
 
 echo "== 2/3  training: train/llava_hound_dpo/train_dpo_multi_hpc_a100.sh, DeepSpeed ZeRO-2 on 2 CPU processes"
 NPROC=${NPROC:-2} MODEL=$BASE DATA=$OUT/data/train.json IMAGES=$OUT/data/images OUTPUT=$OUT/trained REPORT_TO=none \
   bash train/llava_hound_dpo/train_dpo_multi_hpc_a100.sh --num_train_epochs 3 --bf16 False --gradient_checkpointing False \
-  --lora_r 32 --lora_alpha 64 --learning_rate 2e-3 --gradient_accumulation_steps 1 --per_device_train_batch_size 16 \
+  --lora_r 32 --lora_alpha 64 --learning_rate 5e-4 --gradient_accumulation_steps 1 --per_device_train_batch_size 16 \
   --logging_steps 10 --save_steps 60 --dataloader_num_workers 0 "$@"
 
-echo "== 3/3  greedy answers to held-out questions, before and after"
-python -m scripts.miniature.evaluate --data "$OUT/data" --models before=$BASE after="$OUT/trained" --output "$OUT/scores"
+echo "== 3/3  answers to held-out questions, before and after: inference/llava_hound_dpo/my_inference_hpc.sh"
+for model in "before=$BASE" "after=$OUT/trained"; do
+  NPROC=1 MODEL=${model#*=} DATA=$OUT/data/test.json IMAGES=$OUT/data/images OUTPUT=$OUT/answers/${model%%=*}.jsonl \
+    BATCH=32 bash inference/llava_hound_dpo/my_inference_hpc.sh --max_new_tokens 8
+done
+python -m scripts.miniature.compare --answers "$OUT"/answers/{before,after}.jsonl --output "$OUT/scores"
 
 cat <<EOT
 
@@ -27,6 +32,6 @@ adapter (loads with plain peft and transformers)  $OUT/trained/adapter_model.saf
 what was run, with versions and counts            $OUT/trained/run.json
 losses and attention ratio by step                $OUT/trained/trainer_state.json
 data                                              $OUT/data/train.json, test.json, images/
-answers, scores, picture                          $OUT/scores/answers_after.jsonl, scores.json, scores.png
-demo finished in $((SECONDS / 60)) min $((SECONDS % 60)) s, installation included
+answers, scores, picture                          $OUT/answers/after.jsonl, $OUT/scores/scores.json, scores.png
+demo finished in $(((SECONDS - start) / 60)) min $(((SECONDS - start) % 60)) s after installation
 EOT

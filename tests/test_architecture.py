@@ -172,7 +172,9 @@ def launch(tmp_path):
     for program in ("python", "torchrun", "nvidia-smi", "scontrol"):
         (stubs / program).write_text(STUB)
         (stubs / program).chmod(0o755)
-    (stubs / "nvidia-smi").write_text('#!/bin/bash\nfor ((i = 0; i < ${GPUS:-0}; i++)); do echo "GPU $i"; done\n')
+    (stubs / "nvidia-smi").write_text(
+        '#!/bin/bash\n[[ -n ${GPUS:-} ]] || exit 9  # no driver\nfor ((i = 0; i < GPUS; i++)); do echo "GPU $i"; done\n'
+    )
     (stubs / "scontrol").write_text("#!/bin/bash\nprintf 'node7\\nnode8\\n'\n")
 
     def run(*flags, script=TRAIN_SCRIPT, cwd="/", **environment):

@@ -66,7 +66,7 @@ def main() -> None:
         torch.distributed.barrier()
     if is_main_process():
         merge(args.output, parts, job.questions)
-        write_run_json(args.output.with_name("run.json"), **identity, counts={"answers": len(job.questions)})
+        write_run_json(args.output.with_suffix(".run.json"), **identity, counts={"answers": len(job.questions)})
         logger.info("%d answers in %s", len(job.questions), args.output)
     leave()
 

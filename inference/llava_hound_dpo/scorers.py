@@ -48,7 +48,9 @@ def words(text: str) -> list[str]:
     text = re.sub(r"(?<=\d),(?=\d{3}\b)", "", text)
     kept = set(re.finditer(r"(?<=\d)\.(?=\d)|(?<![\w.])[-−](?=\d)", text))
     places = {match.start() for match in kept}
-    return "".join(c if i in places or unicodedata.category(c)[0] not in "PS" else " " for i, c in enumerate(text)).split()
+    return "".join(
+        c if i in places or unicodedata.category(c)[0] not in "PS" else " " for i, c in enumerate(text)
+    ).split()
 
 
 def normalise(text: str) -> list[str]:

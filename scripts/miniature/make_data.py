@@ -1,7 +1,7 @@
 """Data sets of the miniature world: `python -m scripts.miniature.make_data --output DIR --seed 0`.
 
-Writes preference pairs (train.json, validation.json), test questions (test.json for the three multi-image
-formats, test_single.json for plain single images) and their pictures under DIR/images. The same seed writes the
+Writes preference pairs (train.json, validation.json), test questions (test.json: the three multi-image formats and
+plain single images) and their pictures under DIR/images. The same seed writes the
 same bytes. A rejected answer is true of another image of its prompt: the confusion that the project treats.
 """
 
@@ -23,8 +23,7 @@ def main() -> None:
     files = [
         ("train", "train", args.num_train, MULTI_IMAGE_TYPES, preference),
         ("validation", "validation", num_validation, MULTI_IMAGE_TYPES, preference),
-        ("test", "test", args.num_test, MULTI_IMAGE_TYPES, question),
-        ("test_single", "test", args.num_test // len(MULTI_IMAGE_TYPES), ("single",), question),
+        ("test", "test", args.num_test, (*MULTI_IMAGE_TYPES, "single"), question),
     ]
     for number, (name, split, size, image_types, make_record) in enumerate(files):
         rng = np.random.default_rng([args.seed, number])
@@ -44,7 +43,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, help="folder of the data set")
     parser.add_argument("--num_train", type=int, default=1800, help="preference pairs for training")
     parser.add_argument("--num_validation", type=int, help="held-out preference pairs (default: num_test)")
-    parser.add_argument("--num_test", type=int, default=600, help="multi-image test questions, a third a format")
+    parser.add_argument("--num_test", type=int, default=800, help="test questions, a quarter a format")
     parser.add_argument("--seed", type=int, default=0, help="of the draw; the held-out combinations stay the same")
     return parser.parse_args()
 

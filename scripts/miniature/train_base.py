@@ -1,9 +1,9 @@
 """Makes the miniature's base model from nothing: `python -m scripts.miniature.train_base --output DIR --seed 0`.
 
-Two stages. The vision tower learns what each patch belongs to. Then projector and language model learn all formats
-behind the frozen tower; for the first part of it one layer's attention is guided to the scene asked about, because
-routing that must be found by chance did not form in thousands of steps. The guide is then taken away, and the stage
-ends early: routing is partly formed, so that what is built on this base has something to improve.
+Three stages. The vision tower learns what each patch belongs to. Projector and language model learn to read single
+pictures. Then they learn to find the picture asked about among several: one layer's attention is guided there, because
+routing that had to be found by chance did not form in thousands of steps. This last stage ends once routing is partly
+formed, by a fixed check on held-out prompts, so that what is built on the base has something to improve.
 """
 
 import argparse
@@ -21,17 +21,19 @@ from transformers.utils import logging as transformers_logging
 
 from scripts.miniature.lessons import PATCHES, Batch, conversation_batch, patch_batch
 from scripts.miniature.model import VISION_WIDTH, build_model, build_processor
-from scripts.miniature.scores import score_base
+from scripts.miniature.prompts import sample_prompt
+from scripts.miniature.scores import answer, score_base, summarize
 from scripts.miniature.world import ATTRIBUTES
 
 VISION_STEPS, VISION_BATCH, VISION_RATE = 1500, 48, 1.5e-3
 VISION_MIX = {"single": 0.4, "collage": 0.35, "pip": 0.25}
-PICTURES_STEPS, PICTURES_RATE = 800, 1e-3
-PICTURES_MIX = {"single": 0.25, "sequence": 0.4, "collage": 0.3, "pip": 0.05}
-PICTURES_BATCH = {"single": 32, "sequence": 12, "collage": 24, "pip": 24}
+READING_STEPS, READING_BATCH, READING_RATE = 160, 48, 1e-3
+ROUTING_STEPS, ROUTING_RATE = 800, 1e-3  # at most; see CHECK_EVERY
+CHECK_EVERY, CHECK_PROMPTS, ROUTED = 10, 150, 60.0  # ends at this accuracy (%) on validation prompts of three pictures
+ROUTING_MIX = {"single": 0.25, "sequence": 0.42, "collage": 0.25, "pip": 0.08}
+ROUTING_BATCH = {"single": 32, "sequence": 12, "collage": 24, "pip": 24}
 SEQUENCE_SCENES = (2, 3, 4, 5)
-QUESTIONS = 6  # of a conversation
-GUIDED_SHARE = 0.6  # of the stage's steps
+QUESTIONS = 6  # of a conversation about several pictures; five attributes of a single one
 GUIDE_WEIGHT, GUIDE_LAYER = 0.3, 2
 WARMUP = 0.05  # share of a stage's steps over which the rate rises
 COOLDOWN = 0.25  # share over which it falls again
@@ -47,13 +49,17 @@ def main() -> None:
     rng = np.random.default_rng(args.seed)
     processor = build_processor()
     model = build_model(processor, args.seed)
-    seconds = {}
-    for stage in (train_vision, train_pictures):
+    steps, seconds = {}, {}
+    for stage in (train_vision, train_reading, train_routing):
         start = time.perf_counter()
-        stage(model, processor, rng)
+        steps[stage.__name__] = stage(model, processor, rng)
         seconds[stage.__name__] = round(time.perf_counter() - start)
     save(model, processor, args.output)
-    scores = score_base(model.eval(), processor, args.num_test) | {"seconds": seconds, "seed": args.seed}
+    scores = score_base(model.eval(), processor, args.num_test) | {
+        "steps": steps,
+        "seconds": seconds,
+        "seed": args.seed,
+    }
     (args.output / "base_scores.json").write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(scores, indent=1))
 
@@ -67,8 +73,8 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def train_vision(model: LlavaForConditionalGeneration, processor: LlavaProcessor, rng: np.random.Generator) -> None:
-    """Every patch learns the five attributes of the scene it belongs to, and its own place.
+def train_vision(model: LlavaForConditionalGeneration, processor: LlavaProcessor, rng: np.random.Generator) -> int:
+    """Every patch learns the five attributes of the scene it belongs to, and its own place. Returns the steps made.
 
     A tower that keeps the regions of one picture apart is what collages and pictures in pictures need.
     """
@@ -90,22 +96,39 @@ def train_vision(model: LlavaForConditionalGeneration, processor: LlavaProcessor
         update(loss + POSITION_WEIGHT * F.cross_entropy(place, places), optimizer, schedule)
         progress.set_postfix(loss=f"{loss.item():.2f}", accuracy=" ".join(f"{value:.2f}" for value in accuracy))
     tower.requires_grad_(False)
+    return VISION_STEPS
 
 
-def train_pictures(model: LlavaForConditionalGeneration, processor: LlavaProcessor, rng: np.random.Generator) -> None:
-    """Projector and language model learn all formats, one format a step, behind the frozen tower."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer, schedule = optimizer_for(parameters, PICTURES_RATE, PICTURES_STEPS)
+def train_reading(model: LlavaForConditionalGeneration, processor: LlavaProcessor, rng: np.random.Generator) -> int:
+    """Projector and language model learn to answer about one picture, behind the frozen tower."""
+    optimizer, schedule = optimizer_for(trained(model), READING_RATE, READING_STEPS)
+    progress = tqdm(range(READING_STEPS), desc="reading")
+    for _ in progress:
+        batch = conversation_batch(rng, processor, "single", None, READING_BATCH, len(ATTRIBUTES))
+        learn(model, batch, optimizer, schedule, progress, "single", is_guided=False)
+    return READING_STEPS
+
+
+def train_routing(model: LlavaForConditionalGeneration, processor: LlavaProcessor, rng: np.random.Generator) -> int:
+    """They learn all formats, one format a step, with attention guided where pictures or cells compete."""
+    optimizer, schedule = optimizer_for(trained(model), ROUTING_RATE, ROUTING_STEPS)
+    check = [sample_prompt(np.random.default_rng(n), "validation", "sequence", 3) for n in range(CHECK_PROMPTS)]
     model.set_attn_implementation({"text_config": "eager"})  # the guide reads attention maps
-    progress = tqdm(range(PICTURES_STEPS), desc="pictures")
+    progress = tqdm(range(1, ROUTING_STEPS + 1), desc="routing")
     for step in progress:
-        is_guided = step < GUIDED_SHARE * PICTURES_STEPS
-        if step == round(GUIDED_SHARE * PICTURES_STEPS):
-            model.set_attn_implementation({"text_config": "sdpa"})
-        kind = str(rng.choice(list(PICTURES_MIX), p=list(PICTURES_MIX.values())))
+        kind = str(rng.choice(list(ROUTING_MIX), p=list(ROUTING_MIX.values())))
         num_scenes = int(rng.choice(SEQUENCE_SCENES))
-        batch = conversation_batch(rng, processor, kind, num_scenes, PICTURES_BATCH[kind], QUESTIONS)
-        learn(model, batch, optimizer, schedule, progress, kind, is_guided and kind in ("sequence", "collage"))
+        batch = conversation_batch(rng, processor, kind, num_scenes, ROUTING_BATCH[kind], QUESTIONS)
+        learn(model, batch, optimizer, schedule, progress, kind, is_guided=kind in ("sequence", "collage"))
+        if step % CHECK_EVERY == 0 and summarize(check, answer(model, processor, check))["accuracy"] >= ROUTED:
+            break
+    model.set_attn_implementation({"text_config": "sdpa"})
+    return step
+
+
+def trained(model: LlavaForConditionalGeneration) -> list[nn.Parameter]:
+    """Everything but the frozen tower."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def learn(model, batch: Batch, optimizer, schedule, progress: tqdm, kind: str, is_guided: bool) -> None:

@@ -16,8 +16,11 @@ def build_on_meta(config: LlavaConfig, arguments: ModelArguments):
         return make_trainable(LlavaForConditionalGeneration(config), arguments)
 
 
-def make_trainable(model, arguments: ModelArguments):
-    """Freeze the vision tower always, the projector unless asked for; add LoRA or free the language model."""
+def make_trainable(model, arguments: ModelArguments, fp32_adapter: bool = False):
+    """Freeze the vision tower always, the projector unless asked for; add LoRA or free the language model.
+
+    `fp32_adapter` keeps LoRA in fp32 on a reduced-precision base: needed where the optimiser has no master copy.
+    """
     if arguments.lora_enable:
         settings = LoraConfig(
             r=arguments.lora_r,
@@ -27,8 +30,8 @@ def make_trainable(model, arguments: ModelArguments):
             # As a saved module the projector is in every checkpoint's adapter, and the reference keeps the old one.
             modules_to_save=None if arguments.freeze_mm_mlp_adapter else [PROJECTOR],
         )
-        # ZeRO-3 in bf16 stops at fp32 LoRA weights beside a bf16 projector: keep one dtype.
-        return get_peft_model(model, settings, autocast_adapter_dtype=False)
+        # DeepSpeed has its own fp32 copy, and ZeRO-3 stops at fp32 LoRA weights beside a bf16 projector.
+        return get_peft_model(model, settings, autocast_adapter_dtype=fp32_adapter)
     for name, parameter in model.named_parameters():
         is_projector = PROJECTOR in name
         trained = not arguments.freeze_mm_mlp_adapter if is_projector else "vision_tower" not in name

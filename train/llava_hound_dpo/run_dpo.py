@@ -148,11 +148,12 @@ def load_policy(model: ModelArguments, args: TrainArguments):
         # Without it DeepSpeed believes in one process while the weights are partitioned.
         deepspeed.init_distributed(dist_backend="gloo")
     reduced = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
-    # Without DeepSpeed's master copy, weights that are trained themselves stay in fp32 under autocast.
-    keep_fp32 = not args.deepspeed and not (model.lora_enable and args.bf16)
-    policy = load_model(model.model_name_or_path, torch.float32 if keep_fp32 else reduced, model.image_tower)
+    # Without DeepSpeed's fp32 master copy, weights that are trained themselves must be fp32 (autocast reduces them).
+    trains_base = not (model.lora_enable and model.freeze_mm_mlp_adapter) or args.fp16
+    dtype = torch.float32 if trains_base and not args.deepspeed else reduced
+    policy = load_model(model.model_name_or_path, dtype, model.image_tower)
     set_seed(args.seed)  # after loading, which draws differently under ZeRO-3: LoRA starts the same everywhere
-    return make_trainable(policy, model)
+    return make_trainable(policy, model, fp32_adapter=not args.deepspeed)
 
 
 def build_trainer(policy, model, loss, args, inputs: Inputs, identity: dict[str, Any]) -> AttentionAwareDPOTrainer:

@@ -3,8 +3,7 @@
 import json
 import logging
 import math
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +117,30 @@ class AttentionAwareDPOTrainer(Trainer):
                 group["params"] = [p for p in group["params"] if id(p) not in projector]
                 optimizer.add_param_group({**group, "params": moved, "lr": rate})
         return optimizer
+
+    def fill_reference(self, dataset: PairDataset, missing: Sequence[int]) -> None:
+        """Compute and store the reference log-probs of the missing pairs, shared out over the processes."""
+        args, model = self.args, self.model_wrapped
+        size = args.per_device_eval_batch_size
+        batches = [missing[start : start + size] for start in range(0, len(missing), size)]
+        was_training = model.training
+        model.eval()
+        # Every process makes the same number of forwards: under ZeRO-3 they are collective.
+        rounds = range(0, len(batches), args.world_size)
+        for start in tqdm(rounds, desc="reference log-probs", disable=not (is_main_process() and rounds)):
+            own = start + args.process_index
+            indices = batches[own] if own < len(batches) else batches[0]
+            inputs = self.data_collator([dataset[index] for index in indices])
+            row, pixels = inputs["row"].to(args.device), inputs["pixel_values"].to(args.device)
+            with torch.no_grad(), self.compute_loss_context_manager():
+                scores = score(model, row, **self._pictures(pixels))
+            if own < len(batches):
+                keys = self.reference.keys(dataset)
+                self.reference.append(args.process_index, [keys[i] for i in indices], scores.chosen, scores.rejected)
+        model.train(was_training)
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
+        self.reference.load()
 
     def _pictures(self, pixel_values: Tensor) -> dict[str, Any]:
         """Pictures encoded once for policy and reference, unless the two see them through different projectors."""
@@ -258,34 +281,10 @@ class _ComputeReference(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
-        cache, trainer = self.trainer.reference, self.trainer
+        cache = self.trainer.reference
         cache.load()
-        for dataset in filter(None, (trainer.train_dataset, trainer.eval_dataset)):
+        for dataset in filter(None, (self.trainer.train_dataset, self.trainer.eval_dataset)):
             missing = cache.missing(dataset)
             if missing and state.global_step:
                 cache.lookup(dataset, missing, "cpu")  # raises: the weights are no longer the reference's
-            self._fill(cache, dataset, missing)
-
-    def _fill(self, cache: ReferenceCache, dataset: PairDataset, missing: list[int]) -> None:
-        trainer, args = self.trainer, self.trainer.args
-        world, size = args.world_size, args.per_device_eval_batch_size
-        model = trainer.model_wrapped
-        was_training = model.training
-        model.eval()
-        batches = [missing[start : start + size] for start in range(0, len(missing), size)]
-        # Every process makes the same number of forwards: under ZeRO-3 they are collective.
-        rounds = range(0, len(batches), world)
-        for start in tqdm(rounds, desc="reference log-probs", disable=not (is_main_process() and rounds)):
-            own = start + args.process_index
-            indices = batches[own] if own < len(batches) else batches[0]
-            inputs = trainer._prepare_inputs(trainer.data_collator([dataset[index] for index in indices]))
-            inputs["row"] = inputs["row"].to(args.device)
-            with torch.no_grad(), trainer.compute_loss_context_manager() or nullcontext():
-                scores = score(model, inputs["row"], **trainer._pictures(inputs["pixel_values"]))
-            if own < len(batches):
-                keys = cache.keys(dataset)
-                cache.append(args.process_index, [keys[i] for i in indices], scores.chosen, scores.rejected)
-        model.train(was_training)
-        if torch.distributed.is_initialized():
-            torch.distributed.barrier()
-        cache.load()
+            self.trainer.fill_reference(dataset, missing)
