@@ -10,7 +10,7 @@ from llava.attention import Plan, Probe, attention_ratio, mean_masses, use_plan
 
 
 @dataclass(frozen=True)
-class Answer:
+class Generated:
     """One generated answer."""
 
     text: str
@@ -55,7 +55,7 @@ def batch_prompts(
 
 
 @torch.no_grad()
-def generate(model, tokenizer, batch: PromptBatch, layers: Sequence[int], **settings) -> list[Answer]:
+def generate(model, tokenizer, batch: PromptBatch, layers: Sequence[int], **settings) -> list[Generated]:
     """Answers of a batch, greedy unless `settings` (of transformers' `generate`) say otherwise.
 
     The attention is measured in `layers` on the rows that predict the answer's tokens, end token included.
@@ -78,7 +78,7 @@ def generate(model, tokenizer, batch: PromptBatch, layers: Sequence[int], **sett
     ratios = _ratios(out.attentions, lengths)
     texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
     return [
-        Answer(text.strip(), int(length), float(confidence), by_layer.tolist())
+        Generated(text.strip(), int(length), float(confidence), by_layer.tolist())
         for text, length, confidence, by_layer in zip(texts, lengths, first, ratios, strict=True)
     ]
 

@@ -58,6 +58,24 @@ class Question(Prompt):
     answer: str = ""
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What a model answered to a question, with what the question was (answers.jsonl of design §8)."""
+
+    where: str
+    question_id: str
+    text: str  # may be empty
+    answer: str  # the true one
+    image_type: str
+    target: int  # 0-based image of a sequence or cell of a collage; 0 otherwise
+    num_images: int  # images of a sequence, cells of a collage where its grid is known
+    choices: tuple[str, ...] = ()
+    others: tuple[str, ...] | None = None  # what is true of the other images
+    attention_ratio: float | None = None
+    attention_by_image: tuple[float, ...] | None = None  # share of the image attention on each image or cell
+    extra: dict[str, Any] = field(default_factory=dict, repr=False)  # all other fields: prompt, confidence, scale, ...
+
+
 def read_preferences(path: str | Path) -> list[Preference]:
     """Preference pairs of a JSON array or JSONL file. Raises DataError, FileNotFoundError."""
     return _read(path, parse_preference)
@@ -66,6 +84,23 @@ def read_preferences(path: str | Path) -> list[Preference]:
 def read_questions(path: str | Path) -> list[Question]:
     """Questions of a test set, JSON array or JSONL. Raises DataError, FileNotFoundError."""
     return _read(path, _parse_question)
+
+
+def read_answers(path: str | Path) -> list[Answer]:
+    """Answers of one model to a test set. Raises DataError (also where an id is answered twice), FileNotFoundError."""
+    answers = _read(path, _parse_answer)
+    refuse_duplicates([(answer.question_id, answer.where) for answer in answers])
+    return answers
+
+
+def refuse_duplicates(found: list[tuple[str, str]]) -> None:
+    """Raise DataError where an id of (id, where) pairs occurs twice, one line for each second occurrence."""
+    first: dict[str, str] = {}
+    twice = [
+        f"{where}: {id} was there before, in {first[id]}" for id, where in found if first.setdefault(id, where) != where
+    ]
+    if twice:
+        raise DataError(twice)
 
 
 def read_json(path: str | Path) -> list[Any]:
@@ -104,8 +139,8 @@ def _json_lines(path: Path, text: str) -> Iterator[Any]:
 
 def name_of(path: str | Path, number: int, raw: Any) -> str:
     """How messages name a record: file, number from 1, id if it has one."""
-    has_id = isinstance(raw, dict) and "id" in raw
-    return f"{path} record {number}" + (f" (id {raw['id']})" if has_id else "")
+    key = next((key for key in ("id", "question_id") if isinstance(raw, dict) and key in raw), None)
+    return f"{path} record {number}" + (f" (id {raw[key]})" if key else "")
 
 
 def _read(path: str | Path, parse) -> list:
@@ -134,6 +169,53 @@ def parse_preference(raw: Any, where: str) -> Preference:
 
 def _parse_question(raw: Any, where: str) -> Question:
     return Question(**_parse_prompt(raw, where, KNOWN | {"answer"}), answer=_text(raw, "answer").strip())
+
+
+def _parse_answer(raw: Any, where: str) -> Answer:
+    if not isinstance(raw, dict):
+        raise ValueError(f"a record must be a JSON object, not {type(raw).__name__}")
+    question_id, text = _required(raw, "question_id"), _required(raw, "text")
+    if not isinstance(question_id, str | int) or not isinstance(text, str):
+        raise ValueError("`question_id` must be text or a whole number, and `text` must be text")
+    image_type, target, num_images = raw.get("image_type"), raw.get("target", 1), raw.get("num_images")
+    if image_type not in FORMATS:
+        raise ValueError(f"image_type {image_type!r} is none of {', '.join(FORMATS)}")
+    if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in (target, num_images)):
+        raise ValueError("`target` and `num_images` must be whole numbers from 1")
+    if image_type == "sequence" and target > num_images:
+        raise ValueError(f"Image{target} does not exist: this record has Image1 to Image{num_images}")
+    by_image = _shares(raw, "attention_by_image")
+    if by_image and (target > len(by_image) or (image_type == "sequence" and len(by_image) != num_images)):
+        raise ValueError(f"`attention_by_image` has {len(by_image)} shares for {num_images} images and Image{target}")
+    ratio = raw.get("attention_ratio")
+    return Answer(
+        where, str(question_id), text, _text(raw, "answer").strip(), image_type,
+        target - 1 if image_type in ("sequence", "collage") else 0, num_images,
+        choices=texts(raw, "choices") or (), others=texts(raw, "others"),
+        attention_ratio=None if ratio is None else _shares({"attention_ratio": [ratio]}, "attention_ratio")[0],
+        attention_by_image=by_image,
+        extra={key: value for key, value in raw.items() if key not in Answer.__dataclass_fields__},
+    )  # fmt: skip
+
+
+def texts(raw: dict, name: str) -> tuple[str, ...] | None:
+    """A list of texts that a record may have, None without it. Raises ValueError."""
+    value = raw.get(name)
+    if value is None:
+        return None
+    if not isinstance(value, list) or not all(isinstance(v, str) and v.strip() for v in value):
+        raise ValueError(f"`{name}` must be a list of texts, none of them empty")
+    return tuple(value)
+
+
+def _shares(raw: dict, name: str) -> tuple[float, ...] | None:
+    value = raw.get(name)
+    if value is None:
+        return None
+    numbers = isinstance(value, list) and all(isinstance(v, int | float) and -1e-6 <= v <= 1 + 1e-6 for v in value)
+    if not numbers or not value:
+        raise ValueError(f"`{name}` must be between 0 and 1 (null where it was not measured)")
+    return tuple(float(v) for v in value)
 
 
 def _parse_prompt(raw: Any, where: str, known: set[str]) -> dict[str, Any]:

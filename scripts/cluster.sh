@@ -18,7 +18,7 @@ if ((${SLURM_NNODES:-1} > 1)); then
     echo "a job of $SLURM_NNODES nodes needs one launcher per node: srun --ntasks-per-node=1 bash $0" >&2
     exit 2
   fi
-  first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+  first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
   LAUNCH+=(--nnodes="$SLURM_NNODES" --node_rank="$SLURM_NODEID" --master_addr="$first" --master_port="${MASTER_PORT:-29500}")
 else
   LAUNCH+=(--standalone)

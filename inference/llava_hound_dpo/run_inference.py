@@ -22,7 +22,7 @@ from tqdm import tqdm
 from llava.attention import layer_range
 from llava.checkpoints import find_source, load_config, load_model, load_processor
 from llava.conversation import encode_prompt
-from llava.generation import Answer, PromptBatch, batch_prompts, generate
+from llava.generation import Generated, PromptBatch, batch_prompts, generate
 from llava.image import ImageStore, pixel_values
 from llava.layout import PatchGrid, expand_images, target_weights
 from llava.records import DataError, Question, read_questions
@@ -215,7 +215,7 @@ def dtype_of(args: argparse.Namespace) -> torch.dtype:
     return getattr(torch, args.dtype)
 
 
-def record(number: int, question: Question, answer: Answer) -> dict[str, Any]:
+def record(number: int, question: Question, answer: Generated) -> dict[str, Any]:
     """One line of answers.jsonl (design §8), with the question's number for the merge."""
     carried = {name: question.extra[name] for name in ("others", "choices") if name in question.extra}
     return {

@@ -9,6 +9,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 SCORERS = ("exact", "contains", "choice", "f1", "rouge")
 RIGHT, WRONG, UNPARSED, MISSING = "right", "wrong", "unparsed", "missing"
@@ -42,24 +43,23 @@ def score(scorer: str, text: str, answer: str, choices: Sequence[str] = ()) -> R
 # ---- free text
 
 
-def words(text: str) -> list[str]:
+@lru_cache(maxsize=100_000)
+def words(text: str) -> tuple[str, ...]:
     """Lower-case words without punctuation; a decimal point, a minus sign and digits grouped by commas survive."""
     text = unicodedata.normalize("NFKC", text).casefold().replace("’", "'").replace("'", "")
     text = re.sub(r"(?<=\d),(?=\d{3}\b)", "", text)
-    kept = set(re.finditer(r"(?<=\d)\.(?=\d)|(?<![\w.])[-−](?=\d)", text))
-    places = {match.start() for match in kept}
-    return "".join(
-        c if i in places or unicodedata.category(c)[0] not in "PS" else " " for i, c in enumerate(text)
-    ).split()
+    places = {match.start() for match in re.finditer(r"(?<=\d)\.(?=\d)|(?<![\w.])[-−](?=\d)", text)}
+    plain = (c if i in places or unicodedata.category(c)[0] not in "PS" else " " for i, c in enumerate(text))
+    return tuple("".join(plain).split())
 
 
-def normalise(text: str) -> list[str]:
+def normalise(text: str) -> tuple[str, ...]:
     """Words without articles, unless nothing else is left.
 
     Source: SQuAD v1.1 evaluate-v1.1.py (`normalize_answer`); there punctuation is deleted, so that "1.5" is "15".
     """
     every = words(text)
-    return [word for word in every if word not in ARTICLES] or every
+    return tuple(word for word in every if word not in ARTICLES) or every
 
 
 def exact(text: str, answer: str) -> bool:
@@ -103,11 +103,11 @@ def _common_subsequence(first: Sequence[str], second: Sequence[str]) -> int:
     return row[-1]
 
 
-def _places(inside: Sequence[str], wanted: Sequence[str]) -> list[range]:
+def _places(inside: tuple[str, ...], wanted: tuple[str, ...]) -> list[range]:
     """Where `wanted` stands in `inside`."""
     length = len(wanted)
     starts = range(len(inside) - length + 1) if length else ()
-    return [range(start, start + length) for start in starts if list(inside[start : start + length]) == list(wanted)]
+    return [range(start, start + length) for start in starts if inside[start : start + length] == wanted]
 
 
 # ---- multiple choice
@@ -140,7 +140,8 @@ class _Labels:
     @property
     def leading(self) -> str:
         """A label that opens a line: "A", "A.", "A)", "(A)", "A: red", "B - red", "B (red)"."""
-        return rf"^\s*(?:[(\[]\w[)\]]|(?P<run>{self.run})(?:\s*$|\s*[.):\],](?=\s|$)|\s+[-–—(]))"
+        plain = rf"(?P<run>{self.run})(?:\s*$|\s*[.):\],](?=\s|$)|\s+[-–—(]|(?<=[)\]]))"
+        return rf"^\s*{plain}(?!\s*(?i:is\s+(?:not|wrong|incorrect)\b))"
 
     @property
     def stated(self) -> tuple[str, ...]:
@@ -194,7 +195,7 @@ def _named(text: str, labels: _Labels) -> tuple[set[str], str]:
     if stated:
         used = stated if is_list else stated + leading
     else:
-        used = leading or ([] if _NEGATED.search(text) else brackets)
+        used = leading + brackets if leading or not _NEGATED.search(text) else []
     rest = text
     for match in used:
         rest = rest.replace(match[0], " ", 1)
@@ -215,7 +216,7 @@ def _option_by_text(text: str, options: Sequence[str]) -> int | None:
     """The one option whose text the answer is, or mentions in whole words and does not deny."""
     spoken = [normalise(option) for option in options]
     clause = normalise(re.split(r"[.,;!\n]", text, maxsplit=1)[0])
-    for said in (normalise(text), normalise(_LEAD_IN.sub("", text)), clause if POLAR & set(clause) else []):
+    for said in (normalise(text), normalise(_LEAD_IN.sub("", text)), clause if POLAR & set(clause) else ()):
         same = [number for number, option in enumerate(spoken) if said and said == option]
         if same:
             return same[0] if len(same) == 1 else None
@@ -238,7 +239,7 @@ def true_choice(answer: str, choices: Sequence[str]) -> int:
     letter = re.fullmatch(r"\W*([A-Za-z])\W*", answer)
     number = same[0] if len(same) == 1 else ord(letter[1].upper()) - ord("A") if letter and not same else -1
     if not 0 <= number < (len(choices) or NUM_LETTERS):
-        limit = f"the {len(choices)} `choices`" if choices else f"the letters A to H, and the record has no `choices`"
+        limit = f"the {len(choices)} `choices`" if choices else "the letters A to H, and the record has no `choices`"
         raise ValueError(f"multiple choice: the true answer {answer!r} is not one of {limit}")
     return number
 

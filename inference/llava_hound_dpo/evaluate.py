@@ -1,0 +1,225 @@
+"""Scores of one or several answers files, with intervals and paired comparisons.
+
+`python -m inference.llava_hound_dpo.evaluate --answers base.jsonl tuned.jsonl --questions test.json --output DIR`
+"""
+
+import argparse
+import itertools
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from inference.llava_hound_dpo.scorers import SCORERS
+from inference.llava_hound_dpo.summary import Asked, Row, compare, judge, summarize
+from llava.records import Answer, DataError, Question, read_answers, read_questions, refuse_duplicates, texts
+from llava.runtime import setup_logging, user_errors, write_text
+
+log = logging.getLogger(__name__)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Reads, scores, writes scores.json and scores.md, and logs the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--answers", type=Path, nargs="+", required=True, help="answers.jsonl, one file a model")
+    parser.add_argument("--questions", type=Path, help="the test set: what is not answered then counts as missing")
+    parser.add_argument(
+        "--scorer",
+        choices=("auto", *SCORERS),
+        default="auto",
+        help="auto: choice where a question has choices, or exact",
+    )
+    parser.add_argument("--output", type=Path, required=True, help="folder for scores.json and scores.md")
+    args = parser.parse_args(argv)
+    setup_logging()
+    with user_errors():
+        if args.output.exists() and not args.output.is_dir():
+            raise NotADirectoryError(f"--output {args.output} is a file; give a folder")
+        try:
+            scores = evaluate(args.answers, args.questions, args.scorer)
+        except DataError as error:
+            more = len(error.problems) - 1
+            raise ValueError(error.problems[0] + (f" (and {more} more problems)" if more else "")) from error
+        table = markdown(scores)
+        write_text(args.output / "scores.json", json.dumps(scores, indent=2, ensure_ascii=False) + "\n")
+        write_text(args.output / "scores.md", table)
+    log.info(table)
+
+
+def evaluate(paths: Sequence[Path], questions: Path | None = None, scorer: str = "auto") -> dict[str, Any]:
+    """All scores of the files, as scores.json holds them. Raises DataError, ValueError, FileNotFoundError."""
+    names = _names(paths)
+    rows = judged(paths, questions, scorer)
+    by_name = dict(zip(names, rows, strict=True))
+    return {
+        "scorer": scorer,
+        "questions": str(questions) if questions else None,
+        "answers": {
+            name: {"file": str(path), **summarize(by_name[name])} for name, path in zip(names, paths, strict=True)
+        },
+        "comparisons": [
+            {"first": first, "second": second, **compare(by_name[first], by_name[second])}
+            for first, second in itertools.combinations(names, 2)
+        ],
+    }
+
+
+def judged(paths: Sequence[Path], questions: Path | None, scorer: str) -> list[list[Row]]:
+    """For each file a row for every question, in one order: of the test set, else of first appearance in the files."""
+    files = [read_answers(path) for path in paths]
+    asked = _asked_of_test_set(questions) if questions else {}
+    problems = []
+    for answer in itertools.chain.from_iterable(files):
+        if questions and answer.question_id not in asked:
+            problems.append(f"{answer.where}: the question {answer.question_id} is not in {questions}")
+            continue
+        known = asked.setdefault(answer.question_id, _asked_of_answer(answer))
+        problems += [f"{answer.where}: {difference}" for difference in _differences(answer, known)]
+    if problems:
+        raise DataError(problems)
+    given = [{answer.question_id: answer for answer in answers} for answers in files]
+    return [[judge(question, found.get(question.id), scorer) for question in asked.values()] for found in given]
+
+
+def _differences(answer: Answer, known: Asked) -> list[str]:
+    """Where an answer was given to another version of the question."""
+    pairs = [("answer", answer.answer, known.answer), ("image_type", answer.image_type, known.image_type)]
+    pairs.append(("target", answer.target + 1, known.target + 1))
+    return [f"`{name}` is {here!r}, but {known.where} has {there!r}" for name, here, there in pairs if here != there]
+
+
+def _asked_of_test_set(path: Path) -> dict[str, Asked]:
+    found = read_questions(path)
+    refuse_duplicates([(question.id, question.where) for question in found])
+    return {question.id: _asked_of_question(question) for question in found}
+
+
+def _asked_of_question(question: Question) -> Asked:
+    try:
+        choices, others = texts(question.extra, "choices") or (), texts(question.extra, "others")
+    except ValueError as error:
+        raise DataError([f"{question.where}: {error}"]) from error
+    cells = question.grid[0] * question.grid[1] if question.grid else 1
+    regions = _num_regions(question.image_type, max(cells, len(question.images)))
+    return Asked(
+        question.id, question.where, question.answer, question.image_type, question.target, regions, choices, others
+    )
+
+
+def _asked_of_answer(answer: Answer) -> Asked:
+    regions = _num_regions(answer.image_type, max(answer.num_images, len(answer.attention_by_image or ())))
+    return Asked(
+        answer.question_id, answer.where, answer.answer, answer.image_type, answer.target, regions, answer.choices,
+        answer.others,
+    )  # fmt: skip
+
+
+def _num_regions(image_type: str, counted: int) -> int | None:
+    """Images or cells a prompt tells apart; None for a collage whose record has no grid (it counts as one image)."""
+    if image_type == "collage" and counted == 1:
+        return None
+    return {"pip": 2, "single": 1}.get(image_type, counted)
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """What the table calls the files: their stems, or whole paths where stems repeat."""
+    stems = [path.stem.removeprefix("answers_") for path in paths]
+    names = stems if len(set(stems)) == len(stems) else [str(path) for path in paths]
+    if len(set(names)) < len(names):
+        raise ValueError("--answers names a file twice")
+    return names
+
+
+# ---- the table
+
+
+def markdown(scores: dict[str, Any]) -> str:
+    """The scores as Markdown: accuracy by group, counts, and comparisons."""
+    files = scores["answers"]
+    parts = [_accuracy_table(files), _counts_table(files)]
+    if scores["comparisons"]:
+        parts.append(_comparison_table(scores["comparisons"]))
+    return "\n".join(["# Scores", "", *_notes(scores), "", *"\n\n".join(parts).split("\n")]) + "\n"
+
+
+def _notes(scores: dict[str, Any]) -> list[str]:
+    missing = "every question of the test set is in the denominator, answered or not"
+    if scores["questions"] is None:
+        missing = "no --questions: a question that no file answers is not known, and not counted"
+    rules = {
+        rule for file in scores["answers"].values() for rule, n in file["looked_answered"]["judged_by"].items() if n
+    }
+    looked = "looked right: the target has the largest share of the image attention"
+    if "ratio" in rules:
+        looked += "; where shares by image are absent, more than an even share of it"
+    return [
+        f"Scorer: {scores['scorer']}. Accuracy in % [95 % interval]; unparsed and missing answers score 0; {missing}.",
+        f"{looked[0].upper()}{looked[1:]}. Chance of confusion: the wrong answers, dealt to one another's questions.",
+    ]
+
+
+def _accuracy_table(files: dict[str, dict]) -> str:
+    lines = _header(["", "questions", *files])
+    for label, group in _groups(files):
+        cells = [f"{100 * g['accuracy']:.1f} [{100 * g['low']:.1f}, {100 * g['high']:.1f}]" for g in group]
+        lines.append(_line([label, str(group[0]["questions"]), *cells]))
+    return "\n".join(lines)
+
+
+def _groups(files: dict[str, dict]) -> list[tuple[str, list[dict]]]:
+    """Label of each row of the table, and the group of each file; all files have the same questions."""
+    every = list(files.values())
+    found = [("**overall**", [f["overall"] for f in every])]
+    found += [(name, [f["by_format"][name] for f in every]) for name in every[0]["by_format"]]
+    for number in every[0]["by_num_images"]:
+        found.append((f"{number} images or cells", [f["by_num_images"][number] for f in every]))
+    for image_type, positions in every[0]["by_position"].items():
+        found += [(f"{image_type}, {p}", [f["by_position"][image_type][p] for f in every]) for p in positions]
+    return found
+
+
+def _counts_table(files: dict[str, dict]) -> str:
+    lines = _header(["", *files])
+    overall = [file["overall"] for file in files.values()]
+    for name in ("right", "wrong", "unparsed", "missing"):
+        lines.append(_line([name, *(str(group[name]) for group in overall)]))
+    lines.append(_line(["attention ratio", *(_number(group["attention_ratio"]) for group in overall)]))
+    confusions = [file["confusion"] or {} for file in files.values()]
+    for name, label in (("of_wrong", "wrong answers true of another image"), ("chance", "the same by chance")):
+        lines.append(_line([label, *(_percent(confusion.get(name)) for confusion in confusions)]))
+    for name in list(next(iter(files.values()))["looked_answered"])[:4]:
+        counts = (str(file["looked_answered"][name]) for file in files.values())
+        lines.append(_line([name.replace("_answered", ", answered").replace("_", " "), *counts]))
+    unknown = (str(file["looked_answered"]["judged_by"]["unknown"]) for file in files.values())
+    lines.append(_line(["where it looked is unknown", *unknown]))
+    return "\n".join(lines)
+
+
+def _comparison_table(comparisons: Sequence[dict]) -> str:
+    lines = _header(["second - first", "difference", "only first right", "only second right", "McNemar p"])
+    for c in comparisons:
+        difference = f"{100 * c['difference']:+.1f} [{100 * c['low']:+.1f}, {100 * c['high']:+.1f}]"
+        counts = [str(c["only_first_right"]), str(c["only_second_right"])]
+        lines.append(_line([f"{c['second']} - {c['first']}", difference, *counts, f"{c['mcnemar_p']:.2g}"]))
+    return "\n".join(lines)
+
+
+def _header(names: Sequence[str]) -> list[str]:
+    return [_line(names), _line(["---", *["---:"] * (len(names) - 1)])]
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f} %"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,218 @@
+"""What many judged answers say: accuracy by group, confusion of images, attention against correctness, comparisons."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from inference.llava_hound_dpo.scorers import (
+    MISSING,
+    NUM_LETTERS,
+    RIGHT,
+    UNPARSED,
+    WRONG,
+    Result,
+    exact,
+    parse_choice,
+    score,
+)
+from inference.llava_hound_dpo.statistics import mcnemar, paired_difference, score_interval
+from llava.records import FORMATS, Answer
+
+DEALS = 30  # answers to other questions that are tried on each wrong answered one, for the chance of confusion
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question: all that scoring needs of it."""
+
+    id: str
+    where: str
+    answer: str
+    image_type: str
+    target: int  # 0-based
+    num_regions: int | None  # images of a sequence, cells of a collage, 2 of a pic-in-pic; None: unknown
+    choices: tuple[str, ...]
+    others: tuple[str, ...] | None
+
+
+@dataclass(frozen=True)
+class Row:
+    """A question with what one model answered, judged."""
+
+    asked: Asked
+    given: Answer | None  # None: missing
+    scorer: str
+    result: Result
+
+    @property
+    def is_right(self) -> bool:
+        """Whether the verdict is RIGHT (a graded score from RIGHT_FROM)."""
+        return self.result.verdict == RIGHT
+
+
+def judge(asked: Asked, given: Answer | None, scorer: str) -> Row:
+    """Score one answer; the scorer `auto` is `choice` for a question with choices, else `exact`."""
+    scorer = ("choice" if asked.choices else "exact") if scorer == "auto" else scorer
+    if given is None:
+        return Row(asked, None, scorer, Result(0.0, MISSING))
+    try:
+        return Row(asked, given, scorer, score(scorer, given.text, asked.answer, asked.choices))
+    except ValueError as error:
+        raise ValueError(f"{asked.where}: {error}") from error
+
+
+def summarize(rows: Sequence[Row]) -> dict[str, Any]:
+    """All numbers of one answers file, as scores.json holds them."""
+    return {
+        "overall": group(rows),
+        "by_format": by(rows, lambda row: row.asked.image_type, FORMATS),
+        "by_num_images": by([row for row in rows if _positioned(row)], lambda row: row.asked.num_regions or "unknown"),
+        "by_position": {
+            image_type: by(
+                [row for row in rows if row.asked.image_type == image_type], lambda row: f"Image{row.asked.target + 1}"
+            )
+            for image_type in ("sequence", "collage")
+        },
+        "scorers": dict(Counter(row.scorer for row in rows)),
+        "confusion": confusion(rows),
+        "looked_answered": looked_answered(rows),
+    }
+
+
+def _positioned(row: Row) -> bool:
+    return row.asked.image_type in ("sequence", "collage")
+
+
+def by(rows: Sequence[Row], key: Callable[[Row], Any], order: Sequence[str] = ()) -> dict[str, dict]:
+    """`group` of the rows of each key, in the given order, else sorted with numbers as numbers."""
+    keys = {key(row) for row in rows}
+    found = [k for k in order if k in keys] if order else sorted(keys, key=_number)
+    return {str(k): group([row for row in rows if key(row) == k]) for k in found}
+
+
+def _number(key: Any) -> tuple[int, str]:
+    digits = "".join(c for c in str(key) if c.isdigit())
+    return (int(digits) if digits else 10**9, str(key))
+
+
+def group(rows: Sequence[Row]) -> dict[str, Any]:
+    """Accuracy (mean score over every question asked, missing ones too) with its 95 % interval, and the counts."""
+    scores = [row.result.score for row in rows]
+    low, high = score_interval(scores)
+    verdicts = Counter(row.result.verdict for row in rows)
+    ratios = [
+        row.given.attention_ratio
+        for row in rows
+        if row.given and row.given.attention_ratio is not None and row.asked.image_type != "single"
+    ]
+    return {
+        "questions": len(rows),
+        "accuracy": float(np.mean(scores)),
+        "low": low,
+        "high": high,
+        **{verdict: verdicts[verdict] for verdict in (RIGHT, WRONG, UNPARSED, MISSING)},
+        "attention_ratio": float(np.mean(ratios)) if ratios else None,
+    }
+
+
+# ---- a wrong answer that is true of another image
+
+
+def confusion(rows: Sequence[Row], seed: int = 0) -> dict[str, Any] | None:
+    """How many wrong answers are true of another image, and how many would be by chance; None without `others`.
+
+    `chance`: the same rate when the wrong answers are dealt to one another's questions (those that would be right
+    there left out), so it knows how often each answer is given. None where no other question has a wrong answer.
+    """
+    known = [row for row in rows if row.asked.others is not None]
+    if not known:
+        return None
+    wrong = [row for row in known if row.result.verdict == WRONG]
+    confused = sum(_true_elsewhere(row, row.given.text) for row in wrong)
+    return {
+        "questions": len(known),
+        "wrong": len(wrong),
+        "true_of_another": confused,
+        "rate": confused / len(known),
+        "of_wrong": confused / len(wrong) if wrong else None,
+        "chance": _chance_of_confusion(wrong, np.random.default_rng(seed)),
+    }
+
+
+def _true_elsewhere(row: Row, text: str) -> bool:
+    """Whether the text, as an answer to this row's question, is true of another image."""
+    asked = row.asked
+    if row.scorer != "choice":
+        return any(score(row.scorer, text, other).verdict == RIGHT for other in asked.others)
+    number = parse_choice(text, len(asked.choices) or NUM_LETTERS, asked.choices)
+    has_text = number is not None and number < len(asked.choices)
+    return has_text and any(exact(asked.choices[number], other) for other in asked.others)
+
+
+def _chance_of_confusion(wrong: Sequence[Row], rng: np.random.Generator) -> float | None:
+    rates = []
+    for place, row in enumerate(wrong):
+        dealt = [n for n in rng.permutation(len(wrong))[: DEALS + 1] if n != place][:DEALS]
+        texts = [wrong[n].given.text for n in dealt]
+        verdicts = [score(row.scorer, text, row.asked.answer, row.asked.choices).verdict for text in texts]
+        usable = [text for text, verdict in zip(texts, verdicts, strict=True) if verdict == WRONG]
+        if usable:
+            rates.append(sum(_true_elsewhere(row, text) for text in usable) / len(usable))
+    return float(np.mean(rates)) if rates else None
+
+
+# ---- looked right x answered right
+
+
+def looked_right(row: Row) -> tuple[bool | None, str]:
+    """Whether the attention was on the target, and how that was told: (True, "argmax").
+
+    "argmax": the target has the largest share of `attention_by_image` (a tie is no). "ratio": without those shares,
+    more than an even share of the attention lay on the target. (None, "unknown") where neither can be told: no
+    answer, one image, a collage whose cells nobody counted.
+    """
+    given, regions = row.given, row.asked.num_regions
+    if given is None or regions == 1:
+        return None, "unknown"
+    if given.attention_by_image:
+        shares = given.attention_by_image
+        target = shares[row.asked.target]
+        return all(share < target for n, share in enumerate(shares) if n != row.asked.target), "argmax"
+    if given.attention_ratio is None or regions is None:
+        return None, "unknown"
+    return given.attention_ratio > 1 / regions, "ratio"
+
+
+def looked_answered(rows: Sequence[Row]) -> dict[str, Any]:
+    """The four quadrants of attention and correctness, and by which rule the attention was judged."""
+    found = [(*looked_right(row), row.is_right) for row in rows]
+    count = Counter((looked, right) for looked, _, right in found)
+    return {
+        "looked_right_answered_right": count[True, True],
+        "looked_right_answered_wrong": count[True, False],
+        "looked_wrong_answered_right": count[False, True],
+        "looked_wrong_answered_wrong": count[False, False],
+        "judged_by": {rule: sum(how == rule for _, how, _ in found) for rule in ("argmax", "ratio", "unknown")},
+    }
+
+
+# ---- two models on the same questions
+
+
+def compare(first: Sequence[Row], second: Sequence[Row]) -> dict[str, Any]:
+    """Second - first over the same questions in the same order: difference with interval, and McNemar's exact test."""
+    assert [row.asked.id for row in first] == [row.asked.id for row in second]
+    difference, low, high = paired_difference([r.result.score for r in first], [r.result.score for r in second])
+    right = Counter((a.is_right, b.is_right) for a, b in zip(first, second, strict=True))
+    return {
+        "questions": len(first),
+        "difference": difference,
+        "low": low,
+        "high": high,
+        "only_first_right": right[True, False],
+        "only_second_right": right[False, True],
+        "mcnemar_p": mcnemar(right[True, False], right[False, True]),
+    }

@@ -1,0 +1,260 @@
+"""Scores of small answers files against values worked out by hand, and every bad file named."""
+
+import json
+
+import pytest
+
+from inference.llava_hound_dpo.evaluate import evaluate, main
+from llava.records import DataError, read_answers
+
+SEQUENCE = "Image1:<image>\nImage2:<image>\nIn Image{}, what colour is the car?"
+
+
+def question(id, target=1, answer="red", others=("blue",), **more):
+    """A question about one of two pictures."""
+    prompt = SEQUENCE.format(target)
+    record = {"id": id, "image": ["a.jpg", "b.jpg"], "prompt": prompt, "answer": answer, "others": list(others)}
+    return record | more
+
+
+def answered(asked, text, **more):
+    """The line of an answers file for a question, as run_inference writes it."""
+    carried = {name: asked[name] for name in ("prompt", "answer", "others", "choices") if name in asked}
+    target = int(asked["prompt"].split("In Image")[1][0])
+    facts = {"image_type": "sequence", "target": target, "num_images": len(asked["image"])}
+    return {"question_id": asked["id"], "text": text, "attention_ratio": 0.5} | carried | facts | more
+
+
+@pytest.fixture
+def write(tmp_path):
+    def run(name, records):
+        path = tmp_path / name
+        path.write_text(
+            records if isinstance(records, str) else "".join(json.dumps(r) + "\n" for r in records), encoding="utf-8"
+        )
+        return path
+
+    return run
+
+
+QUESTIONS = [
+    question("q1", 1),
+    question("q2", 2),
+    question("q3", 2, answer="green"),
+    question("q4", 1),
+    question("q5", 1, image=["a.jpg", "b.jpg", "c.jpg"], prompt="<image><image><image>In Image1, what?"),
+    question("q6", 2),
+]
+ANSWERS = [
+    answered(QUESTIONS[0], "Red.", attention_by_image=[0.8, 0.2]),  # right, looked right
+    answered(QUESTIONS[1], "blue", attention_by_image=[0.7, 0.3]),  # wrong, true of Image1, looked wrong
+    answered(QUESTIONS[2], "pink", attention_ratio=0.9),  # wrong, true of none, looked right by ratio
+    answered(QUESTIONS[3], ""),  # unparsed; an even share is not looked right
+    answered(QUESTIONS[4], "a red", attention_by_image=[0.2, 0.4, 0.4]),  # right, looked wrong
+]  # q6 is missing
+
+
+def test_scores_by_hand(write):
+    scores = evaluate([write("answers_base.jsonl", ANSWERS)], write("test.json", QUESTIONS))
+    base = scores["answers"]["base"]
+    overall = base["overall"]
+    assert (overall["questions"], overall["accuracy"]) == (6, pytest.approx(2 / 6))
+    assert [overall[name] for name in ("right", "wrong", "unparsed", "missing")] == [2, 2, 1, 1]
+    assert overall["low"] < overall["accuracy"] < overall["high"]
+    assert overall["attention_ratio"] == pytest.approx((4 * 0.5 + 0.9) / 5)
+    assert list(base["by_format"]) == ["sequence"] and base["by_format"]["sequence"] == overall
+    assert {n: (g["questions"], g["right"]) for n, g in base["by_num_images"].items()} == {"2": (5, 1), "3": (1, 1)}
+    positions = {p: (g["questions"], g["right"]) for p, g in base["by_position"]["sequence"].items()}
+    assert positions == {"Image1": (3, 2), "Image2": (3, 0)}
+    assert base["scorers"] == {"exact": 6}
+
+
+def test_confusion_by_hand(write):
+    """Wrong: `blue` (true of the other image) and `pink` (of none). Dealt: `pink` to q2 0, `blue` to q3 1."""
+    found = evaluate([write("a.jsonl", ANSWERS)], write("test.json", QUESTIONS))["answers"]["a"]["confusion"]
+    assert found == {
+        "questions": 6, "wrong": 2, "true_of_another": 1, "rate": pytest.approx(1 / 6), "of_wrong": 0.5, "chance": 0.5,
+    }  # fmt: skip
+
+
+def test_quadrants_by_hand(write):
+    found = evaluate([write("a.jsonl", ANSWERS)], write("test.json", QUESTIONS))["answers"]["a"]["looked_answered"]
+    assert list(found.values())[:4] == [1, 1, 1, 2]
+    assert found["judged_by"] == {"argmax": 3, "ratio": 2, "unknown": 1}
+
+
+def test_equal_attention_is_not_looked_right(write):
+    lines = [answered(question("t"), "red", attention_by_image=[0.5, 0.5], attention_ratio=0.9)]
+    found = evaluate([write("a.jsonl", lines)])["answers"]["a"]["looked_answered"]
+    assert (found["looked_wrong_answered_right"], found["judged_by"]["argmax"]) == (1, 1)
+
+
+def test_without_questions_only_what_is_answered_counts(write):
+    overall = evaluate([write("a.jsonl", ANSWERS)])["answers"]["a"]["overall"]
+    assert (overall["questions"], overall["missing"]) == (5, 0)
+
+
+def test_two_files_are_compared_on_the_same_questions(write):
+    """The second has q1, q2, q3 right, q5 wrong, and alone answers q6 (wrong): 3 of 6 against 2 of 6."""
+    second = [answered(QUESTIONS[n], text) for n, text in ((0, "red"), (1, "red"), (2, "green"), (4, "no"), (5, "x"))]
+    scores = evaluate([write("base.jsonl", ANSWERS), write("tuned.jsonl", second)])
+    assert [scores["answers"][name]["overall"]["missing"] for name in ("base", "tuned")] == [1, 1]
+    (found,) = scores["comparisons"]
+    assert (found["first"], found["second"], found["questions"]) == ("base", "tuned", 6)
+    assert found["difference"] == pytest.approx(1 / 6) and found["low"] <= 0 < found["high"]
+    assert (found["only_first_right"], found["only_second_right"]) == (1, 2)
+    assert found["mcnemar_p"] == 1.0
+
+
+def test_order_of_the_lines_changes_nothing(write):
+    questions = write("test.json", QUESTIONS)
+    one, two = (evaluate([write("a.jsonl", lines)], questions) for lines in (ANSWERS, ANSWERS[::-1]))
+    assert one == two
+
+
+def test_choices_and_free_text_in_one_file(write):
+    asked = question("m1", choices=["red", "blue"])
+    free = question("m2")
+    lines = [answered(asked, "The answer is (A)."), answered(free, "red")]
+    assert evaluate([write("a.jsonl", lines)])["answers"]["a"]["scorers"] == {"choice": 1, "exact": 1}
+    by_contains = evaluate([write("a.jsonl", lines)], scorer="contains")["answers"]["a"]["overall"]
+    assert (by_contains["right"], by_contains["wrong"]) == (1, 1)
+
+
+def test_a_wrong_letter_can_be_true_of_another_image(write):
+    lines = [answered(question(f"m{n}", choices=["red", "blue", "pink"]), text) for n, text in enumerate("BCA")]
+    found = evaluate([write("a.jsonl", lines)])["answers"]["a"]["confusion"]
+    assert (found["wrong"], found["true_of_another"], found["chance"]) == (2, 1, 0.5)
+
+
+def test_other_formats(write):
+    """A pic-in-pic has two regions, a single image none to choose from, a collage its grid's cells."""
+    lines = [
+        {"question_id": "p", "image_type": "pip", "num_images": 1, "attention_ratio": 0.6},
+        {"question_id": "s", "image_type": "single", "num_images": 1, "attention_ratio": 1.0},
+        {"question_id": "c", "image_type": "collage", "num_images": 4, "target": 3, "attention_ratio": 0.3},
+        {"question_id": "d", "image_type": "collage", "num_images": 1, "target": 2, "attention_ratio": 0.9},
+    ]
+    base = evaluate([write("a.jsonl", [{"text": "x", "answer": "x"} | line for line in lines])])["answers"]["a"]
+    assert base["looked_answered"]["looked_right_answered_right"] == 2
+    assert base["looked_answered"]["judged_by"] == {"argmax": 0, "ratio": 2, "unknown": 2}
+    assert list(base["by_format"]) == ["collage", "pip", "single"]
+    assert list(base["by_num_images"]) == ["4", "unknown"]
+    assert list(base["by_position"]["collage"]) == ["Image2", "Image3"]
+    assert base["confusion"] is None
+
+
+# ---- bad files
+
+
+def test_other_fields_of_an_answer_are_kept(write):
+    (answer,) = read_answers(write("a.jsonl", [ANSWERS[0] | {"confidence": 0.5, "scale": 1.0}]))
+    assert answer.extra == {"confidence": 0.5, "scale": 1.0, "prompt": SEQUENCE.format(1)}
+
+
+def refusal(*args, **kwargs):
+    with pytest.raises(DataError) as caught:
+        evaluate(*args, **kwargs)
+    return caught.value.problems
+
+
+def test_an_id_twice(write):
+    problems = refusal([write("a.jsonl", [*ANSWERS, ANSWERS[1]])])
+    assert len(problems) == 1 and "a.jsonl record 6 (id q2): q2 was there before" in problems[0]
+    assert "test.json record 7 (id q1)" in refusal(
+        [write("a.jsonl", ANSWERS)], write("test.json", [*QUESTIONS, QUESTIONS[0]])
+    )[0]  # fmt: skip
+
+
+def test_an_unknown_id(write):
+    problems = refusal([write("a.jsonl", [*ANSWERS, answered(question("new"), "red")])], write("t.json", QUESTIONS))
+    assert len(problems) == 1 and "a.jsonl record 6 (id new): the question new is not in" in problems[0]
+
+
+def test_an_answer_to_another_version_of_the_test_set(write):
+    changed = [QUESTIONS[0] | {"answer": "blue"}, *QUESTIONS[1:]]
+    (problem,) = refusal([write("a.jsonl", ANSWERS)], write("test.json", changed))
+    assert "a.jsonl record 1 (id q1): `answer` is 'red'" in problem and "test.json record 1" in problem
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"text": None}, "`text` must be text"),
+        ({"answer": ""}, "`answer` is empty"),
+        ({"image_type": "video"}, "image_type 'video' is none of"),
+        ({"target": 0}, "whole numbers from 1"),
+        ({"target": 3}, "Image3 does not exist"),
+        ({"num_images": "2"}, "whole numbers from 1"),
+        ({"attention_ratio": 1.5}, "`attention_ratio` must be between 0 and 1"),
+        ({"attention_ratio": float("nan")}, "`attention_ratio` must be between 0 and 1"),
+        ({"attention_by_image": [0.5]}, "1 shares for 2 images"),
+        ({"choices": ["red", ""]}, "`choices` must be a list of texts"),
+        ({"others": "blue"}, "`others` must be a list of texts"),
+    ],
+)
+def test_bad_fields_are_named(write, change, message):
+    with pytest.raises(DataError) as caught:
+        read_answers(write("a.jsonl", [ANSWERS[1], ANSWERS[0] | change]))
+    assert "a.jsonl record 2 (id q1): " in str(caught.value) and message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "the file is empty"),
+        (json.dumps(ANSWERS[0]) + '\n{"question_id": "q', "line 2"),
+        ("[]", "no record"),
+        ("[1]", "object"),
+    ],
+)
+def test_bad_files_are_named(write, content, message):
+    with pytest.raises(DataError, match=message):
+        read_answers(write("a.jsonl", content))
+
+
+def test_a_true_answer_outside_the_choices_names_the_record(write):
+    with pytest.raises(ValueError, match=r"a\.jsonl record 1 \(id m1\): multiple choice: the true answer 'red'"):
+        evaluate([write("a.jsonl", [answered(question("m1", choices=["pink", "blue"]), "A")])])
+
+
+# ---- the command
+
+
+def test_the_command_writes_both_files(write, tmp_path):
+    paths = [write("answers_base.jsonl", ANSWERS), write("answers_tuned.jsonl", ANSWERS[:3])]
+    questions = write("test.json", QUESTIONS)
+    main(["--answers", *map(str, paths), "--questions", str(questions), "--output", str(tmp_path / "new" / "out")])
+    scores = json.loads((tmp_path / "new/out/scores.json").read_text())
+    assert scores["answers"]["tuned"]["overall"]["missing"] == 3
+    table = (tmp_path / "new/out/scores.md").read_text()
+    assert "| **overall** | 6 | 33.3 [" in table and "| sequence, Image2 | 3 |" in table
+    assert (
+        "| missing | 1 | 3 |" in table
+        and "| where it looked is unknown | 1 | 3 |" in table
+        and "| tuned - base | -16.7 [" in table
+    )
+    rows = [line for line in table.splitlines() if line.startswith("|")]
+    assert all(line.endswith("|") for line in rows)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--answers", "none.jsonl"], ["--answers", "{a}", "{a}"], ["--answers", "{a}", "--questions", "{a}"]],
+    ids=["no such file", "a file twice", "answers as questions"],
+)
+def test_bad_input_is_one_line_and_exit_code_2(write, tmp_path, capsys, arguments):
+    path = str(write("a.jsonl", ANSWERS))
+    with pytest.raises(SystemExit) as caught:
+        main([*(word.format(a=path) for word in arguments), "--output", str(tmp_path / "out")])
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_output_that_is_a_file(write, capsys):
+    path = str(write("a.jsonl", ANSWERS))
+    with pytest.raises(SystemExit):
+        main(["--answers", path, "--output", path])
+    assert "give a folder" in capsys.readouterr().err
