@@ -24,7 +24,11 @@ for model in "before=$BASE" "after=$OUT/trained"; do
   NPROC=1 MODEL=${model#*=} DATA=$OUT/data/test.json IMAGES=$OUT/data/images OUTPUT=$OUT/answers/${model%%=*}.jsonl \
     BATCH=32 bash inference/llava_hound_dpo/my_inference_hpc.sh --max_new_tokens 8
 done
+python -m inference.llava_hound_dpo.evaluate --answers "$OUT"/answers/{before,after}.jsonl \
+  --questions "$OUT/data/test.json" --output "$OUT/scores" >"$OUT/evaluate.log"
 python -m scripts.miniature.compare --answers "$OUT"/answers/{before,after}.jsonl --output "$OUT/scores"
+echo
+tail -n 4 "$OUT/scores/scores.md"
 
 cat <<EOT
 
@@ -32,6 +36,7 @@ adapter (loads with plain peft and transformers)  $OUT/trained/adapter_model.saf
 what was run, with versions and counts            $OUT/trained/run.json
 losses and attention ratio by step                $OUT/trained/trainer_state.json
 data                                              $OUT/data/train.json, test.json, images/
-answers, scores, picture                          $OUT/answers/after.jsonl, $OUT/scores/scores.json, scores.png
+answers with attention ratio and confidence       $OUT/answers/after.jsonl
+scores with intervals, by image and position      $OUT/scores/scores.md, scores.json, scores.png
 demo finished in $(((SECONDS - start) / 60)) min $(((SECONDS - start) % 60)) s after installation
 EOT

@@ -4,7 +4,6 @@
 """
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,15 +17,14 @@ FORMATS = ("sequence", "collage", "pip", "single")
 
 
 def main() -> None:
-    """Reads the answers, writes scores.json and scores.png, prints the table."""
+    """Reads the answers, draws scores.png, prints the table; intervals are the evaluation stage's to give."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--answers", type=Path, nargs="+", required=True, help="answers files; their names are shown")
-    parser.add_argument("--output", type=Path, required=True, help="folder for scores.json and scores.png")
+    parser.add_argument("--output", type=Path, required=True, help="folder for scores.png")
     args = parser.parse_args()
     with user_errors():
         scores = {path.stem: summarize(read_json(path)) for path in args.answers}
     args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "scores.json").write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
     draw(scores, args.output / "scores.png")
     print(table(scores))
 
