@@ -90,7 +90,8 @@ def plan(
 ) -> str:  # fmt: skip
     """The text of the plan."""
     world, stage = world_size(), zero_stage(getattr(args, "deepspeed_file", None))
-    model = build_on_meta(config, model_arguments)
+    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+    model = build_on_meta(config, model_arguments).to(dtype)
     num_all, num_trained = count_parameters(model)
     with_rejected = loss.dpo_alpha > 0
     longest = sorted(pairs, key=lambda pair: packed_tokens(pair, tokens_per_image, with_rejected))
@@ -98,7 +99,7 @@ def plan(
     tokens = sum(packed_tokens(pair, tokens_per_image, with_rejected) for pair in batch)
     answers = sum(len(pair.chosen) + (len(pair.rejected) if with_rejected else 0) for pair in batch)
     memory = estimate_memory(
-        config, num_all, num_trained, tokens, answers, 2 if args.bf16 or args.fp16 else 4, stage, world,
+        config, num_all, num_trained, tokens, answers, dtype.itemsize, stage, world,
         bool(args.activation_checkpointing),
     )  # fmt: skip
     counts = describe(pairs)
