@@ -218,6 +218,10 @@ class TestScript:
         assert "losses/sft" in log and "losses/dpo" not in log
         assert list(tmp_path.glob("wandb/offline-run-*"))
 
+    def test_another_experiment_in_the_same_output_is_refused_before_torchrun(self, data_set, checkpoint, zero2):
+        code, _, errors = self.call(data_set, checkpoint, zero2, gamma="0.5")
+        assert code == 2 and "gamma 0.0 there, 0.5 here" in errors and "Traceback" not in errors
+
     def test_dry_run_prints_the_plan_and_writes_nothing(self, data_set, checkpoint, tmp_path):
         code, output, errors = self.call(data_set, checkpoint, tmp_path / "out", "--dry_run", NPROC="2")
         assert code == 0, errors

@@ -150,8 +150,9 @@ class TrainArguments(TrainingArguments):
             self.deepspeed = None
         elif isinstance(self.deepspeed, str) and not Path(self.deepspeed).is_file():
             raise FileNotFoundError(f"--deepspeed {self.deepspeed}: no such file; scripts/zero2.json is one")
+        self.deepspeed_file = self.deepspeed
         if self.dry_run:
-            self.deepspeed_file, self.deepspeed = self.deepspeed, None  # planning needs no process group
+            self.deepspeed = None  # planning needs no process group
         if self.activation_checkpointing is None:  # the older name of the same flag, without its warning
             self.activation_checkpointing, self.gradient_checkpointing = self.gradient_checkpointing, None
         super().__post_init__()

@@ -43,14 +43,14 @@ from train.llava_hound_dpo.data import (
     within_length,
 )
 from train.llava_hound_dpo.model import make_trainable, parameter_table
-from train.llava_hound_dpo.plan import plan
+from train.llava_hound_dpo.plan import plan, world_size
 from train.llava_hound_dpo.reference import ReferenceCache, fingerprint
 from train.llava_hound_dpo.trainer import AttentionAwareDPOTrainer, latest_checkpoint
 
 logger = logging.getLogger(__name__)
 
 SCHEDULE = (
-    "learning_rate", "lr_scheduler_type", "warmup_steps", "num_train_epochs", "max_steps", "seed", "bf16", "world_size",
+    "learning_rate", "lr_scheduler_type", "warmup_steps", "num_train_epochs", "max_steps", "seed", "bf16",
     "per_device_train_batch_size", "gradient_accumulation_steps",
 )  # fmt: skip
 
@@ -80,6 +80,10 @@ def main() -> None:
     with user_errors():
         model_args, data_args, loss_args, args = parse()
         inputs = read_inputs(model_args, data_args, loss_args, args)
+        identity = describe_run(model_args, data_args, loss_args, args, inputs)
+        checkpoint = latest_checkpoint(args.output_dir, identity)
+    if checkpoint:
+        logger.info("continuing from %s", checkpoint)
     if args.dry_run:
         arguments = (
             model_args,
@@ -92,14 +96,11 @@ def main() -> None:
         )
         logger.info(plan(*arguments, inputs.grid.num_tokens))
         return
-    identity = describe_run(model_args, data_args, loss_args, args, inputs)
     with user_errors():
-        checkpoint = latest_checkpoint(args.output_dir, identity)
+        refuse_data_parallel(args)
         policy = load_policy(model_args, args)
     trainer = build_trainer(policy, model_args, loss_args, args, inputs, identity)
     record_run(model_args, data_args, loss_args, args, inputs)
-    if checkpoint:
-        logger.info("continuing from %s", checkpoint)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.save_model()
     trainer.save_state()
@@ -132,6 +133,12 @@ def read_inputs(model: ModelArguments, data: DataArguments, loss: LossArguments,
     if is_main_process():  # if it finds something it ends, and the launcher ends the others
         check_pictures([*train, *evaluation], store, grid, data.check_images)
     return Inputs(config, processor, grid, store, layers, train, evaluation, dropped)
+
+
+def refuse_data_parallel(args: TrainArguments) -> None:
+    """Raises ValueError where the Trainer would fall back to threads over several GPUs, which packed rows cannot be."""
+    if args.n_gpu > 1:
+        raise ValueError(f"{args.n_gpu} GPUs but one process: start with torchrun --nproc_per_node={args.n_gpu} -m ...")
 
 
 def _pairs(path: str, data: DataArguments, config: LlavaConfig, processor) -> tuple[list[Pair], list[Pair]]:
@@ -189,7 +196,8 @@ def describe_run(model, data, loss, args, inputs: Inputs) -> dict[str, Any]:
         **{f.name: getattr(loss, f.name) for f in dataclasses.fields(loss)},
         **{name: getattr(args, name) for name in SCHEDULE},
         "image_aspect_ratio": data.image_aspect_ratio,
-        "deepspeed": args.deepspeed if isinstance(args.deepspeed, str) else None,
+        "world_size": world_size(),
+        "deepspeed": args.deepspeed_file if isinstance(args.deepspeed_file, str) else None,
         "train_pairs": f"{len(inputs.train)} ({content})",
     }
 
