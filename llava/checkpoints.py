@@ -237,10 +237,9 @@ def account(where: str, wanted: Mapping[str, torch.Size], given: Mapping[str, to
 def _refuse(where: str, missing: Iterable, unexpected: Iterable, mismatched: Iterable) -> None:
     problems = []
     for kind, names in (("missing", missing), ("unexpected", unexpected), ("mis-shaped", mismatched)):
-        names = sorted(_name(name) for name in names)
+        names = [_name(name) for name in names]
         if names:
-            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            problems.append(f"{kind} tensors: {', '.join(names[:5])}{more}")
+            problems.append(f"{kind} tensors: {original.first_names(names)}")
     if problems:
         raise ValueError(f"{where}: the weights do not fit the config; {'; '.join(problems)}")
 

@@ -5,7 +5,7 @@ Everything is translated into what transformers' LLaVA expects, so that nothing 
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -141,17 +141,7 @@ def read_state(folder: Path, raw: Mapping, config: LlavaConfig, image_tower: str
 
     Raises ValueError naming tensors of the original that mean nothing to LLaVA-1.5.
     """
-    state, unknown = {}, []
-    for name, tensor in read_tensors(folder).items():
-        try:
-            ours = translate_name(name)
-        except KeyError:
-            unknown.append(name)
-            continue
-        if ours is not None:
-            state[ours] = tensor
-    if unknown:
-        raise ValueError(f"{folder}: unexpected tensors: {_some(unknown)}")
+    state = _translated(folder, read_tensors(folder), bare=str)
     if not any(name.startswith("model.vision_tower.") for name in state):
         state |= read_tower(local_folder(tower_of(raw, image_tower)))
     for name in ("model.language_model.embed_tokens.weight", "lm_head.weight"):
@@ -247,24 +237,30 @@ def translate_lora(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, tor
     tensors that mean nothing here.
     """
     trained = _read_shard(folder / NON_LORA) if (folder / NON_LORA).is_file() else {}
-    return _translated(folder, read_tensors(folder, ADAPTER_FILES)), _translated(folder / NON_LORA, trained)
+    lora = read_tensors(folder, ADAPTER_FILES)
+    return _translated(folder, lora, _without_wrappers), _translated(folder / NON_LORA, trained, _without_wrappers)
 
 
-def _translated(path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _without_wrappers(name: str) -> str:
+    """A tensor's name without what PEFT and data parallelism put before it."""
+    while name.startswith(("base_model.model.", "module.")):
+        name = name.removeprefix("module.").removeprefix("base_model.model.")
+    return name
+
+
+def _translated(path: Path, tensors: Mapping[str, torch.Tensor], bare: Callable[[str], str]) -> dict[str, torch.Tensor]:
+    """Tensors under our names, computed buffers left out; `bare` gives the original name of each."""
     found, unknown = {}, []
     for name, tensor in tensors.items():
-        bare = name
-        while bare.startswith(("base_model.model.", "module.")):
-            bare = bare.removeprefix("module.").removeprefix("base_model.model.")
         try:
-            ours = translate_name(bare)
+            ours = translate_name(bare(name))
         except KeyError:
             unknown.append(name)
             continue
         if ours is not None:
             found[ours] = tensor
     if unknown:
-        raise ValueError(f"{path}: unexpected tensors: {_some(unknown)}")
+        raise ValueError(f"{path}: unexpected tensors: {first_names(unknown)}")
     return found
 
 
@@ -315,6 +311,7 @@ def find_tokenizer_model(source: Path) -> Path:
     return source / "tokenizer.model"
 
 
-def _some(names: Iterable[str]) -> str:
+def first_names(names: Iterable[str]) -> str:
+    """The first five names in order, and how many more there are."""
     names = sorted(names)
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -7,6 +7,7 @@ from PIL import Image, ImageDraw
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from llava.attention import Plan, Probe, attention_ratio, install
+from llava.checkpoints import image_tokens
 from llava.image import pixel_values
 from llava.layout import EncodedPair, PatchGrid, pack
 from train.llava_hound_dpo.scoring import Scores, score
@@ -46,10 +47,7 @@ def small_twin(config: LlavaConfig) -> LlavaForConditionalGeneration:
 def example(model) -> tuple[EncodedPair, torch.Tensor]:
     """A pair about the second of two random pictures."""
     config = model.config
-    side, tokens = (
-        config.vision_config.image_size,
-        (config.vision_config.image_size // config.vision_config.patch_size) ** 2,
-    )
+    side, tokens = config.vision_config.image_size, image_tokens(config)
     image = [config.image_token_id] * tokens
     pair = EncodedPair(
         prompt=[1, 11, *image, 12, *image, 13, 14],

@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 class Job:
     """Everything checked and ready before the weights are loaded."""
 
+    path: str  # checkpoint or adapter to answer with
     questions: list[Question]
     prompts: list[list[int]]  # token ids, image tokens expanded
     batches: list[list[int]]  # question numbers, longest prompts first
@@ -57,8 +58,8 @@ def main() -> None:
         identity = identify(args, job)
         done = resume(parts, identity)
     if world > 1:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else None
-        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if device else "gloo", device_id=device)
+        gpu = {"backend": "cpu:gloo,cuda:nccl", "device_id": own_device()}
+        torch.distributed.init_process_group(**gpu if torch.cuda.is_available() else {"backend": "gloo"})
     own = [number for number in range(rank, len(job.batches), world) if not set(job.batches[number]) <= done]
     if own:
         answer(args, job, own, done, parts / f"{rank}.jsonl")
@@ -111,7 +112,7 @@ def prepare(args: argparse.Namespace) -> Job:
     order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))  # out of memory comes first, not last
     batches = [order[start : start + args.batch_size] for start in range(0, len(order), args.batch_size)]
     layers = sorted(layer_range(config.text_config.num_hidden_layers, args.attention_layers))
-    return Job(questions, prompts, batches, store, grid, processor, config.image_token_id, layers)
+    return Job(path, questions, prompts, batches, store, grid, processor, config.image_token_id, layers)
 
 
 def check(questions: Sequence[Question], store: ImageStore) -> None:
@@ -183,11 +184,8 @@ class Batches(Dataset):
 
 def answer(args: argparse.Namespace, job: Job, own: Sequence[int], done: set[int], path: Path) -> None:
     """Answer the batches of this process; each is on disk before the next one starts."""
-    source = find_source(args.model_name_or_path, args.image_tower)
-    model = load_model(source.root.path if args.only_base_model else source.path, dtype_of(args), args.image_tower)
-    model.eval().to(
-        torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else "cpu"
-    )
+    model = load_model(job.path, dtype_of(args), args.image_tower)
+    model.eval().to(own_device())
     settings: dict[str, Any] = {"max_new_tokens": args.max_new_tokens, "num_beams": args.num_beams}
     if args.temperature > 0:
         settings |= {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "top_k": 0}
@@ -206,6 +204,13 @@ def answer(args: argparse.Namespace, job: Job, own: Sequence[int], done: set[int
             file.flush()
             os.fsync(file.fileno())
             bar.update(len(found))
+
+
+def own_device() -> torch.device:
+    """This process's GPU, or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def dtype_of(args: argparse.Namespace) -> torch.dtype:

@@ -54,7 +54,7 @@ class AttentionAwareDPOTrainer(Trainer):
         **kwargs,
     ):
         super().__init__(*args, data_collator=PairCollator(image_token, weights.needs_rejected), **kwargs)
-        self.weights, self.layers, self.reference = weights, sorted(layers), reference
+        self.weights, self.layers, self.reference = weights, layers, reference
         self.model_accepts_loss_kwargs = False  # our loss is a mean over pairs: let the Trainer average micro-batches
         self.compute_metrics = _mean_metrics
         self._sums = torch.zeros(2, len(METRICS), dtype=torch.float64)
@@ -76,7 +76,7 @@ class AttentionAwareDPOTrainer(Trainer):
         row, pictures = inputs["row"], self._pictures(inputs["pixel_values"])
         dataset = self.train_dataset if model.training else self.eval_dataset
         reference = self._reference(model, inputs, pictures, dataset) if self.weights.needs_rejected else None
-        policy = score(model, row, **pictures, layers=frozenset(self.layers))
+        policy = score(model, row, **pictures, layers=self.layers)
         ratio = attention_ratio(policy.masses).mean(dim=0)
         z = self._margin(policy, reference) if reference else None
         loss, parts = total_loss(self.weights, policy.chosen, policy.chosen_tokens, ratio, z)
