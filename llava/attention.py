@@ -1,4 +1,4 @@
-"""The one attention function: SDPA, plus region masses and packed pairs where a `Plan` asks for them.
+"""The one attention function: SDPA, plus region masses, packed pairs and scaled rows where a `Plan` asks for them.
 
 It is registered with transformers under `NAME` for the language model only; without a plan it is transformers' own
 SDPA, bit for bit. The plan travels as a keyword argument of the model's forward; a region's mass comes back as that
@@ -19,6 +19,8 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from llava.scaling import Scale, scale_scores
 
 NAME = "llava_region"
 
@@ -68,13 +70,21 @@ class Plan:
 
     trees: tuple[Tree, ...] = ()
     probe: Probe | None = None
+    scale: Scale | None = None
 
 
-_ambient: ContextVar[Plan | None] = ContextVar("plan", default=None)
+@dataclass
+class Ambient:
+    """The plan of all forwards inside a `use_plan`; it may be exchanged between two of them."""
+
+    plan: Plan
+
+
+_ambient: ContextVar[Ambient | None] = ContextVar("plan", default=None)
 
 
 @contextmanager
-def use_plan(plan: Plan) -> Iterator[None]:
+def use_plan(plan: Plan) -> Iterator[Ambient]:
     """Apply a plan to every forward inside, for `generate`, which refuses keyword arguments it does not know.
 
     Raises RuntimeError if gradients are enabled: a checkpointed layer is recomputed in another thread, which would
@@ -82,9 +92,10 @@ def use_plan(plan: Plan) -> Iterator[None]:
     """
     if torch.is_grad_enabled():
         raise RuntimeError("use_plan is for inference: call it under torch.no_grad(), or pass plan= to the forward")
-    token = _ambient.set(plan)
+    ambient = Ambient(plan)
+    token = _ambient.set(ambient)
     try:
-        yield
+        yield ambient
     finally:
         _ambient.reset(token)
 
@@ -110,19 +121,21 @@ def attention(
     **kwargs,
 ) -> tuple[Float[Tensor, "B Q H D"], Float[Tensor, "B H T R"] | None]:
     """Attention output, and the region masses of this layer if the plan probes it (T measured rows), else None."""
-    plan = plan or _ambient.get()
+    ambient = _ambient.get()
+    plan = plan or (ambient and ambient.plan) or Plan()
     kwargs.pop("output_attentions", None)  # SDPA would warn; what it asks for is the second return value
-    if plan is None or not plan.trees:
+    if plan.trees:
+        assert attention_mask is None and len(query) == 1 and query.shape[2] == key.shape[2], "a packed row has no mask"
+        out = tree_attention(query, key, value, plan.trees, scaling, dropout).transpose(1, 2)
+    else:
         out, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
-    else:
-        assert attention_mask is None and len(query) == 1 and query.shape[2] == key.shape[2], "a packed row has no mask"
-        out = tree_attention(query, key, value, plan.trees, scaling, dropout).transpose(1, 2)
-    mass = None
-    if plan is not None and plan.probe is not None and module.layer_idx in plan.probe.layers:
-        mass = _probed(query, key, attention_mask, scaling, plan)
-    return out, mass
+    is_scaled = plan.scale is not None and plan.scale.applies(module.layer_idx, key.shape[2])
+    is_probed = plan.probe is not None and module.layer_idx in plan.probe.layers
+    if is_scaled:
+        return _scaled(out, query, key, value, attention_mask, scaling, plan, is_probed)
+    return out, _probed(query, key, attention_mask, scaling, plan) if is_probed else None
 
 
 def tree_attention(
@@ -173,23 +186,24 @@ def region_mass(
     """Attention probability (0..1) that each row puts on each region: Σ_j A[b,h,q,j] · W[b,j,r] of design §4.
 
     A second attention call whose values are the region weights: exact, differentiable in query and key, and O(K)
-    memory. Computed in fp32, because masses summed in bf16 are off by half a percent.
+    memory. A head holds as many regions as it has dimensions; more of them take a call each. Computed in fp32, because
+    masses summed in bf16 are off by half a percent.
     """
-    num_regions, head_size = regions.shape[-1], query.shape[-1]
-    assert num_regions <= head_size, f"{num_regions} regions do not fit a head of size {head_size}"
-    weights = F.pad(regions.float(), (0, head_size - num_regions))[:, None].expand(-1, query.shape[1], -1, -1)
+    query, key, head_size = query.float(), key.float(), query.shape[-1]
+    masses = []
     with torch.autocast(query.device.type, enabled=False):
-        mass = F.scaled_dot_product_attention(query.float(), key.float(), weights, attn_mask=mask, scale=scaling)
-    return mass[..., :num_regions]
+        for some in regions.float().split(head_size, dim=-1):
+            weights = F.pad(some, (0, head_size - some.shape[-1]))[:, None].expand(-1, query.shape[1], -1, -1)
+            mass = F.scaled_dot_product_attention(query, key, weights, attn_mask=mask, scale=scaling)
+            masses.append(mass[..., : some.shape[-1]])
+    return torch.cat(masses, dim=-1)
 
 
 def _probed(query: Tensor, key: Tensor, attention_mask: Tensor | None, scaling: float | None, plan: Plan) -> Tensor:
     key, regions = _repeat_heads(query, key), plan.probe.regions
     if not plan.trees:
-        regions = F.pad(regions, (0, 0, 0, key.shape[2] - regions.shape[1]))
-        regions = regions.repeat_interleave(len(query) // len(regions), dim=0)  # beams of one sample are neighbours
-        mask = None if attention_mask is None else attention_mask[:, :, -1:, : key.shape[2]]
-        return region_mass(query[:, :, -1:], key, regions, mask, scaling)
+        regions = _for_batch(regions, query, key)
+        return region_mass(query[:, :, -1:], key, regions, _last_row(attention_mask, key), scaling)
     masses = []
     for tree in plan.trees:
         (begin, _), (start, stop) = tree.prompt, tree.branches[0]
@@ -204,6 +218,37 @@ def _probed(query: Tensor, key: Tensor, attention_mask: Tensor | None, scaling: 
             )
         )
     return torch.cat(masses, dim=2)
+
+
+def _scaled(
+    out: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None, plan: Plan,
+    is_probed: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """The output with its last row computed from scaled scores, and that row's masses, as it then is, if probed."""
+    assert not plan.trees, "packed rows are not scaled"
+    scale, row = plan.scale.expand(len(query)), query[:, :, -1:].float()
+    key, value, visible = _repeat_heads(query, key), _repeat_heads(query, value), _last_row(mask, key)
+    scores = row @ key.float().transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if visible is not None:
+        scores = scores.masked_fill(~visible, -torch.inf)
+    probabilities = scale_scores(scores, scale).softmax(dim=-1)
+    changed = (scale.factor != 1)[:, None, None, None]
+    last = (probabilities @ value.float()).transpose(1, 2).to(out.dtype)
+    out = torch.cat([out[:, :-1], torch.where(changed, last, out[:, -1:])], dim=1)
+    if not is_probed:
+        return out, None
+    regions = _for_batch(plan.probe.regions, query, key)[:, None].float()
+    return out, torch.where(changed, probabilities @ regions, _probed(query, key, mask, scaling, plan))
+
+
+def _for_batch(regions: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """Regions (B, S, R) for all keys and, where every sample stands several times in a row (beams), all samples."""
+    regions = F.pad(regions, (0, 0, 0, key.shape[2] - regions.shape[1]))
+    return regions.repeat_interleave(len(query) // len(regions), dim=0)
+
+
+def _last_row(attention_mask: Tensor | None, key: Tensor) -> Tensor | None:
+    return None if attention_mask is None else attention_mask[:, :, -1:, : key.shape[2]]
 
 
 def _repeat_heads(query: Tensor, key: Tensor) -> Tensor:
@@ -237,8 +282,8 @@ def mean_masses(masses: Float[Tensor, "L H T R"], owner: Tensor, num_samples: in
     return sums / torch.bincount(owner, minlength=num_samples)[:, None]
 
 
-def attention_ratio(masses: Float[Tensor, "L N 2"]) -> Float[Tensor, "L N"]:
-    """R_l of design §4 from the mean masses of (target, all images); the ratio R is its mean over layers.
+def attention_ratio(masses: Float[Tensor, "*axes 2"]) -> Float[Tensor, "*axes"]:
+    """R_l of design §4 from mean masses of (target, all images); the ratio R is its mean over layers.
 
     The denominator is kept above 1e-6, for prompts that put no attention on images at all.
     """

@@ -4,6 +4,7 @@ Every tensor is accounted for. What is missing, unexpected or of another shape i
 starts from random numbers.
 """
 
+import hashlib
 import json
 import logging
 import re
@@ -33,6 +34,7 @@ logger = logging.getLogger(__name__)
 ADAPTER_CONFIG = "adapter_config.json"
 # The seven linear layers of every block of the language model. A plain "q_proj" would also match the vision tower.
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+SAMPLED_BYTES = 1 << 20
 PROJECTOR = "multi_modal_projector"
 LLAVA_HF, ORIGINAL, PEFT_ADAPTER, ORIGINAL_LORA = "llava-hf", "original LLaVA", "PEFT adapter", "original LLaVA LoRA"
 
@@ -142,6 +144,26 @@ def check_tensors(path: str, image_tower: str | None = None) -> int:
     model = _load_whole(source.root, load_config(path, image_tower), torch.float32, device_map="meta")
     adapted = _with_adapters(model, source)
     return len(adapted.state_dict())
+
+
+def weight_digest(path: str) -> str:
+    """Hash of what decides a checkpoint's weights and settings, of an adapter with its base.
+
+    A file counts with its name, its size and its first and last mebibyte; a hub name with itself alone.
+    """
+    source, parts = find_source(path), []
+    while source:
+        files = [file for file in Path(source.path).glob("*") if file.suffix in (".safetensors", ".bin", ".json")]
+        parts += [(file.name, file.stat().st_size, _ends(file)) for file in sorted(files)] or [source.path]
+        source = source.base
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _ends(path: Path) -> str:
+    with path.open("rb") as file:
+        head = file.read(SAMPLED_BYTES)
+        file.seek(max(0, path.stat().st_size - SAMPLED_BYTES))
+        return hashlib.sha256(head + file.read()).hexdigest()
 
 
 def image_tokens(config: LlavaConfig) -> int:

@@ -1,12 +1,18 @@
-"""Batched answers with the attention they were given with: how much of it lay on the target, and how sure they were."""
+"""Batched answers with the attention they were given with: how much of it lay on each region, and how sure they were.
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+Letters: B prompts, S tokens of the longest, R regions (0 target, 1 all images, then the parts), L layers, T steps.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache, LogitsProcessor
 
-from llava.attention import Plan, Probe, attention_ratio, mean_masses, use_plan
+from llava.attention import Ambient, Plan, Probe, attention_ratio, use_plan
+from llava.scaling import Scale
 
 
 @dataclass(frozen=True)
@@ -14,14 +20,27 @@ class Generated:
     """One generated answer."""
 
     text: str
-    num_tokens: int  # with the end token
-    confidence: float  # largest probability of the first answer token, at temperature 1
-    ratio_by_layer: list[float]  # R_l of design §4 for each probed layer, in order
+    tokens: list[int]  # with the end token
+    confidence: float  # largest probability of the first answer token, at temperature 1, before any scaling
+    factor: float  # of the attention on the scaled tokens; 1.0: plain
+    masses: Tensor  # (L, R) attention mass on each region, mean over answer tokens and heads, per probed layer
 
     @property
-    def ratio(self) -> float:
+    def ratio_by_layer(self) -> list[float] | None:
+        """R_l of design §4 for each probed layer, in order; None if no layer was probed."""
+        return attention_ratio(self.masses[:, :2]).tolist() or None
+
+    @property
+    def ratio(self) -> float | None:
         """R: mean of the ratio over the probed layers."""
-        return sum(self.ratio_by_layer) / len(self.ratio_by_layer)
+        by_layer = self.ratio_by_layer
+        return sum(by_layer) / len(by_layer) if by_layer else None
+
+    @property
+    def shares(self) -> list[float] | None:
+        """Share of the image attention on each part of the prompt, computed as R is; the target's share is R."""
+        parts = range(2, self.masses.shape[1] if len(self.masses) else 0)
+        return [attention_ratio(self.masses[:, [part, 1]]).mean().item() for part in parts] or None
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,56 +50,143 @@ class PromptBatch:
     input_ids: Tensor  # (B, S), image tokens expanded
     attention_mask: Tensor  # (B, S)
     pixel_values: Tensor  # (all images of all prompts in order, 3, side, side)
-    regions: Tensor  # (B, S, 2) weight of each token in the target and in all images
+    regions: Tensor  # (B, S, R) weight of each token in each region; 0 for a region that a prompt does not have
+    num_regions: Tensor  # (B,) regions of each prompt, at least 2
+
+    def to(self, device) -> "PromptBatch":
+        """The same batch on another device."""
+        return PromptBatch(*(getattr(self, name).to(device, non_blocking=True) for name in self.__dataclass_fields__))
+
+    def pin_memory(self) -> "PromptBatch":
+        """The same batch in page-locked memory, from where it reaches a GPU while that is computing."""
+        return PromptBatch(*(getattr(self, name).pin_memory() for name in self.__dataclass_fields__))
+
+
+# What to scale, from the confidence (B,) of the first answer tokens of a batch; None: nothing.
+Steer = Callable[[Tensor, PromptBatch], Scale | None]
 
 
 def batch_prompts(
     prompts: Sequence[list[int]],
-    targets: Sequence[Tensor],
+    regions: Sequence[Tensor],
     pixel_values: Tensor,
     image_token: int,
     pad_token: int,
 ) -> PromptBatch:
-    """Left-pad expanded prompts; `targets` hold a weight for every image token of each prompt."""
+    """Left-pad expanded prompts; `regions` are each prompt's (R, image tokens) weights, target and all images first."""
     longest = max(len(prompt) for prompt in prompts)
     input_ids = torch.full((len(prompts), longest), pad_token)
     attention_mask = torch.zeros(len(prompts), longest, dtype=torch.long)
-    regions = torch.zeros(len(prompts), longest, 2)
-    for row, (prompt, target) in enumerate(zip(prompts, targets, strict=True)):
+    weights = torch.zeros(len(prompts), longest, max(len(own) for own in regions))
+    for row, (prompt, own) in enumerate(zip(prompts, regions, strict=True)):
         input_ids[row, longest - len(prompt) :] = torch.tensor(prompt)
         attention_mask[row, longest - len(prompt) :] = 1
-        is_image = input_ids[row] == image_token
-        regions[row, is_image] = torch.stack([target, torch.ones_like(target)], dim=-1)
-    return PromptBatch(input_ids, attention_mask, pixel_values, regions)
+        weights[row, input_ids[row] == image_token, : len(own)] = own.T
+    return PromptBatch(
+        input_ids, attention_mask, pixel_values, weights, torch.tensor([len(own) for own in regions])
+    )
 
 
 @torch.no_grad()
-def generate(model, tokenizer, batch: PromptBatch, layers: Sequence[int], **settings) -> list[Generated]:
+def generate(
+    model, tokenizer, batch: PromptBatch, layers: Sequence[int], steer: Steer | None = None, **settings: Any
+) -> list[Generated]:
     """Answers of a batch, greedy unless `settings` (of transformers' `generate`) say otherwise.
 
-    The attention is measured in `layers` on the rows that predict the answer's tokens, end token included.
+    The attention is measured in `layers` on the rows that predict the answer's tokens, end token included, as it is
+    after scaling. `steer` decides on the scaling once the first token's confidence is known; where it changes a sample,
+    the last prompt token alone is run again, on the cached prompt before it (which that scaling does not touch).
     """
     settings = {"do_sample": False, "max_new_tokens": 128, "pad_token_id": tokenizer.pad_token_id, **settings}
-    device = model.device
-    with use_plan(Plan(probe=Probe(batch.regions.to(device), frozenset(layers)))):
+    beams, batch = settings.get("num_beams", 1), batch.to(model.device)
+    probe = Probe(batch.regions, frozenset(layers)) if layers else None
+    with use_plan(Plan(probe=probe)) as ambient:
+        first = FirstToken(model, batch, ambient, steer, beams)
+        settings["logits_processor"] = [first, *settings.get("logits_processor", ())]
         out = model.generate(
-            input_ids=batch.input_ids.to(device),
-            attention_mask=batch.attention_mask.to(device),
-            pixel_values=batch.pixel_values.to(device),
-            output_attentions=True,
-            output_logits=True,
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            pixel_values=batch.pixel_values,
+            output_attentions=bool(layers),
             return_dict_in_generate=True,
+            **({} if first.cache is None else {"past_key_values": first.cache}),
             **settings,
         )
     tokens = out.sequences[:, batch.input_ids.shape[1] :]
     lengths = _lengths(tokens, tokenizer.eos_token_id)
-    first = torch.softmax(out.logits[0].float(), dim=-1).amax(dim=-1)
-    ratios = _ratios(out.attentions, lengths)
-    texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    masses = torch.zeros(len(tokens), 0, batch.regions.shape[2])
+    if layers:
+        rows = getattr(out, "beam_indices", None)
+        if rows is None:
+            rows = torch.arange(len(tokens), device=tokens.device)[:, None].expand(-1, tokens.shape[1])
+        masses = _mean_masses([first.corrected(out.attentions[0]), *out.attentions[1:]], rows, lengths)
     return [
-        Generated(text.strip(), int(length), float(confidence), by_layer.tolist())
-        for text, length, confidence, by_layer in zip(texts, lengths, first, ratios, strict=True)
-    ]
+        Generated(text.strip(), own[:length], confidence, factor, by_layer[:, :num_regions])
+        for text, own, length, confidence, factor, by_layer, num_regions in zip(
+            tokenizer.batch_decode(tokens, skip_special_tokens=True), tokens.tolist(), lengths.tolist(),
+            first.confidence.tolist(), first.factor.tolist(), masses, batch.num_regions.tolist(), strict=True,
+        )
+    ]  # fmt: skip
+
+
+class FirstToken(LogitsProcessor):
+    """Steps in at the first answer token: notes its confidence and has the last prompt row scaled where asked.
+
+    transformers calls it with the raw scores, before temperature and top-p.
+    """
+
+    def __init__(self, model, batch: PromptBatch, ambient: Ambient, steer: Steer | None, beams: int):
+        self.model, self.batch, self.ambient, self.steer, self.beams = model, batch, ambient, steer, beams
+        self.cache = None if steer is None else DynamicCache(config=model.config.get_text_config(decoder=True))
+        self.factor = torch.ones(len(batch.input_ids))
+        self.confidence: Tensor | None = None  # (B,)
+        self.masses: list[Tensor] | None = None  # of the first token, where something was scaled
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """The scores, those of scaled samples replaced."""
+        if self.confidence is not None:
+            return scores
+        self.confidence = torch.softmax(scores[:: self.beams].float(), dim=-1).amax(dim=-1)
+        scale = self.steer(self.confidence, self.batch) if self.steer else None
+        if scale is None or bool((scale.factor == 1).all()):
+            return scores
+        self.factor, self.ambient.plan = scale.factor, replace(self.ambient.plan, scale=scale)
+        self.changed = (scale.factor != 1).repeat_interleave(self.beams)
+        mask = self.batch.attention_mask.repeat_interleave(self.beams, dim=0)
+        logits, self.masses = run_last_again(self.model, self.cache, input_ids[:, -1:], mask, self.changed)
+        if self.beams > 1:  # beam search hands over, and wants back, log-probs
+            logits = logits.log_softmax(dim=-1)
+        return torch.where(self.changed[:, None], logits, scores)
+
+    def corrected(self, masses: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The masses of the first token per layer, those of scaled samples replaced."""
+        if self.masses is None:
+            return masses
+        return [torch.where(self.changed[:, None, None, None], *both) for both in zip(self.masses, masses, strict=True)]
+
+
+def run_last_again(
+    model, cache: DynamicCache, last: Tensor, mask: Tensor, changed: Tensor
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """(scores (B, V), masses per probed layer) of the last prompt token `last` (B, 1), computed anew on a full cache.
+
+    Call it inside `use_plan`. Afterwards the cache holds what the new run found for the samples in `changed` (B,) and
+    is bit for bit what it was for the others.
+    """
+    before = [(layer.keys[:, :, -1:], layer.values[:, :, -1:]) for layer in cache.layers]
+    cache.crop(-1)
+    out = model(
+        input_ids=last,
+        attention_mask=mask,
+        position_ids=mask.sum(dim=1, keepdim=True) - 1,
+        past_key_values=cache,
+        use_cache=True,
+        output_attentions=True,
+    )
+    for layer, (keys, values) in zip(cache.layers, before, strict=True):
+        for now, old in ((layer.keys, keys), (layer.values, values)):
+            now[~changed, :, -1:] = old[~changed]
+    return out.logits[:, -1].float(), out.attentions
 
 
 def _lengths(tokens: Tensor, end: int) -> Tensor:
@@ -89,15 +195,14 @@ def _lengths(tokens: Tensor, end: int) -> Tensor:
     return ((ended == 0).sum(dim=1) + (ended > 0).any(dim=1).long()).clamp(max=tokens.shape[1])
 
 
-def _ratios(attentions: Sequence[Sequence[Tensor]], lengths: Tensor) -> Tensor:
-    """(B, L) ratio of each answer from the masses (B, H, 1, 2) of every step and layer."""
-    masses = torch.stack(
-        [torch.cat([step[layer] for step in attentions], dim=2) for layer in range(len(attentions[0]))]
-    )
-    steps = torch.arange(masses.shape[3], device=masses.device)
-    rows = []
-    for sample, length in enumerate(lengths):
-        own = masses[:, sample, :, steps < length]  # (L, H, T, 2) of the answer's own tokens
-        owner = torch.zeros(int(length), dtype=torch.long, device=masses.device)
-        rows.append(attention_ratio(mean_masses(own, owner, 1))[:, 0])
-    return torch.stack(rows)
+def _mean_masses(attentions: Sequence[Sequence[Tensor]], rows: Tensor, lengths: Tensor) -> Tensor:
+    """(B, L, R) mean mass over each answer's tokens and the heads, from the (rows, H, 1, R) of every step and layer.
+
+    `rows` (B, T) is the row that each answer's token was predicted from: its own, or that of the beam it came from.
+    """
+    steps = torch.stack([torch.stack([mass.mean(dim=1)[:, 0] for mass in layers]) for layers in attentions])
+    total = steps.new_zeros(len(rows), steps.shape[1], steps.shape[3])
+    for step in range(min(rows.shape[1], len(steps))):
+        own = steps[step].transpose(0, 1)[rows[:, step].clamp(min=0)]
+        total += own * (step < lengths)[:, None, None]
+    return (total / lengths[:, None, None]).cpu()

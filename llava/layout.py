@@ -58,26 +58,37 @@ class PatchGrid:
         """Image tokens per image (576 for CLIP-L/336)."""
         return self.rows * self.cols
 
+    def area(self, size: tuple[int, int]) -> tuple[float, float, float, float]:
+        """Box (x0, y0, x1, y1), in px of the stored image of `size` (width, height), that the whole grid covers.
+
+        It reaches outside the picture where that is padded, and lies inside where it is cropped.
+        """
+        width, height = size
+        left = top = 0
+        if self.pad:
+            side = max(width, height)
+            left, top = (side - width) // 2, (side - height) // 2
+            width = height = side
+        new_width, new_height = self._resized(width, height)
+        crop_height, crop_width = self.crop or (new_height, new_width)
+        x0, y0 = (new_width - crop_width) // 2, (new_height - crop_height) // 2
+        across, down = width / new_width, height / new_height
+        return (
+            x0 * across - left,
+            y0 * down - top,
+            (x0 + self.cols * self.patch) * across - left,
+            (y0 + self.rows * self.patch) * down - top,
+        )
+
     def weights(self, box: Sequence[float], size: tuple[int, int]) -> Float[Tensor, " P"]:
         """Share (0..1) of each patch's area that lies in `box`, row by row.
 
         `box` is (x0, y0, x1, y1) in px of the stored image of `size` (width, height). A border that cuts a patch
         gives it a fractional weight.
         """
-        (width, height), (x0, y0, x1, y1) = size, box
-        if self.pad:
-            side = max(width, height)
-            left, top = (side - width) // 2, (side - height) // 2
-            x0, x1, y0, y1 = x0 + left, x1 + left, y0 + top, y1 + top
-            width = height = side
-        new_width, new_height = self._resized(width, height)
-        x0, x1 = (x * new_width / width for x in (x0, x1))
-        y0, y1 = (y * new_height / height for y in (y0, y1))
-        if self.crop:
-            x0, x1 = (x - (new_width - self.crop[1]) // 2 for x in (x0, x1))
-            y0, y1 = (y - (new_height - self.crop[0]) // 2 for y in (y0, y1))
-        across = _overlap(x0, x1, self.cols, self.patch)
-        down = _overlap(y0, y1, self.rows, self.patch)
+        (x0, y0, x1, y1), (left, top, right, bottom) = box, self.area(size)
+        across = _overlap((x0 - left) / (right - left), (x1 - left) / (right - left), self.cols)
+        down = _overlap((y0 - top) / (bottom - top), (y1 - top) / (bottom - top), self.rows)
         return (down[:, None] * across[None, :]).flatten()
 
     def _resized(self, width: int, height: int) -> tuple[int, int]:
@@ -90,11 +101,11 @@ class PatchGrid:
         return (self.shortest_edge, longer) if width <= height else (longer, self.shortest_edge)
 
 
-def _overlap(start: float, end: float, count: int, patch: int) -> Tensor:
-    """Share of each of `count` patches of `patch` px that lies in start..end."""
-    edges = torch.arange(count, dtype=torch.float64) * patch
-    covered = (edges + patch).clamp(max=end) - edges.clamp(min=start)
-    return (covered.clamp(min=0) / patch).float()
+def _overlap(start: float, end: float, count: int) -> Tensor:
+    """Share of each of `count` equal patches that lies in start..end, both in shares of the whole length."""
+    edges = torch.arange(count, dtype=torch.float64)
+    covered = (edges + 1).clamp(max=end * count) - edges.clamp(min=start * count)
+    return covered.clamp(min=0).float()
 
 
 def collage_box(size: tuple[int, int], target: int, grid: tuple[int, int] | None) -> tuple[int, int, int, int]:
@@ -144,6 +155,26 @@ def needs_sizes(record: Prompt) -> bool:
     return record.image_type in ("collage", "pip")
 
 
+def part_weights(record: Prompt, sizes: Sequence[tuple[int, int]], grid: PatchGrid) -> Float[Tensor, "parts tokens"]:
+    """Weight in [0, 1] of every image token in each part that the prompt tells apart, parts in order.
+
+    The images of a sequence, the cells of a collage, inner and outer picture of a pic-in-pic, else the one image. Part
+    `record.target` is the target region. No parts where nothing says how a collage is divided.
+    Raises ValueError like `target_weights`.
+    """
+    if not needs_sizes(record):
+        return torch.eye(len(record.images)).repeat_interleave(grid.num_tokens, dim=1)
+    target = target_weights(record, sizes, grid)
+    if record.image_type == "pip":
+        return torch.stack([target, 1 - target])
+    rows, cols = record.grid or (sizes[0][1] // CELL, sizes[0][0] // CELL)
+    if record.target >= rows * cols:
+        return target.new_zeros(0, len(target))
+    cells = [grid.weights(collage_box(sizes[0], cell, record.grid), sizes[0]) for cell in range(rows * cols)]
+    cells[record.target] = target
+    return torch.stack(cells)
+
+
 def target_weights(record: Prompt, sizes: Sequence[tuple[int, int]], grid: PatchGrid) -> Float[Tensor, " tokens"]:
     """Weight in [0, 1] of every image token of the prompt, images in order: the target region of design §3.
 
@@ -163,6 +194,15 @@ def target_weights(record: Prompt, sizes: Sequence[tuple[int, int]], grid: Patch
     except ValueError as error:
         raise ValueError(f"{record.where}: {error}") from error
     return weights.flatten()
+
+
+def prompt_regions(
+    record: Prompt, sizes: Sequence[tuple[int, int]], grid: PatchGrid
+) -> Float[Tensor, "R tokens"]:
+    """What is measured of a prompt: target, all images, then the parts. Raises ValueError like `target_weights`."""
+    parts = part_weights(record, sizes, grid)
+    target = parts[record.target] if len(parts) else target_weights(record, sizes, grid)
+    return torch.cat([torch.stack([target, torch.ones_like(target)]), parts])
 
 
 def expand_images(ids: Sequence[int], image_token: int, num_tokens: int) -> list[int]:

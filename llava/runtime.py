@@ -50,9 +50,12 @@ def user_errors() -> Iterator[None]:
         stop(str(error))
 
 
-def stop(message: str) -> NoReturn:
-    """Say what is wrong, once over all processes, and end with the exit code of bad input."""
-    if is_main_process():
+def stop(message: str, from_any_process: bool = False) -> NoReturn:
+    """Say what is wrong and end with the exit code of bad input.
+
+    All processes find the same bad input: one of them says it, unless only this one can know.
+    """
+    if is_main_process() or from_any_process:
         print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(USER_ERROR)
 
@@ -90,7 +93,7 @@ def write_run_json(path: Path, **content: Any) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a file so that a kill at any time leaves the old content or the new, never half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
 

@@ -19,12 +19,13 @@ import torch
 import llava
 import train
 from llava.checkpoints import check_tensors, find_source, image_tokens, load_config, load_processor
+from llava.checks import check_pictures
 from llava.image import ImageStore
 from llava.layout import PatchGrid
 from llava.records import DataError, name_of, parse_preference, read_json
 from llava.runtime import git_commit, setup_logging, versions, without_compiler
 from scripts import selftest
-from train.llava_hound_dpo.data import check_pictures, describe, tokenize, within_length
+from train.llava_hound_dpo.data import describe, tokenize, within_length
 
 ROOT = Path(__file__).resolve().parent.parent
 OURS = "attention-aware-dpo"
@@ -146,7 +147,7 @@ def check_data(report: Report, args: argparse.Namespace, processor) -> None:
         except ValueError as error:
             problems.append(f"{where}: {error}")
     problems += list(problems_of(within_length, pairs, args.model_max_length, "error"))
-    problems += list(problems_of(check_pictures, pairs, store, grid, "full"))
+    problems += list(problems_of(check_pictures, [pair.record for pair in pairs], store, grid, "full"))
     problems += repeated_ids(args.data_path, raw)
     report.bad_records = bad_ids(args.data_path, raw, problems)
     for problem in problems[:SHOWN]:

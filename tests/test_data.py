@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from llava.checks import check_pictures
 from llava.image import ImageStore
 from llava.layout import PatchGrid
 from llava.records import FORMATS, DataError, read_preferences
@@ -15,7 +16,6 @@ from tests.conftest import preference
 from train.llava_hound_dpo.data import (
     PairCollator,
     PairDataset,
-    check_pictures,
     describe,
     split,
     tokenize,
@@ -128,6 +128,10 @@ def test_nothing_that_fits_is_an_error(short_and_long, overlong):
 # ---- check_pictures
 
 
+def records_of(pairs):
+    return [pair.record for pair in pairs]
+
+
 def damage(setting, name, how):
     path = setting.images / name
     if how == "missing":
@@ -148,17 +152,17 @@ def test_a_bad_picture_is_named_with_its_record(setting, how, depths):
     damage(setting, "yellow.png", how)
     for depth in ("full", "header", "exists"):
         if depth in depths:
-            (found,) = problems(check_pictures, pairs, setting.store, setting.grid, depth)
+            (found,) = problems(check_pictures, records_of(pairs), setting.store, setting.grid, depth)
             assert "train.json record 2 (id pair_2): " in found and "yellow.png" in found
         else:
-            check_pictures(pairs, setting.store, setting.grid, depth)
+            check_pictures(records_of(pairs), setting.store, setting.grid, depth)
 
 
 def test_every_record_with_a_bad_picture_is_listed(setting):
     pairs = setting.pairs(*(preference(n) for n in range(5)))  # green is in pairs 0 and 1, white in 3 and 4
     damage(setting, "green.png", "missing")
     damage(setting, "white.png", "text")
-    found = problems(check_pictures, pairs, setting.store, setting.grid, "full")
+    found = problems(check_pictures, records_of(pairs), setting.store, setting.grid, "full")
     assert [problem.split("(id ")[1].split(")")[0] for problem in found] == ["pair_0", "pair_1", "pair_3", "pair_4"]
 
 
@@ -171,7 +175,7 @@ def collage(number, target, image="canvas.png", **changes):
 def test_a_cell_that_does_not_exist_is_named_with_its_record(setting, depth):
     Image.new("RGB", (936, 488)).save(setting.images / "canvas.png")
     pairs = setting.pairs(collage(0, 2), collage(1, 3), collage(2, 3, grid=[1, 3]), collage(3, 7))
-    found = problems(check_pictures, pairs, setting.store, setting.grid, depth)
+    found = problems(check_pictures, records_of(pairs), setting.store, setting.grid, depth)
     assert len(found) == 2
     assert "train.json record 2 (id pair_1): Image3 does not exist" in found[0]
     assert "train.json record 4 (id pair_3): Image7 does not exist" in found[1]
@@ -179,7 +183,7 @@ def test_a_cell_that_does_not_exist_is_named_with_its_record(setting, depth):
 
 def test_a_box_outside_its_picture_is_named_with_its_record(setting):
     pairs = setting.pairs(collage(0, 1, image="red.png", target_box=[0, 0, 73, 10]))
-    (found,) = problems(check_pictures, pairs, setting.store, setting.grid, "header")
+    (found,) = problems(check_pictures, records_of(pairs), setting.store, setting.grid, "header")
     assert "record 1 (id pair_0)" in found and "72 x 72" in found
 
 

@@ -21,6 +21,10 @@ def prompts_of(model, seed=0):
     return made
 
 
+def regions(target):
+    return torch.stack([target, torch.ones_like(target)])
+
+
 def alone_with_eager(model, prompt, target, pixels, steps, end):
     """(tokens, first-token confidence, ratio per layer 1 and 2), by a plain loop that feeds everything again."""
     tokens, rows, confidence = [], [], None
@@ -48,7 +52,7 @@ def test_left_padded_batch_equals_single_prompts_with_eager_attention(processor)
     end = processor.tokenizer.eos_token_id
     batch = batch_prompts(
         [p for p, _, _ in prompts],
-        [t for _, t, _ in prompts],
+        [regions(t) for _, t, _ in prompts],
         torch.cat([x for _, _, x in prompts]),
         ours.config.image_token_id,
         processor.tokenizer.pad_token_id,
@@ -58,7 +62,7 @@ def test_left_padded_batch_equals_single_prompts_with_eager_attention(processor)
         with torch.no_grad():
             tokens, confidence, ratio = alone_with_eager(eager, prompt, target, pixels, 6, end)
         assert answer.text == processor.tokenizer.decode(tokens, skip_special_tokens=True).strip()
-        assert answer.num_tokens == len(tokens)
+        assert answer.tokens == tokens
         assert abs(answer.confidence - confidence) < 1e-5
         torch.testing.assert_close(torch.tensor(answer.ratio_by_layer), ratio, atol=1e-5, rtol=1e-4)
 
@@ -69,13 +73,13 @@ def test_an_answer_ends_at_its_end_token_while_others_go_on(processor):
     install(model)
     prompt, target, pixels = prompts_of(model)[0]
     end = processor.tokenizer.eos_token_id
-    batch = batch_prompts([prompt], [target], pixels, model.config.image_token_id, processor.tokenizer.pad_token_id)
+    batch = batch_prompts([prompt], [regions(target)], pixels, model.config.image_token_id, processor.tokenizer.pad_token_id)
     (answer,) = generate(model, processor.tokenizer, batch, [2], max_new_tokens=5)
-    assert answer.num_tokens > 1
+    assert len(answer.tokens) > 1
 
     def always_end(ids, logits):
         return torch.full_like(logits, -1e9).index_fill(1, torch.tensor([end]), 0.0)
 
     (ended,) = generate(model, processor.tokenizer, batch, [2], max_new_tokens=5, logits_processor=[always_end])
-    assert (ended.num_tokens, ended.text) == (1, "")
+    assert (ended.tokens, ended.text) == ([end], "")
     assert ended.confidence == answer.confidence

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from inference.llava_hound_dpo import run_inference
+from llava.answers import AnswerStore
 
 ROOT = Path(__file__).parent.parent
 BASE = ROOT / "scripts/miniature/base"
@@ -33,12 +34,13 @@ def words(world, output, *more):
 
 @pytest.fixture
 def answer(world, tmp_path, monkeypatch):
-    """Runs inference in this process; gives the answers, or the exit code of bad input."""
+    """Runs inference in this process; gives the answers, if they are finished."""
 
     def run(name, *more):
-        monkeypatch.setattr(sys, "argv", ["run_inference", *words(world, tmp_path / name, *more)])
-        run_inference.main()
-        return [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", ["run_inference", *words(world, tmp_path / name, *more)])
+            run_inference.main()
+        return [json.loads(line) for line in (tmp_path / name).read_text().splitlines()] if (tmp_path / name).exists() else None
 
     return run
 
@@ -87,16 +89,14 @@ class TestKilled:
     ):
         answer("whole.jsonl")
         kept = {}
-        merge = run_inference.merge
-        monkeypatch.setattr(run_inference, "merge", lambda output, parts, questions: kept.update(at=parts))
-        with pytest.raises(FileNotFoundError):
-            answer("cut.jsonl")  # everything answered, not merged
-        monkeypatch.setattr(run_inference, "merge", merge)
-        part = kept["at"] / "0.jsonl"
+        monkeypatch.setattr(AnswerStore, "finish", lambda store, ids: kept.update(at=store.parts))
+        answer("cut.jsonl")  # everything answered, not merged
+        monkeypatch.undo()
+        part, marker = kept["at"] / "0.jsonl", (kept["at"] / "run.json").read_bytes()
         whole = part.read_bytes()
         chance = random.Random(0)
         for _ in range(10):
-            marker = (kept["at"] / "run.json").read_bytes() if kept["at"].exists() else marker
+            (tmp_path / "cut.jsonl").unlink(missing_ok=True)
             kept["at"].mkdir(exist_ok=True)
             (kept["at"] / "run.json").write_bytes(marker)
             part.write_bytes(whole[: chance.randrange(len(whole))])
@@ -129,14 +129,14 @@ class TestRefused:
         records[4]["image"][0] = "no.png"
         (tmp_path / "bad.json").write_text(json.dumps(records))
         code, error = self.code(answer, capsys, "--data_path", tmp_path / "bad.json")
-        assert code == 2 and "record 5" in error and "no picture no.png" in error
+        assert code == 2 and "record 5" in error and "no.png: no such picture" in error
 
     def test_an_id_used_twice(self, answer, capsys, world, tmp_path):
         records = json.loads((world / "test.json").read_text())
         records[1]["id"] = records[0]["id"]
         (tmp_path / "bad.json").write_text(json.dumps(records))
         code, error = self.code(answer, capsys, "--data_path", tmp_path / "bad.json")
-        assert code == 2 and "used twice" in error
+        assert code == 2 and "was there before" in error
 
     def test_unfinished_answers_of_another_run(self, answer, capsys, tmp_path):
         parts = tmp_path / "refused.jsonl.parts"

@@ -4,7 +4,6 @@ import logging
 import random
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,47 +68,6 @@ def within_length(pairs: Sequence[Pair], max_length: int, overlong: str) -> tupl
     for pair in dropped:
         logger.info("dropped: %s, %d tokens above %d", pair.record.where, pair.num_tokens, max_length)
     return fitting, dropped
-
-
-def check_pictures(pairs: Sequence[Pair], store: ImageStore, grid: PatchGrid, depth: str) -> None:
-    """Look at every picture before any weight is loaded: `full` decodes, `header` reads sizes, `exists` looks.
-
-    Raises DataError with one line per record whose pictures are missing, damaged, or without the cell it points at.
-    """
-    looked_at: dict[str, Any] = {}
-
-    def look(name: str) -> None:
-        try:
-            if depth == "exists" and not store.has(name):
-                raise FileNotFoundError(f"{name} in {store.path}: no such picture")
-            looked_at[name] = (
-                None if depth == "exists" else store.open(name).size if depth == "full" else store.size(name)
-            )
-        except (OSError, ValueError) as error:
-            looked_at[name] = error
-
-    names = sorted({name for pair in pairs for name in pair.record.images})
-    with ThreadPoolExecutor() as pool:
-        quiet = not is_main_process() or len(names) < 1000
-        list(tqdm(pool.map(look, names), total=len(names), desc="checking pictures", disable=quiet))
-    problems = []
-    for pair in pairs:
-        found = [looked_at[name] for name in pair.record.images]
-        errors = [error for error in found if isinstance(error, Exception)]
-        if errors:
-            problems.append(f"{pair.record.where}: {errors[0]}")
-        elif depth != "exists":
-            problems += _target_problem(pair.record, found, grid)
-    if problems:
-        raise DataError(problems)
-
-
-def _target_problem(record: Preference, sizes: list[tuple[int, int]], grid: PatchGrid) -> list[str]:
-    try:
-        target_weights(record, sizes, grid)
-    except ValueError as error:
-        return [str(error)]
-    return []
 
 
 def split(pairs: Sequence[Pair], share: float, seed: int) -> tuple[list[Pair], list[Pair]]:

@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from llava.checkpoints import weight_digest
 from llava.records import DataError
 from train.llava_hound_dpo.data import Pair, PairDataset
 
 logger = logging.getLogger(__name__)
 
 LAYOUT_VERSION = 1  # raise it when `layout.pack` or the template changes what a pair's log-probs are
-SAMPLED_BYTES = 1 << 20
 
 
 class ReferenceCache:
@@ -81,23 +81,9 @@ class ReferenceCache:
 
 def fingerprint(model_path: str, commit: str | None, dtype: str, image_processor, pad: bool) -> str:
     """Hash of what decides reference log-probs apart from the pair: weights, precision, picture processing, layout.
-
-    Weight files count with their size and their first and last mebibyte, hub checkpoints with their commit.
     """
-    files = [
-        (path.name, path.stat().st_size, _ends(path))
-        for path in sorted(Path(model_path).glob("*"))
-        if path.suffix in (".safetensors", ".bin", ".json")
-    ]
     settings = json.dumps(image_processor.to_dict(), sort_keys=True, default=str)
-    return _digest(LAYOUT_VERSION, files, commit if not files else None, dtype, settings, pad)
-
-
-def _ends(path: Path) -> str:
-    with path.open("rb") as file:
-        head = file.read(SAMPLED_BYTES)
-        file.seek(max(0, path.stat().st_size - SAMPLED_BYTES))
-        return hashlib.sha256(head + file.read()).hexdigest()
+    return _digest(LAYOUT_VERSION, weight_digest(model_path), commit, dtype, settings, pad)
 
 
 def _digest(*parts: object) -> str:

@@ -14,6 +14,7 @@ from transformers import LlavaConfig, set_seed
 
 from llava.attention import layer_range
 from llava.checkpoints import find_source, image_tokens, load_config, load_model, load_processor
+from llava.checks import check_pictures
 from llava.image import ImageStore
 from llava.layout import PatchGrid
 from llava.records import read_preferences
@@ -36,7 +37,6 @@ from train.llava_hound_dpo.arguments import (
 from train.llava_hound_dpo.data import (
     Pair,
     PairDataset,
-    check_pictures,
     describe,
     split,
     tokenize,
@@ -131,7 +131,7 @@ def read_inputs(model: ModelArguments, data: DataArguments, loss: LossArguments,
     if args.eval_strategy != "no" and not evaluation:
         raise ValueError("--eval_strategy needs something to evaluate on: give --eval_split or --eval_data_path")
     if is_main_process():  # if it finds something it ends, and the launcher ends the others
-        check_pictures([*train, *evaluation], store, grid, data.check_images)
+        check_pictures([pair.record for pair in (*train, *evaluation)], store, grid, data.check_images)
     return Inputs(config, processor, grid, store, layers, train, evaluation, dropped)
 
 

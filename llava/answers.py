@@ -1,0 +1,96 @@
+"""Answers on disk: every finished one at once, in parts, and one file in the order of the test set at the end.
+
+A run that is killed at any moment goes on where it was, without losing or repeating an answer.
+"""
+
+import json
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from llava.runtime import is_main_process, write_run_json, write_text
+
+logger = logging.getLogger(__name__)
+
+
+class AnswerStore:
+    """The answers file `output`, and the folder of parts beside it while it is not finished.
+
+    `identity` is what decides the answers. Raises ValueError if `output` or its parts are of another identity.
+    """
+
+    def __init__(self, output: Path, identity: dict[str, Any]):
+        self.output, self.identity = output, json.loads(json.dumps(identity, default=str))
+        self.parts = output.with_name(output.name + ".parts")
+        self.run_json = output.with_suffix(".run.json")
+        self.marker = self.parts / "run.json"
+        if self.marker.is_file():
+            self._refuse_another(self.marker, self.parts)
+        elif output.exists():
+            self._refuse_another(self.run_json, output)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the answers file is there and nothing is left to merge."""
+        return self.output.is_file() and not self.marker.exists()
+
+    def begin(self) -> set[int]:
+        """Numbers of the questions answered before; the folder of parts exists afterwards."""
+        self.parts.mkdir(parents=True, exist_ok=True)
+        if is_main_process() and not self.marker.is_file():
+            write_text(self.marker, json.dumps(self.identity, indent=2))
+        done = {line["number"] for line in self._lines()}
+        if done:
+            logger.info("%d answers found in %s: continuing", len(done), self.parts)
+        return done
+
+    def append(self, part: int, records: Sequence[dict[str, Any]]) -> None:
+        """Put answers, each with the `number` of its question, on disk before anything else happens.
+
+        Raises OSError, for example on a full disk; what was appended before stays.
+        """
+        # A line that a kill or a full disk cut short ends here, so that it cannot swallow the next one.
+        text = "\n" + "\n".join(json.dumps(record) for record in records) + "\n"
+        with (self.parts / f"{part}.jsonl").open("a", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def finish(self, ids: Sequence[str], **counts: Any) -> None:
+        """Write the answers file and its run.json, then remove the parts. Raises RuntimeError if one is missing."""
+        lines = {line.pop("number"): line for line in self._lines()}
+        missing = [id for number, id in enumerate(ids) if number not in lines]
+        if missing:
+            raise RuntimeError(
+                f"{len(missing)} questions have no answer, {missing[0]} first: start the same command again"
+            )
+        write_text(self.output, "".join(json.dumps(lines[number]) + "\n" for number in range(len(ids))))
+        write_run_json(self.run_json, **self.identity, counts={"answers": len(ids), **counts})
+        for path in sorted(self.parts.iterdir(), key=lambda path: path == self.marker):  # the marker goes last
+            path.unlink()
+        self.parts.rmdir()
+
+    def _lines(self) -> Iterator[dict[str, Any]]:
+        for path in sorted(self.parts.glob("*.jsonl")):
+            for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+                try:
+                    yield json.loads(line)
+                except json.JSONDecodeError:  # cut short: its question is answered again
+                    continue
+
+    def _refuse_another(self, record: Path, what: Path) -> None:
+        found = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+        other = [name for name, value in self._flat(self.identity).items() if self._flat(found).get(name) != value]
+        if other:
+            raise ValueError(
+                f"{what} holds answers of another run (it differs in {', '.join(sorted(other)[:5])}; see {record.name} "
+                "beside it): remove it or choose another --output"
+            )
+
+    @staticmethod
+    def _flat(record: dict[str, Any]) -> dict[str, Any]:
+        """The record with the fields of its groups beside the others."""
+        groups = {name: value for group in record.values() if isinstance(group, dict) for name, value in group.items()}
+        return {name: value for name, value in record.items() if not isinstance(value, dict)} | groups
