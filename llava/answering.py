@@ -199,7 +199,8 @@ def make_batch(job: Job, numbers: Sequence[int]) -> PromptBatch:
     ]
     pixels = pixel_values([p for own in pictures for p in own], job.processor.image_processor, job.grid.pad)
     prompts = [job.prompts[number] for number in numbers]
-    return batch_prompts(prompts, regions, pixels, job.image_token, job.processor.tokenizer.pad_token_id)
+    types = [question.image_type for question in questions]
+    return batch_prompts(prompts, regions, pixels, job.image_token, job.processor.tokenizer.pad_token_id, types)
 
 
 def answer(
@@ -245,7 +246,7 @@ def dtype_of(args: argparse.Namespace) -> torch.dtype:
 def record(number: int, job: Job, given: Generated) -> dict[str, Any]:
     """One line of answers.jsonl (design §8), with the question's number for the merge and its own further fields."""
     question = job.questions[number]
-    has_target = question.image_type != "multi"
+    has_target = question.target is not None
     own = {
         "number": number,
         "question_id": question.id,
@@ -259,7 +260,7 @@ def record(number: int, job: Job, given: Generated) -> dict[str, Any]:
         "prompt": question.prompt,
         "answer": question.answer,
         "image_type": question.image_type,
-        "target": question.target + 1,
+        "target": question.target + 1 if has_target else None,
         "num_images": len(question.images) if question.grid is None else question.grid[0] * question.grid[1],
     }
     return own | {name: value for name, value in question.extra.items() if name not in own}

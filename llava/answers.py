@@ -82,10 +82,12 @@ class AnswerStore:
 
     def _refuse_another(self, record: Path, what: Path) -> None:
         found = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
-        other = [name for name, value in self._flat(self.identity).items() if self._flat(found).get(name) != value]
+        there = self._flat(found)
+        other = [name for name, value in self._flat(self.identity).items() if there.get(name) != value]
         if other:
+            first = sorted(other, key=lambda name: (name not in there, name))[:5]
             raise ValueError(
-                f"{what} holds answers of another run (it differs in {', '.join(sorted(other)[:5])}; see {record.name} "
+                f"{what} holds answers of another run (it differs in {', '.join(first)}; see {record.name} "
                 "beside it): remove it or choose another --output"
             )
 

@@ -203,7 +203,7 @@ def _probed(query: Tensor, key: Tensor, attention_mask: Tensor | None, scaling: 
     key, regions = _repeat_heads(query, key), plan.probe.regions
     if not plan.trees:
         regions = _for_batch(regions, query, key)
-        return region_mass(query[:, :, -1:], key, regions, _last_row(attention_mask, key), scaling)
+        return region_mass(query[:, :, -1:], key, regions, _last_rows(attention_mask, key), scaling)
     masses = []
     for tree in plan.trees:
         (begin, _), (start, stop) = tree.prompt, tree.branches[0]
@@ -224,21 +224,24 @@ def _scaled(
     out: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None, plan: Plan,
     is_probed: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """The output with its last row computed from scaled scores, and that row's masses, as it then is, if probed."""
+    """The output with its last rows computed from scaled scores, and the last row's masses, as they then are."""
     assert not plan.trees, "packed rows are not scaled"
-    scale, row = plan.scale.expand(len(query)), query[:, :, -1:].float()
-    key, value, visible = _repeat_heads(query, key), _repeat_heads(query, value), _last_row(mask, key)
-    scores = row @ key.float().transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    scale = plan.scale.expand(len(query))
+    rows = scale.factor.shape[1]
+    key, value, visible = _repeat_heads(query, key), _repeat_heads(query, value), _last_rows(mask, key, rows)
+    scores = query[:, :, -rows:].float() @ key.float().transpose(2, 3)
+    scores = scores * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     if visible is not None:
         scores = scores.masked_fill(~visible, -torch.inf)
     probabilities = scale_scores(scores, scale).softmax(dim=-1)
-    changed = (scale.factor != 1)[:, None, None, None]
+    changed = (scale.factor != 1)[..., None, None]
     last = (probabilities @ value.float()).transpose(1, 2).to(out.dtype)
-    out = torch.cat([out[:, :-1], torch.where(changed, last, out[:, -1:])], dim=1)
+    out = torch.cat([out[:, :-rows], torch.where(changed, last, out[:, -rows:])], dim=1)
     if not is_probed:
         return out, None
     regions = _for_batch(plan.probe.regions, query, key)[:, None].float()
-    return out, torch.where(changed, probabilities @ regions, _probed(query, key, mask, scaling, plan))
+    mass = _probed(query, key, mask, scaling, plan)
+    return out, torch.where(changed[:, -1:], probabilities[:, :, -1:] @ regions, mass)
 
 
 def _for_batch(regions: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -247,8 +250,8 @@ def _for_batch(regions: Tensor, query: Tensor, key: Tensor) -> Tensor:
     return regions.repeat_interleave(len(query) // len(regions), dim=0)
 
 
-def _last_row(attention_mask: Tensor | None, key: Tensor) -> Tensor | None:
-    return None if attention_mask is None else attention_mask[:, :, -1:, : key.shape[2]]
+def _last_rows(attention_mask: Tensor | None, key: Tensor, rows: int = 1) -> Tensor | None:
+    return None if attention_mask is None else attention_mask[:, :, -rows:, : key.shape[2]]
 
 
 def _repeat_heads(query: Tensor, key: Tensor) -> Tensor:

@@ -51,15 +51,20 @@ class PromptBatch:
     attention_mask: Tensor  # (B, S)
     pixel_values: Tensor  # (all images of all prompts in order, 3, side, side)
     regions: Tensor  # (B, S, R) weight of each token in each region; 0 for a region that a prompt does not have
-    num_regions: Tensor  # (B,) regions of each prompt, at least 2
+    num_regions: tuple[int, ...]  # regions of each prompt, at least 2
+    image_types: tuple[str, ...] = ()  # format of each prompt, where it matters
 
     def to(self, device) -> "PromptBatch":
         """The same batch on another device."""
-        return PromptBatch(*(getattr(self, name).to(device, non_blocking=True) for name in self.__dataclass_fields__))
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "PromptBatch":
         """The same batch in page-locked memory, from where it reaches a GPU while that is computing."""
-        return PromptBatch(*(getattr(self, name).pin_memory() for name in self.__dataclass_fields__))
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "PromptBatch":
+        names = ("input_ids", "attention_mask", "pixel_values", "regions")
+        return replace(self, **{name: change(getattr(self, name)) for name in names})
 
 
 # What to scale, from the confidence (B,) of the first answer tokens of a batch; None: nothing.
@@ -72,6 +77,7 @@ def batch_prompts(
     pixel_values: Tensor,
     image_token: int,
     pad_token: int,
+    image_types: Sequence[str] = (),
 ) -> PromptBatch:
     """Left-pad expanded prompts; `regions` are each prompt's (R, image tokens) weights, target and all images first."""
     longest = max(len(prompt) for prompt in prompts)
@@ -82,9 +88,8 @@ def batch_prompts(
         input_ids[row, longest - len(prompt) :] = torch.tensor(prompt)
         attention_mask[row, longest - len(prompt) :] = 1
         weights[row, input_ids[row] == image_token, : len(own)] = own.T
-    return PromptBatch(
-        input_ids, attention_mask, pixel_values, weights, torch.tensor([len(own) for own in regions])
-    )
+    counts = tuple(len(own) for own in regions)
+    return PromptBatch(input_ids, attention_mask, pixel_values, weights, counts, tuple(image_types))
 
 
 @torch.no_grad()
@@ -124,7 +129,7 @@ def generate(
         Generated(text.strip(), own[:length], confidence, factor, by_layer[:, :num_regions])
         for text, own, length, confidence, factor, by_layer, num_regions in zip(
             tokenizer.batch_decode(tokens, skip_special_tokens=True), tokens.tolist(), lengths.tolist(),
-            first.confidence.tolist(), first.factor.tolist(), masses, batch.num_regions.tolist(), strict=True,
+            first.confidence.tolist(), first.factor.tolist(), masses, batch.num_regions, strict=True,
         )
     ]  # fmt: skip
 
@@ -150,8 +155,8 @@ class FirstToken(LogitsProcessor):
         scale = self.steer(self.confidence, self.batch) if self.steer else None
         if scale is None or bool((scale.factor == 1).all()):
             return scores
-        self.factor, self.ambient.plan = scale.factor, replace(self.ambient.plan, scale=scale)
-        self.changed = (scale.factor != 1).repeat_interleave(self.beams)
+        self.factor, self.ambient.plan = scale.factor[:, 0], replace(self.ambient.plan, scale=scale)
+        self.changed = (self.factor != 1).repeat_interleave(self.beams)
         mask = self.batch.attention_mask.repeat_interleave(self.beams, dim=0)
         logits, self.masses = run_last_again(self.model, self.cache, input_ids[:, -1:], mask, self.changed)
         if self.beams > 1:  # beam search hands over, and wants back, log-probs

@@ -46,7 +46,7 @@ def patch_masses(
     patches = torch.zeros(1, batch.input_ids.shape[1], len(places))
     patches[0, places, torch.arange(len(places))] = 1.0
     regions = torch.cat([batch.regions[..., :2], patches], dim=2)
-    batch = replace(batch, regions=regions, num_regions=torch.tensor([regions.shape[2]]))
+    batch = replace(batch, regions=regions, num_regions=(regions.shape[2],))
     settings = {"max_new_tokens": len(answer), "logits_processor": [Forced(answer)]}
     (again,) = generate(model, tokenizer, batch, layers, steer, **settings)
     assert again.tokens == list(answer)

@@ -178,12 +178,12 @@ def part_weights(record: Prompt, sizes: Sequence[tuple[int, int]], grid: PatchGr
 def target_weights(record: Prompt, sizes: Sequence[tuple[int, int]], grid: PatchGrid) -> Float[Tensor, " tokens"]:
     """Weight in [0, 1] of every image token of the prompt, images in order: the target region of design §3.
 
-    `sizes` are (width, height) of the stored pictures; a sequence needs none. Raises ValueError, naming the record,
-    if the prompt points at a cell that does not exist or that the model does not see.
+    `sizes` are (width, height) of the stored pictures; a sequence needs none. A prompt without a target points at all
+    images. Raises ValueError, naming the record, if the prompt points at a cell that does not exist or that the model does not see.
     """
     weights = torch.zeros(len(record.images), grid.num_tokens)
     if not needs_sizes(record):
-        weights[record.target] = 1.0
+        weights[slice(None) if record.target is None else record.target] = 1.0
         return weights.flatten()
     try:
         weights[0] = grid.weights(target_box(record, sizes[0]), sizes[0])
@@ -201,7 +201,7 @@ def prompt_regions(
 ) -> Float[Tensor, "R tokens"]:
     """What is measured of a prompt: target, all images, then the parts. Raises ValueError like `target_weights`."""
     parts = part_weights(record, sizes, grid)
-    target = parts[record.target] if len(parts) else target_weights(record, sizes, grid)
+    target = parts[record.target] if len(parts) and record.target is not None else target_weights(record, sizes, grid)
     return torch.cat([torch.stack([target, torch.ones_like(target)]), parts])
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from llava.conversation import IMAGE, check_answer
 
-FORMATS = ("sequence", "collage", "pip", "single")
+FORMATS = ("sequence", "collage", "pip", "single", "multi")
 TARGET = re.compile(r"In Image(\d+)")
 PLACEHOLDER_OF_MIA_DPO = "<image-placeholder>"
 KNOWN = {"id", "image", "prompt", "image_type", "target", "target_box", "grid"}
@@ -37,7 +37,7 @@ class Prompt:
     images: tuple[str, ...]  # paths below the image folder or archive
     prompt: str  # one `<image>` per image
     image_type: str  # one of FORMATS
-    target: int  # 0-based image of a sequence or cell of a collage; 0 otherwise
+    target: int | None  # 0-based image of a sequence or cell of a collage; None for multi; 0 otherwise
     target_box: tuple[float, float, float, float] | None  # x0, y0, x1, y1 in px of the stored image
     grid: tuple[int, int] | None  # rows, cols of a collage
     extra: dict[str, Any] = field(default_factory=dict, repr=False)  # unknown fields, passed on
@@ -67,8 +67,8 @@ class Answer:
     text: str  # may be empty
     answer: str  # the true one
     image_type: str
-    target: int  # 0-based image of a sequence or cell of a collage; 0 otherwise
-    num_images: int  # images of a sequence, cells of a collage where its grid is known
+    target: int | None  # 0-based image of a sequence or cell of a collage; None for multi; 0 otherwise
+    num_images: int  # images of a sequence or multi, cells of a collage where its grid is known
     choices: tuple[str, ...] = ()
     others: tuple[str, ...] | None = None  # what is true of the other images
     attention_ratio: float | None = None
@@ -161,6 +161,8 @@ def _read(path: str | Path, parse) -> list:
 def parse_preference(raw: Any, where: str) -> Preference:
     """One preference pair. Raises ValueError saying what is wrong with it."""
     prompt = _parse_prompt(raw, where, KNOWN | {"chosen", "rejected"})
+    if prompt["image_type"] == "multi":
+        raise ValueError("a multi prompt refers to no single image, so it is for test sets only: name a `target`")
     chosen, rejected = check_answer(_text(raw, "chosen")), check_answer(_text(raw, "rejected"))
     if chosen.strip() == rejected.strip():
         raise ValueError("chosen and rejected are the same text: there is nothing to prefer")
@@ -177,7 +179,8 @@ def _parse_answer(raw: Any, where: str) -> Answer:
     question_id, text = _required(raw, "question_id"), _required(raw, "text")
     if not isinstance(question_id, str | int) or not isinstance(text, str):
         raise ValueError("`question_id` must be text or a whole number, and `text` must be text")
-    image_type, target, num_images = raw.get("image_type"), raw.get("target", 1), raw.get("num_images")
+    image_type, num_images = raw.get("image_type"), raw.get("num_images")
+    target = 1 if image_type == "multi" else raw.get("target", 1)
     if image_type not in FORMATS:
         raise ValueError(f"image_type {image_type!r} is none of {', '.join(FORMATS)}")
     if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in (target, num_images)):
@@ -185,12 +188,13 @@ def _parse_answer(raw: Any, where: str) -> Answer:
     if image_type == "sequence" and target > num_images:
         raise ValueError(f"Image{target} does not exist: this record has Image1 to Image{num_images}")
     by_image = _shares(raw, "attention_by_image")
-    if by_image and (target > len(by_image) or (image_type == "sequence" and len(by_image) != num_images)):
+    is_separate = image_type in ("sequence", "multi")
+    if by_image and (target > len(by_image) or (is_separate and len(by_image) != num_images)):
         raise ValueError(f"`attention_by_image` has {len(by_image)} shares for {num_images} images and Image{target}")
     ratio = raw.get("attention_ratio")
     return Answer(
         where, str(question_id), text, _text(raw, "answer").strip(), image_type,
-        target - 1 if image_type in ("sequence", "collage") else 0, num_images,
+        None if image_type == "multi" else target - 1 if image_type in ("sequence", "collage") else 0, num_images,
         choices=texts(raw, "choices") or (), others=texts(raw, "others"),
         attention_ratio=None if ratio is None else _shares({"attention_ratio": [ratio]}, "attention_ratio")[0],
         attention_by_image=by_image,
@@ -239,13 +243,18 @@ def _parse_prompt(raw: Any, where: str, known: set[str]) -> dict[str, Any]:
     }
 
 
-def _what_is_asked(raw: dict, prompt: str, num_images: int) -> tuple[str, int]:
-    """Format and 0-based target: from the record's fields, else from the prompt (design: `In Image(\\d+)`)."""
+def _what_is_asked(raw: dict, prompt: str, num_images: int) -> tuple[str, int | None]:
+    """Format and 0-based target: from the record's fields, else from the prompt (design: `In Image(\\d+)`).
+
+    `multi`, several images and no referred one, is never derived: a forgotten reference must not pass for it.
+    """
     match = TARGET.search(prompt)
     derived = ("sequence" if num_images > 1 else "collage") if match else "pip"
     image_type = raw.get("image_type", derived)
     if image_type not in FORMATS:
         raise ValueError(f"image_type {image_type!r} is none of {', '.join(FORMATS)}")
+    if image_type == "multi":
+        return image_type, _no_target(raw, num_images)
     if image_type != "sequence" and num_images != 1:
         reason = "" if "image_type" in raw else " (no `In Image<k>` in the prompt, so it is read as pic-in-pic)"
         raise ValueError(f"a {image_type} prompt has one image, this record lists {num_images}{reason}")
@@ -258,6 +267,14 @@ def _what_is_asked(raw: dict, prompt: str, num_images: int) -> tuple[str, int]:
         limit = f"this record has Image1 to Image{num_images}" if image_type == "sequence" else "counting starts at 1"
         raise ValueError(f"Image{target} does not exist: {limit}")
     return image_type, target - 1
+
+
+def _no_target(raw: dict, num_images: int) -> None:
+    if num_images < 2:
+        raise ValueError("a multi prompt has several images, this record lists 1: its image_type is `single`")
+    given = [name for name in ("target", "target_box", "grid") if raw.get(name) is not None]
+    if given:
+        raise ValueError(f"a multi prompt refers to no image, but the record has `{given[0]}`: is it a sequence?")
 
 
 def _images(raw: dict) -> tuple[str, ...]:
@@ -293,12 +310,12 @@ def _box(raw: dict) -> tuple[float, ...] | None:
     return tuple(box)
 
 
-def _grid(raw: dict, target: int) -> tuple[int, int] | None:
+def _grid(raw: dict, target: int | None) -> tuple[int, int] | None:
     grid = raw.get("grid")
     if grid is None:
         return None
     if not isinstance(grid, list) or len(grid) != 2 or not all(isinstance(v, int) and v > 0 for v in grid):
         raise ValueError("`grid` must be [rows, cols]")
-    if target >= grid[0] * grid[1]:
+    if target is not None and target >= grid[0] * grid[1]:
         raise ValueError(f"Image{target + 1} does not exist: the collage has {grid[0]} x {grid[1]} cells")
     return tuple(grid)

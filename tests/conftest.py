@@ -12,7 +12,8 @@ from jaxtyping import install_import_hook
 import tests.shapes  # noqa: F401  the import hook looks it up by name
 
 # Shapes written in signatures are checked while tests run.
-install_import_hook(["llava.attention", "llava.layout", "train.llava_hound_dpo.losses"], "tests.shapes.check")
+CHECKED = ["llava.attention", "llava.layout", "llava.scaling", "train.llava_hound_dpo.losses"]
+install_import_hook(CHECKED, "tests.shapes.check")
 
 import pytest
 import torch
@@ -24,6 +25,20 @@ from scripts.miniature.model import build_model, build_processor
 torch.set_num_threads(1)
 
 SIDE = 72  # px of the miniature's pictures
+
+
+def pytest_collection_modifyitems(config, items):
+    """Skip what takes minutes, unless asked for with `-m slow`, and what needs a GPU where there is none."""
+    asked = config.getoption("-m")
+    skips = {"slow": "takes minutes: run it with -m slow", "gpu": "needs a CUDA device"}
+    if "slow" in asked:
+        del skips["slow"]
+    if torch.cuda.is_available():
+        del skips["gpu"]
+    for item in items:
+        for name, reason in skips.items():
+            if item.get_closest_marker(name):
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(scope="session")

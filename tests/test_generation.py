@@ -1,5 +1,6 @@
 """Batched answers against one prompt at a time with eager attention."""
 
+import pytest
 import torch
 
 from llava.attention import install
@@ -25,8 +26,21 @@ def regions(target):
     return torch.stack([target, torch.ones_like(target)])
 
 
-def alone_with_eager(model, prompt, target, pixels, steps, end):
-    """(tokens, first-token confidence, ratio per layer 1 and 2), by a plain loop that feeds everything again."""
+def batch_of(model, processor, prompts):
+    return batch_prompts(
+        [p for p, _, _ in prompts],
+        [regions(t) for _, t, _ in prompts],
+        torch.cat([x for _, _, x in prompts]),
+        model.config.image_token_id,
+        processor.tokenizer.pad_token_id,
+    )
+
+
+def alone_with_eager(model, prompt, target, pixels, steps, end, forced=None):
+    """(tokens, first-token confidence, ratio per layer 1 and 2), by a plain loop that feeds everything again.
+
+    Greedy, or along the `forced` tokens.
+    """
     tokens, rows, confidence = [], [], None
     is_image = torch.tensor(prompt) == model.config.image_token_id
     weights = torch.zeros(len(prompt)).masked_scatter(is_image, target)
@@ -37,7 +51,7 @@ def alone_with_eager(model, prompt, target, pixels, steps, end):
         confidence = confidence or probabilities.max().item()
         last = torch.stack([out.attentions[layer][0, :, -1, : len(prompt)] for layer in (1, 2)])
         rows.append(torch.stack([(last * weights).sum(-1).mean(-1), (last * is_image).sum(-1).mean(-1)], dim=-1))
-        tokens.append(probabilities.argmax().item())
+        tokens.append(forced[len(tokens)] if forced else probabilities.argmax().item())
         if tokens[-1] == end:
             break
     means = torch.stack(rows).mean(0)
@@ -50,13 +64,7 @@ def test_left_padded_batch_equals_single_prompts_with_eager_attention(processor)
     eager.set_attn_implementation("eager")
     prompts = prompts_of(ours)
     end = processor.tokenizer.eos_token_id
-    batch = batch_prompts(
-        [p for p, _, _ in prompts],
-        [regions(t) for _, t, _ in prompts],
-        torch.cat([x for _, _, x in prompts]),
-        ours.config.image_token_id,
-        processor.tokenizer.pad_token_id,
-    )
+    batch = batch_of(ours, processor, prompts)
     answers = generate(ours, processor.tokenizer, batch, [1, 2], max_new_tokens=6)
     for answer, (prompt, target, pixels) in zip(answers, prompts, strict=True):
         with torch.no_grad():
@@ -67,13 +75,53 @@ def test_left_padded_batch_equals_single_prompts_with_eager_attention(processor)
         torch.testing.assert_close(torch.tensor(answer.ratio_by_layer), ratio, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("beams", [1, 4])
+def test_attention_of_a_beam_is_that_of_the_tokens_it_returns(processor, beams):
+    """Beams are reordered on the way: the attention must be that of the path that won."""
+    ours, eager = tiny_model(processor), tiny_model(processor)
+    install(ours)
+    eager.set_attn_implementation("eager")
+    prompts, end = prompts_of(ours, seed=2), processor.tokenizer.eos_token_id
+    batch = batch_of(ours, processor, prompts)
+    answers = generate(ours, processor.tokenizer, batch, [1, 2], max_new_tokens=6, num_beams=beams)
+    for answer, (prompt, target, pixels) in zip(answers, prompts, strict=True):
+        with torch.no_grad():
+            _, confidence, ratio = alone_with_eager(eager, prompt, target, pixels, 6, end, answer.tokens)
+        assert abs(answer.confidence - confidence) < 1e-5
+        torch.testing.assert_close(torch.tensor(answer.ratio_by_layer), ratio, atol=1e-5, rtol=1e-4)
+    greedy = generate(ours, processor.tokenizer, batch, [1, 2], max_new_tokens=6)
+    assert ([a.tokens for a in answers] != [a.tokens for a in greedy]) == (beams > 1)
+
+
+def test_without_a_probe_the_answers_are_the_same(model, processor):
+    batch = batch_of(model, processor, prompts_of(model))
+    probed, plain = (generate(model, processor.tokenizer, batch, layers, max_new_tokens=6) for layers in ([1, 2], []))
+    assert [(a.tokens, a.confidence) for a in probed] == [(a.tokens, a.confidence) for a in plain]
+    assert plain[0].ratio is plain[0].ratio_by_layer is plain[0].shares is None
+
+
+def test_shares_are_those_of_the_parts(model, processor):
+    """Parts of a prompt whose target is its second part; prompts with fewer parts have fewer shares."""
+    prompts = prompts_of(model)
+    parts = [torch.eye(len(target) // TOKENS).repeat_interleave(TOKENS, 1) for _, target, _ in prompts]
+    measured = [torch.cat([part[-1:], torch.ones_like(part[:1]), part]) for part in parts]
+    batch = batch_prompts(
+        [p for p, _, _ in prompts], measured, torch.cat([x for _, _, x in prompts]), model.config.image_token_id,
+        processor.tokenizer.pad_token_id,
+    )  # fmt: skip
+    answers = generate(model, processor.tokenizer, batch, [1, 2], max_new_tokens=3)
+    for answer, part in zip(answers, parts, strict=True):
+        assert len(answer.shares) == len(part)
+        assert sum(answer.shares) == pytest.approx(1, abs=1e-5) and answer.shares[-1] == pytest.approx(answer.ratio)
+
+
 def test_an_answer_ends_at_its_end_token_while_others_go_on(processor):
     """A model made to answer with the end token at once has answers of one token, empty text."""
     model = tiny_model(processor)
     install(model)
     prompt, target, pixels = prompts_of(model)[0]
     end = processor.tokenizer.eos_token_id
-    batch = batch_prompts([prompt], [regions(target)], pixels, model.config.image_token_id, processor.tokenizer.pad_token_id)
+    batch = batch_of(model, processor, [(prompt, target, pixels)])
     (answer,) = generate(model, processor.tokenizer, batch, [2], max_new_tokens=5)
     assert len(answer.tokens) > 1
 

@@ -1,5 +1,6 @@
 """Answers of a whole test set: batch size, number of processes and kills change nothing; bad input is named."""
 
+import errno
 import json
 import os
 import random
@@ -10,49 +11,110 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from inference.llava_hound_dpo import run_inference
 from llava.answers import AnswerStore
+from llava.checkpoints import load_config, load_model, load_processor
+from llava.conversation import render
+from llava.image import ImageStore, pixel_values
+from llava.layout import PatchGrid, part_weights, target_weights
+from llava.records import read_questions
 
 ROOT = Path(__file__).parent.parent
 BASE = ROOT / "scripts/miniature/base"
+LAYER = 2  # what `auto` is for the miniature's four layers
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     command = [sys.executable, "-m", "scripts.miniature.make_data", "--output", str(folder), "--num_train", "3"]
-    subprocess.run([*command, "--num_test", "60", "--seed", "3"], cwd=ROOT, check=True, capture_output=True)
+    subprocess.run([*command, "--num_test", "200", "--seed", "3"], cwd=ROOT, check=True, capture_output=True)
+    (folder / "small.json").write_text(json.dumps(json.loads((folder / "test.json").read_text())[:60]))
     return folder
 
 
 def words(world, output, *more):
-    flags = {"model_name_or_path": BASE, "data_path": world / "test.json", "image_folder": world / "images"}
-    flags |= {"output": output, "max_new_tokens": 6, "num_workers": 0}
+    flags = {"model_name_or_path": BASE, "data_path": world / "small.json", "image_folder": world / "images"}
+    flags |= {"output": output, "max_new_tokens": 6, "num_workers": 0, "attention_maps": 4}
     return [str(word) for name, value in flags.items() for word in (f"--{name}", value)] + [str(w) for w in more]
 
 
 @pytest.fixture
 def answer(world, tmp_path, monkeypatch):
-    """Runs inference in this process; gives the answers, if they are finished."""
+    """Runs inference in this process and gives the answers."""
 
     def run(name, *more):
         with monkeypatch.context() as patch:
             patch.setattr(sys, "argv", ["run_inference", *words(world, tmp_path / name, *more)])
             run_inference.main()
-        return [json.loads(line) for line in (tmp_path / name).read_text().splitlines()] if (tmp_path / name).exists() else None
+        return [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
 
     return run
 
 
-def test_batched_equals_one_by_one(answer, world):
-    single, eight = answer("one.jsonl", "--batch_size", 1), answer("eight.jsonl", "--batch_size", 16)
-    asked = [record["id"] for record in json.loads((world / "test.json").read_text())]
-    assert [a["question_id"] for a in single] == [a["question_id"] for a in eight] == asked
-    for a, b in zip(single, eight, strict=True):
-        assert (a["text"], a["num_tokens"]) == (b["text"], b["num_tokens"])
-        assert a["attention_ratio"] == pytest.approx(b["attention_ratio"], abs=1e-5)
-        assert a["confidence"] == pytest.approx(b["confidence"], abs=1e-5)
+class TestNumbers:
+    """200 prompts of all formats mixed."""
+
+    @pytest.fixture(scope="class")
+    def batched(self, world, tmp_path_factory):
+        """Answers by batch size, and without a probe ("none")."""
+        folder = tmp_path_factory.mktemp("batched")
+        runs = {"1": ["--batch_size", "1"], "4": ["--batch_size", "4"], "16": ["--batch_size", "16"]}
+        runs["none"] = ["--batch_size", "16", "--attention_layers", "none"]
+        found = {}
+        for name, flags in runs.items():
+            command = words(world, folder / f"{name}.jsonl", "--data_path", world / "test.json", *flags)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(sys, "argv", ["run_inference", *command])
+                run_inference.main()
+            found[name] = [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+        return found
+
+    @pytest.mark.parametrize("size", ["4", "16"])
+    def test_batched_equals_one_by_one(self, batched, world, size):
+        asked = [record["id"] for record in json.loads((world / "test.json").read_text())]
+        assert [a["question_id"] for a in batched["1"]] == [a["question_id"] for a in batched[size]] == asked
+        for a, b in zip(batched["1"], batched[size], strict=True):
+            assert (a["text"], a["num_tokens"]) == (b["text"], b["num_tokens"])
+            assert a["attention_ratio"] == pytest.approx(b["attention_ratio"], abs=1e-5)
+            assert a["confidence"] == pytest.approx(b["confidence"], abs=1e-5)
+
+    def test_the_probe_changes_no_token(self, batched):
+        for a, b in zip(batched["16"], batched["none"], strict=True):
+            assert (a["text"], a["num_tokens"], a["confidence"]) == (b["text"], b["num_tokens"], b["confidence"])
+            assert a["attention_ratio"] is not None and b["attention_ratio"] is None
+
+    def test_ratios_and_shares_equal_those_of_eager_attention(self, batched, world):
+        """Every fifth prompt, alone, prompt and answer in one forward through transformers' eager attention."""
+        model, processor = load_model(str(BASE)), load_processor(str(BASE))
+        model.set_attn_implementation({"text_config": "eager"})
+        grid = PatchGrid.of(processor.image_processor, load_config(str(BASE)).vision_config, pad=True)
+        store, questions = ImageStore(world / "images"), read_questions(world / "test.json")
+        for question, given in list(zip(questions, batched["16"], strict=True))[::5]:
+            pictures = [store.open(name) for name in question.images]
+            inputs = processor(text=render([(question.prompt, given["text"])]), images=pictures, return_tensors="pt")
+            pixels = pixel_values(pictures, processor.image_processor, True)
+            ids = inputs["input_ids"]
+            with torch.no_grad():
+                maps = model(input_ids=ids, pixel_values=pixels, output_attentions=True).attentions[LAYER]
+            rows = maps[0, :, -1 - given["num_tokens"] : -1].mean(dim=(0, 1))  # those that predict the answer
+            on_images = rows[ids[0] == model.config.image_token_id]
+            sizes = [picture.size for picture in pictures]
+            ratio = (on_images * target_weights(question, sizes, grid)).sum() / on_images.sum()
+            assert given["attention_ratio"] == pytest.approx(ratio.item(), abs=1e-5), question.where
+            shares = part_weights(question, sizes, grid) @ on_images / on_images.sum()
+            assert given["attention_by_image"] == pytest.approx(shares.tolist(), abs=1e-5), question.where
+            assert given["attention_by_image"][given["target"] - 1] == pytest.approx(ratio.item(), abs=1e-5)
+
+    def test_maps_are_kept_for_questions_of_every_format(self, batched):
+        kept = [a for a in batched["16"] if "attention_map" in a]
+        assert {a["image_type"] for a in kept} == {"sequence", "collage", "pip", "single"} and len(kept) == 4
+        for a in kept:
+            total = [sum(map(sum, image["mass"])) for image in a["attention_map"]]
+            if a["image_type"] == "sequence":
+                assert [t / sum(total) for t in total] == pytest.approx(a["attention_by_image"], abs=5e-3)
 
 
 def test_sampling_repeats_with_its_seed_and_differs_without(answer):
@@ -63,9 +125,19 @@ def test_sampling_repeats_with_its_seed_and_differs_without(answer):
     assert [a["text"] for a in first] != [a["text"] for a in other]
 
 
-def launch(world, output, processes):
+def test_unknown_fields_of_the_test_set_are_passed_on(answer, world, tmp_path):
+    records = json.loads((world / "small.json").read_text())[:3]
+    for record in records:
+        record |= {"source_index": 7, "text": "a field of ours stays ours"}
+    (tmp_path / "more.json").write_text(json.dumps(records))
+    answers = answer("more.jsonl", "--data_path", tmp_path / "more.json")
+    assert all(a["source_index"] == 7 and a["text"] != records[0]["text"] for a in answers)
+    assert [a["others"] for a in answers if "others" in a] == [r["others"] for r in records if "others" in r]
+
+
+def launch(world, output, processes, *more):
     command = ["torchrun", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else [sys.executable]
-    command += ["-m", "inference.llava_hound_dpo.run_inference", *words(world, output)]
+    command += ["-m", "inference.llava_hound_dpo.run_inference", *words(world, output, *more)]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return subprocess.Popen(
         command, cwd=ROOT, env={**os.environ, "PATH": path}, start_new_session=True,
@@ -81,41 +153,81 @@ def test_two_processes_give_the_same_file_as_one(answer, world, tmp_path):
     assert (tmp_path / "two" / "answers.jsonl").read_bytes() == (tmp_path / "one.jsonl").read_bytes()
 
 
+def size_of(parts):
+    return sum(part.stat().st_size for part in parts.glob("*.jsonl"))
+
+
 class TestKilled:
-    """What a kill can leave behind, and a real kill."""
+    """What a kill can leave behind, and real kills."""
 
     def test_any_prefix_of_the_answers_written_so_far_is_continued_to_the_same_file(
         self, answer, world, tmp_path, monkeypatch
     ):
         answer("whole.jsonl")
-        kept = {}
-        monkeypatch.setattr(AnswerStore, "finish", lambda store, ids: kept.update(at=store.parts))
-        answer("cut.jsonl")  # everything answered, not merged
-        monkeypatch.undo()
-        part, marker = kept["at"] / "0.jsonl", (kept["at"] / "run.json").read_bytes()
-        whole = part.read_bytes()
-        chance = random.Random(0)
+        with monkeypatch.context() as patch, pytest.raises(FileNotFoundError):
+            patch.setattr(AnswerStore, "finish", lambda store, ids: None)
+            answer("cut.jsonl")  # everything answered, not merged
+        parts = tmp_path / "cut.jsonl.parts"
+        part, marker = parts / "0.jsonl", (parts / "run.json").read_bytes()
+        whole, chance = part.read_bytes(), random.Random(0)
         for _ in range(10):
             (tmp_path / "cut.jsonl").unlink(missing_ok=True)
-            kept["at"].mkdir(exist_ok=True)
-            (kept["at"] / "run.json").write_bytes(marker)
+            parts.mkdir(exist_ok=True)
+            (parts / "run.json").write_bytes(marker)
             part.write_bytes(whole[: chance.randrange(len(whole))])
             answer("cut.jsonl")
             assert (tmp_path / "cut.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
-    def test_a_real_kill(self, answer, world, tmp_path):
-        answer("whole.jsonl")
-        output = tmp_path / "killed.jsonl"
-        job = launch(world, output, 1)
-        part = tmp_path / "killed.jsonl.parts" / "0.jsonl"
-        deadline = time.monotonic() + 60
-        while not (part.exists() and part.stat().st_size) and time.monotonic() < deadline:
-            time.sleep(0.01)
+    def killed(self, world, output, after):
+        """Start a run of two processes and kill both at some moment after a new answer."""
+        job = launch(world, output, 2, *self.flags(world))
+        parts, deadline = output.with_name(output.name + ".parts"), time.monotonic() + 60
+        before = size_of(parts)
+        while size_of(parts) == before and job.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.005)
+        time.sleep(after)
+        assert job.poll() is None, "the run was over before it was killed"
         os.killpg(job.pid, signal.SIGKILL)
         job.wait()
-        assert not output.exists()
-        answer("killed.jsonl")
-        assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+    def flags(self, world):
+        return "--data_path", world / "test.json", "--batch_size", 1
+
+    @pytest.mark.parametrize(
+        "times", [2, pytest.param(10, marks=pytest.mark.slow)], ids=["two", "ten"]
+    )
+    def test_real_kills_at_random_moments(self, answer, world, tmp_path, times):
+        whole = answer("whole.jsonl", *self.flags(world))
+        output, chance = tmp_path / "killed.jsonl", random.Random(times)
+        for _ in range(times):
+            self.killed(world, output, chance.uniform(0, 1 / times))
+            assert not output.exists()
+        job = launch(world, output, 2, *self.flags(world))
+        job.communicate(timeout=120)
+        assert job.returncode == 0 and output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+        assert len({a["question_id"] for a in whole}) == len(whole) == 200
+        assert not output.with_name("killed.jsonl.parts").exists()
+
+    @pytest.mark.parametrize("step", ["before the answers file", "before the parts go", "between the parts"])
+    def test_an_interrupted_merge_is_finished_by_the_next_start(self, answer, tmp_path, monkeypatch, step):
+        answer("whole.jsonl")
+        with monkeypatch.context() as patch:
+            unlink, count = Path.unlink, iter(range(100))
+            if step == "before the answers file":
+                patch.setattr("llava.answers.write_run_json", stopped)
+            elif step == "before the parts go":
+                patch.setattr(Path, "unlink", stopped)
+            else:
+                patch.setattr(Path, "unlink", lambda path: stopped() if next(count) else unlink(path))
+            with pytest.raises(KeyboardInterrupt):
+                answer("cut.jsonl")
+        answer("cut.jsonl")
+        assert (tmp_path / "cut.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+        assert not (tmp_path / "cut.jsonl.parts").exists() and (tmp_path / "cut.run.json").is_file()
+
+
+def stopped(*args, **kwargs):
+    raise KeyboardInterrupt
 
 
 class TestRefused:
@@ -124,32 +236,87 @@ class TestRefused:
             answer("refused.jsonl", *more)
         return ended.value.code, capsys.readouterr().err
 
-    def test_a_missing_picture(self, answer, capsys, world, tmp_path):
-        records = json.loads((world / "test.json").read_text())
-        records[4]["image"][0] = "no.png"
+    def changed(self, world, tmp_path, change):
+        records = json.loads((world / "small.json").read_text())
+        change(records)
         (tmp_path / "bad.json").write_text(json.dumps(records))
-        code, error = self.code(answer, capsys, "--data_path", tmp_path / "bad.json")
-        assert code == 2 and "record 5" in error and "no.png: no such picture" in error
+        return "--data_path", tmp_path / "bad.json"
+
+    def test_a_missing_picture(self, answer, capsys, world, tmp_path):
+        flags = self.changed(world, tmp_path, lambda records: records[4]["image"].__setitem__(0, "no.png"))
+        code, error = self.code(answer, capsys, *flags)
+        assert code == 2 and "record 5" in error and "no.png: no such picture" in error and error.count("\n") == 1
+
+    def test_a_truncated_picture(self, answer, capsys, world, tmp_path):
+        name = json.loads((world / "small.json").read_text())[4]["image"][0]
+        (tmp_path / "cut.png").write_bytes((world / "images" / name).read_bytes()[:200])
+        records = [{"id": "x", "image": ["cut.png"], "prompt": "<image>\nWhat?", "answer": "y", "image_type": "single"}]
+        (tmp_path / "bad.json").write_text(json.dumps(records))
+        code, error = self.code(answer, capsys, "--data_path", tmp_path / "bad.json", "--image_folder", tmp_path)
+        assert code == 2 and "record 1 (id x)" in error and "truncated or damaged" in error
+
+    def test_a_target_outside_its_picture(self, answer, capsys, world, tmp_path):
+        flags = self.changed(world, tmp_path, lambda records: records[1].update(target_box=[0, 0, 500, 20]))
+        code, error = self.code(answer, capsys, *flags)
+        assert code == 2 and "record 2" in error and "outside" in error
 
     def test_an_id_used_twice(self, answer, capsys, world, tmp_path):
-        records = json.loads((world / "test.json").read_text())
-        records[1]["id"] = records[0]["id"]
-        (tmp_path / "bad.json").write_text(json.dumps(records))
-        code, error = self.code(answer, capsys, "--data_path", tmp_path / "bad.json")
+        flags = self.changed(world, tmp_path, lambda records: records[1].update(id=records[0]["id"]))
+        code, error = self.code(answer, capsys, *flags)
         assert code == 2 and "was there before" in error
+
+    @pytest.mark.parametrize(("text", "said"), [("", "empty"), ("[{", "broken JSON"), ("[]", "no record")], ids=repr)
+    def test_an_unreadable_test_set(self, answer, capsys, tmp_path, text, said):
+        (tmp_path / "bad.json").write_text(text)
+        code, error = self.code(answer, capsys, "--data_path", tmp_path / "bad.json")
+        assert code == 2 and said in error and "bad.json" in error
+
+    @pytest.mark.parametrize("flags", [("--temperature", -1), ("--top_p", 0), ("--num_beams", 2, "--temperature", 1)])
+    def test_settings_that_make_no_sense(self, answer, capsys, flags):
+        code, error = self.code(answer, capsys, *flags)
+        assert code == 2 and error.count("\n") == 1
 
     def test_unfinished_answers_of_another_run(self, answer, capsys, tmp_path):
         parts = tmp_path / "refused.jsonl.parts"
         parts.mkdir()
         (parts / "run.json").write_text('{"arguments": {"seed": "9"}}')
         code, error = self.code(answer, capsys)
-        assert code == 2 and "another run" in error and parts.exists()
+        assert code == 2 and "another run" in error and "seed" in error and parts.exists()
+
+    def test_finished_answers_of_another_run_are_not_overwritten(self, answer, capsys, tmp_path):
+        answer("refused.jsonl")
+        before = (tmp_path / "refused.jsonl").read_bytes()
+        answer("refused.jsonl")  # the same run again: nothing to do
+        assert "nothing to do" in capsys.readouterr().out
+        code, error = self.code(answer, capsys, "--max_new_tokens", 3)
+        assert code == 2 and "max_new_tokens" in error
+        assert (tmp_path / "refused.jsonl").read_bytes() == before
+
+    def test_a_full_disk_loses_nothing(self, answer, capsys, tmp_path, monkeypatch):
+        """The disk is full at the third batch, in the middle of a line."""
+        answer("whole.jsonl")
+        append, batches = AnswerStore.append, []
+
+        def full(store, part, records):
+            batches.append(records)
+            if len(batches) == 3:
+                with (store.parts / f"{part}.jsonl").open("a") as file:
+                    file.write("\n" + json.dumps(records[0])[:40])
+                raise OSError(errno.ENOSPC, "No space left on device")
+            append(store, part, records)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(AnswerStore, "append", full)
+            code, error = self.code(answer, capsys)
+        assert code == 2 and "No space left on device" in error and "start the same command again" in error
+        answer("refused.jsonl")
+        assert (tmp_path / "refused.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
 def test_only_base_model_answers_with_the_base_below_an_adapter(answer, tmp_path):
     from peft import LoraConfig, get_peft_model
 
-    from llava.checkpoints import LORA_TARGETS, load_model
+    from llava.checkpoints import LORA_TARGETS
 
     model = get_peft_model(load_model(str(BASE)), LoraConfig(r=2, target_modules=LORA_TARGETS, init_lora_weights=False))
     model.peft_config["default"].base_model_name_or_path = str(BASE)

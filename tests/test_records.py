@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from llava.records import DataError, read_json, read_preferences, read_questions
+from llava.records import DataError, read_answers, read_json, read_preferences, read_questions
 
 SEQUENCE = "Image1:<image>\nImage2:<image>\nImage3:<image>\nIn Image2, what colour is the car?"
 
@@ -173,6 +173,42 @@ def test_questions(tmp_path):
         read_questions(path)
 
 
+def multi(**changes):
+    """Two pictures and a question about both."""
+    record = {"id": "m", "image": ["a.jpg", "b.jpg"], "prompt": "<image><image>\nWhat differs?", "answer": "colour"}
+    return record | {"image_type": "multi"} | changes
+
+
+def test_a_question_about_all_images_has_no_target(tmp_path):
+    path = tmp_path / "test.json"
+    path.write_text(json.dumps([multi()]))
+    (found,) = read_questions(path)
+    assert (found.image_type, found.target, found.images) == ("multi", None, ("a.jpg", "b.jpg"))
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        (multi(target=1), "has `target`: is it a sequence?"),
+        (multi(image="a.jpg", prompt="<image>What?"), "its image_type is `single`"),
+        ({name: value for name, value in multi().items() if name != "image_type"}, "read as pic-in-pic"),
+    ],
+)
+def test_a_question_about_all_images_says_so_and_names_none(tmp_path, record, reason):
+    path = tmp_path / "test.json"
+    path.write_text(json.dumps([record]))
+    with pytest.raises(DataError, match=re.escape(reason)):
+        read_questions(path)
+
+
+@pytest.mark.parametrize("target", [None, 1])
+def test_an_answer_about_all_images_has_no_target(tmp_path, target):
+    answer = {"question_id": "m", "text": "colour", "answer": "colour", "image_type": "multi", "num_images": 2}
+    path = tmp_path / "answers.jsonl"
+    path.write_text(json.dumps(answer | {"target": target, "attention_by_image": [0.5, 0.5]}))
+    assert read_answers(path)[0].target is None
+
+
 # ---- what is refused
 
 BAD = {
@@ -203,6 +239,7 @@ BAD = {
         pair(prompt=SEQUENCE.replace("In Image2", "There"), image_type="sequence"),
         "which image",
     ),
+    "no referred image": (pair(prompt=SEQUENCE.replace("In Image2", "There"), image_type="multi"), "test sets only"),
     "box without width": (one_image("What?", target_box=[5, 5, 5, 9]), "no area"),
     "box upside down": (one_image("What?", target_box=[5, 9, 8, 5]), "no area"),
     "box off the corner": (one_image("What?", target_box=[-1, 0, 8, 5]), "target_box"),
