@@ -1,0 +1,124 @@
+"""Imported, answered, scored and written for the public harnesses, against files written by hand."""
+
+import json
+
+import pytest
+from datasets import Dataset
+
+from inference.llava_hound_dpo.evaluate import evaluate
+from llava.records import read_questions
+from tests.interchange_sets import BLINK, NLVR2, Importer, call, table
+
+
+@pytest.fixture
+def imported(tmp_path):
+    return Importer(tmp_path)
+
+
+def answer_all(imported, tmp_path, texts):
+    """An answers file as inference writes it."""
+    questions = read_questions(imported.output / "test.json")
+    lines = [
+        {
+            "question_id": q.id, "text": text, "attention_ratio": None, "attention_by_image": [0.5, 0.5],
+            "prompt": q.prompt, "answer": q.answer, "image_type": q.image_type, "target": None,
+            "num_images": len(q.images), "choices": q.extra["choices"],
+        }
+        for q, text in zip(questions, texts, strict=True)
+    ]  # fmt: skip
+    path = tmp_path / "answers.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def export(imported, tmp_path, answers, to, file, *flags):
+    arguments = ["--to", to, "--answers", answers, "--questions", imported.output / "test.json"]
+    code = call("export", *arguments, "--output", tmp_path / file, *flags)
+    return code, tmp_path / file
+
+
+def test_there_and_back_by_vlmevalkit(imported, tmp_path):
+    """Columns as in the table that came in, pictures left out, `prediction` last; scores by the rules beside ours."""
+    rows = [table(), table(index="1", answer="B", split='a "b"\tc'), table(index="2", answer="Z")]
+    imported("vlmevalkit", rows, "BLINK.tsv")
+    answers = answer_all(imported, tmp_path, ["A", "the second\none"])
+    code, path = export(imported, tmp_path, answers, "vlmevalkit", "m_BLINK.tsv")
+    assert code == 0 and path.read_text() == (
+        '"index"\t"hint"\t"question"\t"A"\t"B"\t"C"\t"D"\t"answer"\t"split"\t"prediction"\n'
+        '"0"\t""\t"Which is red?"\t"the first"\t"the second"\t"None"\t""\t"A"\t"val"\t"A"\n'
+        '"1"\t""\t"Which is red?"\t"the first"\t"the second"\t"None"\t""\t"B"\t"a ""b""\tc"\t"the second\none"\n'
+    )
+    original = ["--original", tmp_path / "source" / "BLINK.tsv"]
+    code, path = export(imported, tmp_path, answers, "vlmevalkit", "m.json", *original)
+    found = [(row["index"], row["answer"], row["prediction"]) for row in json.loads(path.read_text())]
+    assert code == 0 and found == [(0, "A", "A"), (1, "B", "the second\none"), (2, "Z", "")]
+
+
+def test_there_and_back_by_lmms_eval(imported, tmp_path):
+    imported("nlvr2", [NLVR2, NLVR2 | {"identifier": "dev-2-0-0", "label": "True"}])
+    answers = answer_all(imported, tmp_path, ["B", "(B)"])
+    code, path = export(imported, tmp_path, answers, "lmms_eval", "x_samples_nlvr2.jsonl")
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert code == 0 and lines[1] == {
+        "doc_id": 1, "doc": {"identifier": "dev-2-0-0", "sentence": "Both are red.", "label": "True"}, "target": "True",
+        "input": read_questions(imported.output / "test.json")[1].prompt, "resps": ["(B)"], "filtered_resps": "(B)",
+    }  # fmt: skip
+    code, path = export(imported, tmp_path, answers, "lmms_eval", "log.json", "--task", "nlvr2")
+    assert code == 0 and json.loads(path.read_text()) == {
+        "args": {"model": "attention-aware-dpo", "model_args": "", "limit": None},
+        "model_configs": {"task": "nlvr2"},
+        "logs": [
+            {"doc_id": 0, "target": "False", "resps": [["B"]]}, {"doc_id": 1, "target": "True", "resps": [["(B)"]]},
+        ],
+    }  # fmt: skip
+
+
+def test_an_imported_set_is_scored(imported, tmp_path):
+    """Grouped by format and number of images, not by position; where a model looked is unknown, without a target."""
+    imported("nlvr2", [NLVR2 | {"identifier": f"dev-{n}-0-0"} for n in range(3)])
+    answers = answer_all(imported, tmp_path, ["B", "(A)", "purple"])
+    test = imported.output / "test.json"
+    by_scorer = {s: evaluate([answers], test, s)["answers"]["answers"] for s in ("auto", "lmms_eval", "vlmevalkit")}
+    ours = by_scorer["auto"]
+    assert list(ours["by_format"]) == ["multi"] and list(ours["by_num_images"]) == ["2"]
+    assert ours["by_position"] == {"sequence": {}, "collage": {}}
+    assert ours["looked_answered"]["judged_by"] == {"argmax": 0, "ratio": 0, "unknown": 3}
+    assert ours["overall"]["attention_ratio"] is None
+    accuracy = {name: file["overall"]["accuracy"] for name, file in by_scorer.items()}
+    assert accuracy == {"auto": pytest.approx(1 / 3), "lmms_eval": pytest.approx(1.5 / 3), "vlmevalkit": 1 / 3}
+    assert {file["overall"]["unparsed"] for file in by_scorer.values()} == {1}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["vlmevalkit", "a.xlsx"], "not .xlsx"),
+        (["lmms_eval", "a.json"], "--task is missing"),
+        (["lmms_eval", "a.jsonl", "--original", "x.tsv"], "--original is for VLMEvalKit"),
+        (["vlmevalkit", "a.tsv", "--original", "x.tsv"], "x.tsv"),
+    ],
+)
+def test_bad_flags_of_export(imported, tmp_path, capsys, flags, message):
+    imported("nlvr2", [NLVR2])
+    code, _ = export(imported, tmp_path, answer_all(imported, tmp_path, ["B"]), *flags)
+    error = capsys.readouterr().err
+    assert code == 2 and message in error and error.count("\n") == 1
+
+
+def test_a_question_without_answer_is_not_left_out(imported, tmp_path, capsys):
+    imported("nlvr2", [NLVR2, NLVR2 | {"identifier": "dev-2-0-0"}])
+    answers = answer_all(imported, tmp_path, ["B", "B"])
+    answers.write_text(answers.read_text().splitlines()[0] + "\n")
+    code, path = export(imported, tmp_path, answers, "vlmevalkit", "a.tsv")
+    assert code == 2 and not path.exists() and "record 2 (id dev-2-0-0): no answer in" in capsys.readouterr().err
+
+
+def test_subsets_together_are_no_task_of_lmms_eval(imported, tmp_path, capsys):
+    for name in ("Art_Style", "Counting"):
+        (tmp_path / "source" / name).mkdir(parents=True)
+        Dataset.from_list([BLINK | {"idx": name}]).to_parquet(tmp_path / "source" / name / "val.parquet")
+    assert imported("blink", None, ".", "--split", "val")[0] == 0
+    answers = answer_all(imported, tmp_path, ["B", "B"])
+    answers.write_text(answers.read_text().replace("[0.5, 0.5]", "null"))
+    assert export(imported, tmp_path, answers, "lmms_eval", "a.jsonl")[0] == 2
+    assert "export them one by one" in capsys.readouterr().err
