@@ -8,13 +8,14 @@ import argparse
 import hashlib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -28,7 +29,7 @@ from llava.heatmap import attention_map, patch_masses
 from llava.image import ImageStore, pixel_values
 from llava.layout import PatchGrid, expand_images, prompt_regions
 from llava.records import Question, read_questions, refuse_duplicates
-from llava.runtime import is_main_process, leave, stop, user_errors
+from llava.runtime import is_main_process, stop, user_errors
 
 logger = logging.getLogger(__name__)
 
@@ -48,28 +49,36 @@ class Job:
     grid: PatchGrid
     processor: Any
     image_token: int
-    layers: list[int]
+    num_layers: int  # of the language model
+    layers: list[int]  # those whose attention is measured
     mapped: frozenset[int]  # questions whose attention map is kept
+    alter: Callable[[Question, list[Image.Image]], list[Image.Image]] | None = None  # what is shown for the pictures
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of every stage that answers."""
+    """The flags of every stage that answers a test set."""
     add = parser.add_argument
-    add("--model_name_or_path", required=True, help="checkpoint or adapter of any dialect")
-    add("--only_base_model", action="store_true", help="answer with the base below the adapter")
-    add("--image_tower", help="vision tower of an original checkpoint")
     add("--data_path", required=True, help="test set: JSON array or JSONL")
-    add("--image_folder", required=True, help="folder, .zip or .tar of the pictures")
     add("--output", type=Path, required=True, help="answers file to write (answers.jsonl)")
-    add("--image_aspect_ratio", choices=["pad", "crop"], default="pad", help="as in training")
     add("--attention_layers", default="auto", help="layers of the attention ratio: auto, 14-22, 3,5 or none")
     add("--attention_maps", type=int, default=12, help="questions whose answer keeps its map of attention by patch")
-    add("--batch_size", type=positive, default=8, help="prompts per batch")
     add("--max_new_tokens", type=positive, default=128, help="tokens of an answer at most")
     add("--temperature", type=float, default=0.0, help="0 is greedy")
     add("--top_p", type=float, default=1.0, help="nucleus of sampling")
     add("--num_beams", type=positive, default=1, help="beams")
     add("--seed", type=int, default=0, help="of sampling; every batch has its own stream")
+    add_model_arguments(parser)
+
+
+def add_model_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    """The flags that say which model reads which pictures, and how."""
+    add = parser.add_argument
+    add("--model_name_or_path", required=required, help="checkpoint or adapter of any dialect")
+    add("--only_base_model", action="store_true", help="answer with the base below the adapter")
+    add("--image_tower", help="vision tower of an original checkpoint")
+    add("--image_folder", required=True, help="folder, .zip or .tar of the pictures")
+    add("--image_aspect_ratio", choices=["pad", "crop"], default="pad", help="as in training")
+    add("--batch_size", type=positive, default=8, help="prompts per batch")
     add("--num_workers", type=int, default=2, help="processes that read pictures ahead")
     add("--check_images", choices=DEPTHS, default="full",
         help="before loading weights: decode every picture, read its header, or only see that it is there")  # fmt: skip
@@ -85,8 +94,11 @@ def positive(text: str) -> int:
     return number
 
 
-def prepare(args: argparse.Namespace) -> Job:
-    """Read and check the test set and the processor. Raises DataError, ValueError, FileNotFoundError."""
+def prepare(args: argparse.Namespace, questions: list[Question] | None = None) -> Job:
+    """Read and check the test set (unless `questions` are given) and the processor.
+
+    Raises DataError, ValueError, FileNotFoundError.
+    """
     if args.num_beams > 1 and args.temperature > 0:
         raise ValueError("--num_beams and --temperature together are not supported: choose one")
     if args.temperature < 0 or not 0 < args.top_p <= 1:
@@ -95,7 +107,8 @@ def prepare(args: argparse.Namespace) -> Job:
     path = source.root.path if args.only_base_model else source.path
     config, processor = load_config(path, args.image_tower), load_processor(path, args.image_tower)
     grid = PatchGrid.of(processor.image_processor, config.vision_config, pad=args.image_aspect_ratio == "pad")
-    questions, store = read_questions(args.data_path), ImageStore(args.image_folder)
+    questions = read_questions(args.data_path) if questions is None else questions
+    store = ImageStore(args.image_folder)
     refuse_duplicates([(question.id, question.where) for question in questions])
     if is_main_process():  # if it finds something it ends, and the launcher ends the others
         check_pictures(questions, store, grid, args.check_images)
@@ -117,6 +130,7 @@ def prepare(args: argparse.Namespace) -> Job:
         grid=grid,
         processor=processor,
         image_token=config.image_token_id,
+        num_layers=depth,
         layers=[] if args.attention_layers == "none" else sorted(layer_range(depth, args.attention_layers)),
         mapped=spread(questions, args.attention_maps),
     )
@@ -146,13 +160,20 @@ def identify(args: argparse.Namespace, job: Job) -> dict[str, Any]:
     }
 
 
-def run(args: argparse.Namespace, job: Job, identity: dict[str, Any], steer: Steer | None = None) -> None:
-    """Answer what is not answered yet, with all processes of the launcher, and write the answers file."""
+# The records of a batch, from the model and the numbers of its questions.
+RecordsOf = Callable[[Any, Sequence[int], PromptBatch], list[dict[str, Any]]]
+
+
+def run(args: argparse.Namespace, job: Job, identity: dict[str, Any], output: Path, records_of: RecordsOf) -> None:
+    """Make the records that are not on disk yet, with all processes of the launcher, and merge them to `output`.
+
+    Ends the process with one line where the disk is full or a picture has become unreadable.
+    """
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     with user_errors():
-        answers = AnswerStore(args.output, identity)
+        answers = AnswerStore(output, identity)
         if answers.is_finished:
-            logger.info("%s is finished: nothing to do", args.output)
+            logger.info("%s is finished: nothing to do", output)
             return
         done = answers.begin()
     if world > 1:  # processes only wait for each other, for however long the slowest takes
@@ -160,16 +181,49 @@ def run(args: argparse.Namespace, job: Job, identity: dict[str, Any], steer: Ste
     own = [number for number in range(rank, len(job.batches), world) if not set(job.batches[number]) <= done]
     try:
         if own:
-            answer(args, job, own, done, answers, rank, steer)
+            for records in work(args, job, own, records_of):
+                answers.append(rank, [record for record in records if record["number"] not in done])
         if world > 1:
             torch.distributed.barrier()
         if is_main_process():
             answers.finish([question.id for question in job.questions])
-            logger.info("%d answers in %s", len(job.questions), args.output)
+            logger.info("%d answers in %s", len(job.questions), output)
     except OSError as error:
-        stop(f"{args.output}: cannot be written ({error}); the answers so far are in {answers.parts}: make room and "
+        stop(f"{output}: cannot be written ({error}); the answers so far are in {answers.parts}: make room and "
              "start the same command again", from_any_process=True)  # fmt: skip
-    leave()
+
+
+def work(args: argparse.Namespace, job: Job, own: Sequence[int], records_of: RecordsOf) -> Iterator[list[dict]]:
+    """The records of each batch of this process."""
+    model = load_model(job.path, dtype_of(args), args.image_tower)
+    model.eval().to(own_device())
+    loader = DataLoader(
+        Batches(job, own), batch_size=None, num_workers=args.num_workers, pin_memory=torch.cuda.is_available()
+    )
+    total = sum(len(job.batches[number]) for number in own)
+    with tqdm(total=total, desc="answers", unit="answer", disable=not is_main_process()) as bar:
+        for number, batch in loader:
+            if isinstance(batch, str):
+                stop(batch, from_any_process=True)
+            torch.manual_seed(args.seed + number)
+            yield records_of(model, job.batches[number], batch)
+            bar.update(len(job.batches[number]))
+
+
+def generated(args: argparse.Namespace, job: Job, steer: Steer | None = None) -> RecordsOf:
+    """Records of answers.jsonl (design §8): one generated answer a question."""
+    settings: dict[str, Any] = {"max_new_tokens": args.max_new_tokens, "num_beams": args.num_beams}
+    if args.temperature > 0:
+        settings |= {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "top_k": 0}
+
+    def records_of(model, numbers: Sequence[int], batch: PromptBatch) -> list[dict[str, Any]]:
+        found = generate(model, job.processor.tokenizer, batch, job.layers, steer, **settings)
+        return [
+            record(number, job, given) | attention_map_of(model, job, number, given, steer)
+            for number, given in zip(numbers, found, strict=True)
+        ]
+
+    return records_of
 
 
 class Batches(Dataset):
@@ -193,6 +247,8 @@ def make_batch(job: Job, numbers: Sequence[int]) -> PromptBatch:
     """The batch of the given questions."""
     questions = [job.questions[number] for number in numbers]
     pictures = [[job.store.open(name) for name in question.images] for question in questions]
+    if job.alter:
+        pictures = [job.alter(question, own) for question, own in zip(questions, pictures, strict=True)]
     regions = [
         prompt_regions(question, [picture.size for picture in own], job.grid)
         for question, own in zip(questions, pictures, strict=True)
@@ -201,32 +257,6 @@ def make_batch(job: Job, numbers: Sequence[int]) -> PromptBatch:
     prompts = [job.prompts[number] for number in numbers]
     types = [question.image_type for question in questions]
     return batch_prompts(prompts, regions, pixels, job.image_token, job.processor.tokenizer.pad_token_id, types)
-
-
-def answer(
-    args: argparse.Namespace, job: Job, own: Sequence[int], done: set[int], answers: AnswerStore, rank: int,
-    steer: Steer | None,
-) -> None:  # fmt: skip
-    """Answer the batches of this process; each is on disk before the next one starts."""
-    model = load_model(job.path, dtype_of(args), args.image_tower)
-    model.eval().to(own_device())
-    settings: dict[str, Any] = {"max_new_tokens": args.max_new_tokens, "num_beams": args.num_beams}
-    if args.temperature > 0:
-        settings |= {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "top_k": 0}
-    loader = DataLoader(
-        Batches(job, own), batch_size=None, num_workers=args.num_workers, pin_memory=torch.cuda.is_available()
-    )
-    total = sum(len(job.batches[number]) for number in own)
-    with tqdm(total=total, desc="answers", unit="answer", disable=not is_main_process()) as bar:
-        for number, batch in loader:
-            if isinstance(batch, str):
-                stop(batch, from_any_process=True)
-            torch.manual_seed(args.seed + number)
-            found = generate(model, job.processor.tokenizer, batch, job.layers, steer, **settings)
-            rows = [(i, given) for i, given in zip(job.batches[number], found, strict=True) if i not in done]
-            records = [record(i, job, given) | attention_map_of(model, job, i, given, steer) for i, given in rows]
-            answers.append(rank, records)
-            bar.update(len(found))
 
 
 def own_device() -> torch.device:

@@ -179,7 +179,8 @@ def target_weights(record: Prompt, sizes: Sequence[tuple[int, int]], grid: Patch
     """Weight in [0, 1] of every image token of the prompt, images in order: the target region of design §3.
 
     `sizes` are (width, height) of the stored pictures; a sequence needs none. A prompt without a target points at all
-    images. Raises ValueError, naming the record, if the prompt points at a cell that does not exist or that the model does not see.
+    images. Raises ValueError, naming the record, if the prompt points at a cell that does not exist or that the model
+    does not see.
     """
     weights = torch.zeros(len(record.images), grid.num_tokens)
     if not needs_sizes(record):

@@ -6,7 +6,7 @@ A record's `target` is 1-based in files and prompts ("Image1") and 0-based insid
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ class Preference(Prompt):
 
 @dataclass(frozen=True)
 class Question(Prompt):
-    """A prompt of a test set with its true answer."""
+    """A prompt of a test set, or of an instruction, with its true answer."""
 
     answer: str = ""
 
@@ -84,6 +84,14 @@ def read_preferences(path: str | Path) -> list[Preference]:
 def read_questions(path: str | Path) -> list[Question]:
     """Questions of a test set, JSON array or JSONL. Raises DataError, FileNotFoundError."""
     return _read(path, _parse_question)
+
+
+def read_instructions(path: str | Path) -> list[Question]:
+    """First question of every instruction, with its true answer; a refusal comes without a target.
+
+    Records of a test set (`prompt`, `answer`) are taken as well. Raises DataError, FileNotFoundError.
+    """
+    return _read(path, _parse_instruction)
 
 
 def read_answers(path: str | Path) -> list[Answer]:
@@ -171,6 +179,25 @@ def parse_preference(raw: Any, where: str) -> Preference:
 
 def _parse_question(raw: Any, where: str) -> Question:
     return Question(**_parse_prompt(raw, where, KNOWN | {"answer"}), answer=_text(raw, "answer").strip())
+
+
+def _parse_instruction(raw: Any, where: str) -> Question:
+    if not isinstance(raw, dict):
+        raise ValueError(f"a record must be a JSON object, not {type(raw).__name__}")
+    is_refusal = raw.get("is_refusal", False)  # asks about a picture that is not there, on purpose
+    flat = {**raw, **(_first_turn(raw) if "conversations" in raw else {}), **({"target": 1} if is_refusal else {})}
+    known = KNOWN | {"answer", "conversations", "turn_targets"}
+    question = Question(**_parse_prompt(flat, where, known), answer=check_answer(_text(flat, "answer")).strip())
+    return replace(question, target=None) if is_refusal else question
+
+
+def _first_turn(raw: dict) -> dict[str, Any]:
+    turns = raw["conversations"]
+    if not isinstance(turns, list) or len(turns) < 2 or not all(isinstance(turn, dict) for turn in turns):
+        raise ValueError("`conversations` must be a list of at least two turns with `from` and `value`")
+    if [turn.get("from") for turn in turns[:2]] != ["human", "gpt"]:
+        raise ValueError("`conversations` must begin with a turn from human and one from gpt")
+    return {"prompt": turns[0].get("value"), "answer": turns[1].get("value")}
 
 
 def _parse_answer(raw: Any, where: str) -> Answer:

@@ -2,7 +2,8 @@
 
 import pytest
 
-from inference.llava_hound_dpo.scorers import (
+from inference.llava_hound_dpo.compat_scorers import COMPATIBLE, score_compatible
+from llava.scorers import (
     RIGHT,
     UNPARSED,
     WRONG,
@@ -19,119 +20,194 @@ from inference.llava_hound_dpo.scorers import (
 
 COLOURS = ["red", "blue", "dark red", "green"]
 
-# The letter each answer deserves with the options above, None where it must be refused. Comments say what public rules
-# make of it where they differ: lmms-eval's `parse_multi_choice_response` (from MMMU; fills failures at random, takes
-# the last of several) and VLMEvalKit's `can_infer` (one letter among the last five words, else a part of an option).
+# Why a public rule reads an answer otherwise than a person.
+MARK = "lmms-eval: a letter needs a blank, a full stop or round brackets beside it"
+CASE = "both: labels are capitals, or in VLMEvalKit follow `answer is`"
+SHORT = "lmms-eval: an option's text counts only in answers of more than five words"
+LAST = "lmms-eval: of several labels the last counts; VLMEvalKit: `answer is` decides, the rest is none"
+PART = "VLMEvalKit: an option's text counts inside another option's, or inside a word"
+LETTER = "both: a label counts whatever is said of it or beside it"
+
+# Answer, the letter it deserves with the options above (None: refused), then what lmms-eval's rule of MMMU and
+# Q-Bench2 makes of it (None: it draws an option at random) and VLMEvalKit's, and why where the three differ.
 ANSWERS = [
     # labels, alone or first
-    ("A", "A"),
-    ("B.", "B"),
-    ("C)", "C"),  # lmms-eval draws at random
-    ("(D)", "D"),
-    ("**A**", "A"),  # lmms-eval draws at random
-    ("**B.**", "B"),
-    ("[C]", "C"),  # lmms-eval draws at random
-    ("b", "B"),  # lmms-eval draws at random, VLMEvalKit none
-    ("(b)", "B"),  # lmms-eval draws at random, VLMEvalKit none
-    ("a.", "A"),  # lmms-eval draws at random, VLMEvalKit none
-    ("Ａ", "A"),  # lmms-eval draws at random, VLMEvalKit none
-    ("b) blue", "B"),  # lmms-eval draws at random
-    ("B. blue", "B"),
-    ("(B) blue", "B"),
-    ("B: blue", "B"),  # lmms-eval draws at random
-    ("B - blue", "B"),
-    ("B (blue)", "B"),
-    ("B, because it is blue.", "B"),  # lmms-eval draws at random
-    ("B. It is not red.", "B"),  # VLMEvalKit A
-    ("blue (B)", "B"),
-    ("B\nThe car in Image2 is blue.", "B"),
-    ("The car in Image2 is blue.\nB", "B"),
+    ("A", "A", "A", "A", ""),
+    ("B.", "B", "B", "B", ""),
+    ("C)", "C", None, "C", MARK),
+    ("(D)", "D", "D", "D", ""),
+    ("**A**", "A", None, "A", MARK),
+    ("**B.**", "B", "B", "B", ""),
+    ("[C]", "C", None, "C", MARK),
+    ("b", "B", None, None, CASE),
+    ("(b)", "B", None, None, CASE),
+    ("a.", "A", None, None, CASE),
+    ("Ａ", "A", None, None, "both: a full-width letter is no label"),
+    ("b) blue", "B", None, "B", SHORT),
+    ("B. blue", "B", "B", "B", ""),
+    ("(B) blue", "B", "B", "B", ""),
+    ("B: blue", "B", None, "B", MARK),
+    ("B - blue", "B", "B", "B", ""),
+    ("B (blue)", "B", "B", "B", ""),
+    ("B, because it is blue.", "B", None, "B", MARK),
+    ("B. It is not red.", "B", "B", "A", "VLMEvalKit: the label is not among the last five words, `red` is an option"),
+    ("blue (B)", "B", "B", "B", ""),
+    ("B\nThe car in Image2 is blue.", "B", "B", "B", ""),
+    ("The car in Image2 is blue.\nB", "B", "B", "B", ""),
     # sentences that name the answer
-    ("The answer is A", "A"),
-    ("the answer is A.", "A"),
-    ("The answer is b", "B"),  # lmms-eval draws at random, VLMEvalKit none
-    ("The answer is B because the car is blue.", "B"),
-    ("Answer: A", "A"),
-    ("ANSWER: C", "C"),
-    ("Answer:D", "D"),
-    ("Final answer: **B**", "B"),  # lmms-eval draws at random
-    ("The correct answer is (C).", "C"),
-    ("The correct option is D", "D"),
-    ("The answer is option (A).", "A"),
-    ("Option B", "B"),
-    ("Answer B", "B"),
-    ("B is correct.", "B"),
-    ("(B) is the correct answer", "B"),  # VLMEvalKit none
-    ("I choose B", "B"),
-    ("I would go with C.", "C"),
-    ("It's (A).", "A"),
-    ("\\boxed{D}", "D"),  # lmms-eval draws at random
-    ("<answer>C</answer>", "C"),  # lmms-eval draws at random, VLMEvalKit none
-    ("It is not A, the answer is B.", "B"),  # VLMEvalKit none
-    ("(A) red (B) blue (C) dark red (D) green. The answer is B.", "B"),  # lmms-eval D, VLMEvalKit none
-    ("A. red\nB. blue\nC. dark red\nD. green\nAnswer: D", "D"),  # VLMEvalKit none
+    ("The answer is A", "A", "A", "A", ""),
+    ("the answer is A.", "A", "A", "A", ""),
+    ("The answer is b", "B", None, "B", CASE),
+    ("The answer is B because the car is blue.", "B", "B", "B", ""),
+    ("Answer: A", "A", "A", "A", ""),
+    ("ANSWER: C", "C", "C", "C", ""),
+    ("Answer:D", "D", "D", "D", ""),
+    ("Final answer: **B**", "B", None, "B", MARK),
+    ("The correct answer is (C).", "C", "C", "C", ""),
+    ("The correct option is D", "D", "D", "D", ""),
+    ("The answer is option (A).", "A", "A", "A", ""),
+    ("Option B", "B", "B", "B", ""),
+    ("Answer B", "B", "B", "B", ""),
+    ("B is correct.", "B", "B", "B", ""),
+    ("(B) is the correct answer", "B", "B", None, "VLMEvalKit: the label is not among the last five words"),
+    ("I choose B", "B", "B", "B", ""),
+    ("I would go with C.", "C", "C", "C", ""),
+    ("It's (A).", "A", "A", "A", ""),
+    ("\\boxed{D}", "D", None, "D", MARK),
+    ("<answer>C</answer>", "C", None, None, "both: a letter between tags does not stand alone"),
+    ("It is not A, the answer is B.", "B", "B", "B", ""),
+    ("(A) red (B) blue (C) dark red (D) green. The answer is B.", "B", "D", "B", LAST),
+    ("A. red\nB. blue\nC. dark red\nD. green\nAnswer: D", "D", "D", None, "VLMEvalKit: four labels are none"),
     # the text of an option
-    ("blue", "B"),  # lmms-eval draws at random
-    ("Blue.", "B"),  # lmms-eval draws at random
-    ("the blue one", "B"),  # lmms-eval draws at random
-    ("It is blue.", "B"),  # lmms-eval draws at random
-    ("The answer is blue.", "B"),  # lmms-eval draws at random
-    ("dark red", "C"),  # lmms-eval draws at random, VLMEvalKit none
-    ("The car is dark red.", "C"),  # lmms-eval draws at random, VLMEvalKit none
-    ("The car in Image2 is green", "D"),
-    ("A red car", "A"),
-    ("A blue car is in the middle of the picture.", "B"),  # lmms-eval A, VLMEvalKit none
-    ("The answer is a red car", "A"),
+    ("blue", "B", None, "B", SHORT),
+    ("Blue.", "B", None, "B", SHORT),
+    ("the blue one", "B", None, "B", SHORT),
+    ("It is blue.", "B", None, "B", SHORT),
+    ("The answer is blue.", "B", None, "B", SHORT),
+    ("The answer is dark red.", "C", None, "D", "VLMEvalKit: the first letter after `answer is`, here of `dark`"),
+    ("dark red", "C", None, None, PART),
+    ("The car is dark red.", "C", None, None, PART),
+    ("The car in Image2 is green", "D", "D", "D", ""),
+    ("A red car", "A", "A", "A", ""),
+    ("A blue car is in the middle of the picture.", "B", "A", None, "both: the article is a label"),
+    ("The answer is a red car", "A", "A", "A", ""),
     # ties and contradictions
-    ("A or B", None),  # lmms-eval B
-    ("A, B", None),  # lmms-eval B
-    ("A and C", None),  # lmms-eval C
-    ("A/B", None),  # lmms-eval B
-    ("(A) or (D)", None),  # lmms-eval D
-    ("A (B)", None),  # lmms-eval B
-    ("The answer is A or B.", None),  # lmms-eval B
-    ("The answer is A. No, the answer is B.", None),  # lmms-eval B
-    ("A\nB", None),  # lmms-eval B
-    ("red or blue", None),  # lmms-eval draws at random
-    ("Both cars are red and blue", None),  # lmms-eval B
-    ("A. blue", None),  # lmms-eval A, VLMEvalKit A
-    ("(A) green", None),  # lmms-eval A, VLMEvalKit A
-    ("green (A)", None),  # lmms-eval A, VLMEvalKit A
-    ("The answer is B, green.", None),  # lmms-eval draws at random, VLMEvalKit B
-    ("The answer is (C) red", None),  # lmms-eval C, VLMEvalKit C
+    ("A or B", None, "B", None, LAST),
+    ("A, B", None, "B", None, LAST),
+    ("A and C", None, "C", None, LAST),
+    ("A/B", None, "B", None, LAST),
+    ("(A) or (D)", None, "D", None, LAST),
+    ("A (B)", None, "B", None, LAST),
+    ("The answer is A or B.", None, "B", "A", LAST),
+    ("The answer is A. No, the answer is B.", None, "B", "A", LAST),
+    ("A\nB", None, "B", None, LAST),
+    ("red or blue", None, None, None, ""),
+    ("Both cars are red and blue", None, "B", None, "lmms-eval: of several option texts the last counts"),
+    ("A. blue", None, "A", "A", LETTER),
+    ("(A) green", None, "A", "A", LETTER),
+    ("green (A)", None, "A", "A", LETTER),
+    ("The answer is B, green.", None, None, "B", LETTER),
+    ("The answer is (C) red", None, "C", "C", LETTER),
     # nothing that can be read
-    ("", None),  # lmms-eval draws at random
-    ("   ", None),  # lmms-eval draws at random
-    ("...", None),  # lmms-eval draws at random
-    ("E", None),  # lmms-eval draws at random
-    ("The answer is E", None),  # lmms-eval draws at random
-    ("(F)", None),  # lmms-eval draws at random
-    ("I don't know.", None),  # lmms-eval draws at random
-    ("None of the above", None),  # lmms-eval draws at random
-    ("Sorry, I cannot see the picture.", None),  # lmms-eval draws at random
-    ("purple", None),  # lmms-eval draws at random
-    ("reddish", None),  # lmms-eval draws at random, VLMEvalKit A
-    ("a car", None),  # lmms-eval draws at random
-    ("A dark horse", None),  # lmms-eval A, VLMEvalKit A
-    ("ABCD", None),  # lmms-eval D
-    ("Group B", None),  # lmms-eval B, VLMEvalKit B
-    ("vitamin B", None),  # lmms-eval B, VLMEvalKit B
-    ("It is not red.", None),  # lmms-eval draws at random, VLMEvalKit A
-    ("The answer is not A.", None),  # lmms-eval A, VLMEvalKit A
-    ("I don't think the answer is B.", None),  # lmms-eval B, VLMEvalKit B
-    ("Neither A nor B is correct.", None),  # lmms-eval B
-    ("(A) is wrong.", None),  # lmms-eval A, VLMEvalKit A
+    ("", None, None, None, ""),
+    ("   ", None, None, None, ""),
+    ("...", None, None, None, ""),
+    ("E", None, None, None, ""),
+    ("The answer is E", None, None, None, ""),
+    ("(F)", None, None, None, ""),
+    ("I don't know.", None, None, None, ""),
+    ("None of the above", None, None, None, ""),
+    ("Sorry, I cannot see the picture.", None, None, None, ""),
+    ("The answer is clear.", None, None, "C", "VLMEvalKit: the first letter after `answer is`, here of `clear`"),
+    ("purple", None, None, None, ""),
+    ("reddish", None, None, "A", PART),
+    ("a car", None, None, None, ""),
+    ("A dark horse", None, "A", "A", LETTER),
+    ("ABCD", None, "D", None, "lmms-eval: a label may end a word"),
+    ("Group B", None, "B", "B", LETTER),
+    ("vitamin B", None, "B", "B", LETTER),
+    ("It is not red.", None, None, "A", "VLMEvalKit: a denied option counts"),
+    ("The answer is not A.", None, "A", "A", LETTER),
+    ("I don't think the answer is B.", None, "B", "B", LETTER),
+    ("Neither A nor B is correct.", None, "B", None, LAST),
+    ("(A) is wrong.", None, "A", "A", LETTER),
 ]
 
 
-@pytest.mark.parametrize(("text", "letter"), ANSWERS, ids=lambda value: repr(value))
+def letter_of(number):
+    return None if number is None else "ABCD"[number]
+
+
+@pytest.mark.parametrize(("text", "letter"), [row[:2] for row in ANSWERS], ids=repr)
 def test_multiple_choice(text, letter):
-    number = parse_choice(text, len(COLOURS), COLOURS)
-    assert (None if number is None else "ABCD"[number]) == letter
+    assert letter_of(parse_choice(text, len(COLOURS), COLOURS)) == letter
 
 
-def test_the_table_is_large_and_each_answer_once():
-    assert len({text for text, _ in ANSWERS}) == len(ANSWERS) >= 60
+@pytest.mark.parametrize(("text", "lmms_eval", "vlmevalkit"), [(r[0], r[2], r[3]) for r in ANSWERS], ids=repr)
+def test_the_rules_of_other_harnesses(text, lmms_eval, vlmevalkit):
+    given = [letter_of(COMPATIBLE[rule](text, COLOURS)) for rule in ("lmms_eval", "vlmevalkit")]
+    assert given == [lmms_eval, vlmevalkit]
+
+
+def test_the_table_is_large_each_answer_once_and_each_difference_explained():
+    assert len({text for text, *_ in ANSWERS}) == len(ANSWERS) >= 60
+    assert all(bool(reason) == (len({ours, *theirs}) > 1) for _, ours, *theirs, reason in ANSWERS)
+
+
+def test_a_plain_label_is_read_alike_by_all():
+    """The rows without a reason, the format that the prompts ask for among them."""
+    alike = [text for text, *_, reason in ANSWERS if not reason]
+    assert {"A", "B.", "(D)", "(B) blue", "The answer is A", "Answer: A", "", "red or blue"} <= set(alike)
+    assert len(alike) >= 35
+
+
+@pytest.mark.parametrize(
+    ("text", "blink", "muirbench"),
+    [
+        ("A", "A", "A"),
+        (" b ", "B", "B"),
+        ("(C)", "C", None),
+        ("D.", "D", "D"),
+        ("d.", "D", None),
+        ("B. blue", "B", "B"),
+        ("B) blue", "B", None),
+        ("The answer is B", None, None),  # T, in BLINK's rule
+        ("blue", "B", None),
+        ("a red car", "A", None),
+        ("dark red", "D", None),
+        ("E.", None, None),
+        ("**A**", None, None),
+        ("", None, None),
+    ],
+)
+def test_letter_rules_of_lmms_eval(text, blink, muirbench):
+    given = [letter_of(COMPATIBLE[rule](text, COLOURS)) for rule in ("lmms_eval_blink", "lmms_eval_muirbench")]
+    assert given == [blink, muirbench]
+
+
+def test_verdicts_of_the_rules_of_other_harnesses():
+    """lmms-eval's random draw scores what it is worth on average; all else that is not read scores 0."""
+    assert score_compatible("lmms_eval", "(B)", "blue", COLOURS) == Result(1.0, RIGHT)
+    assert score_compatible("lmms_eval", "(A)", "B", COLOURS) == Result(0.0, WRONG)
+    assert score_compatible("lmms_eval", "purple", "B", COLOURS) == Result(1 / 4, UNPARSED)
+    for rule in ("vlmevalkit", "lmms_eval_blink", "lmms_eval_muirbench"):
+        assert score_compatible(rule, "purple", "B", COLOURS) == Result(0.0, UNPARSED)
+    with pytest.raises(ValueError, match="not one of"):
+        score_compatible("vlmevalkit", "A", "pink", COLOURS)
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        ("I'm sorry, but without the image provided, B", None),
+        ("Failed to obtain answer via API: B blue", "B"),  # the letter is not looked at, the text is
+        ("Z", None),
+        ("blue " * 20, None),  # longer than twice all options
+        ("The answer is *B", "B"),
+    ],
+)
+def test_refusals_and_long_answers_in_vlmevalkit(text, letter):
+    assert letter_of(COMPATIBLE["vlmevalkit"](text, COLOURS)) == letter
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from math import comb
 import numpy as np
 import pytest
 
-from inference.llava_hound_dpo.statistics import bootstrap_interval, mcnemar, paired_difference, score_interval
+from llava.statistics import bootstrap_interval, mcnemar, paired_difference, score_interval
 
 
 @pytest.mark.parametrize(

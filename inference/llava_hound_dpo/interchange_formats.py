@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from inference.llava_hound_dpo.scorers import normalise, true_choice
 from llava.conversation import IMAGE
 from llava.records import PLACEHOLDER_OF_MIA_DPO, TARGET
+from llava.scorers import normalise, true_choice
 
 CLOSING = "Answer with the option's letter from the given choices directly."
 ABSENT = ("", "nan", "NaN", "N/A")  # of an option or a picture; "None" may be an option's text

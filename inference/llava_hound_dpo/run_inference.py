@@ -6,8 +6,8 @@ Every answer comes with its attention ratio and confidence, and is on disk as so
 import argparse
 import sys
 
-from llava.answering import add_arguments, identify, prepare, run
-from llava.runtime import setup_logging, user_errors
+from llava.answering import add_arguments, generated, identify, prepare, run
+from llava.runtime import leave, setup_logging, user_errors
 
 
 def main() -> None:
@@ -19,7 +19,8 @@ def main() -> None:
     with user_errors():
         job = prepare(args)
         identity = identify(args, job)
-    run(args, job, identity)
+    run(args, job, identity, args.output, generated(args, job))
+    leave()
 
 
 if __name__ == "__main__":

@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from inference.llava_hound_dpo.scorers import (
+from inference.llava_hound_dpo.compat_scorers import COMPATIBLE, score_compatible
+from llava.records import FORMATS, Answer
+from llava.scorers import (
     MISSING,
     NUM_LETTERS,
     RIGHT,
@@ -18,8 +20,7 @@ from inference.llava_hound_dpo.scorers import (
     parse_choice,
     score,
 )
-from inference.llava_hound_dpo.statistics import mcnemar, paired_difference, score_interval
-from llava.records import FORMATS, Answer
+from llava.statistics import mcnemar, paired_difference, score_interval
 
 DEALS = 30  # answers to other questions that are tried on each wrong answered one, for the chance of confusion
 
@@ -32,8 +33,8 @@ class Asked:
     where: str
     answer: str
     image_type: str
-    target: int  # 0-based
-    num_regions: int | None  # images of a sequence, cells of a collage, 2 of a pic-in-pic; None: unknown
+    target: int | None  # 0-based; None for multi: no image is referred to
+    num_regions: int | None  # images of a sequence or multi, cells of a collage, 2 of a pic-in-pic; None: unknown
     choices: tuple[str, ...]
     others: tuple[str, ...] | None
 
@@ -54,14 +55,20 @@ class Row:
 
 
 def judge(asked: Asked, given: Answer | None, scorer: str) -> Row:
-    """Score one answer; the scorer `auto` is `choice` for a question with choices, else `exact`."""
-    scorer = ("choice" if asked.choices else "exact") if scorer == "auto" else scorer
+    """Score one answer; `auto` is `choice` for a question with choices, else `exact`, as a compatible scorer is."""
+    scorer = "choice" if scorer == "auto" and asked.choices else scorer
+    scorer = "exact" if scorer == "auto" or (scorer in COMPATIBLE and not asked.choices) else scorer
     if given is None:
         return Row(asked, None, scorer, Result(0.0, MISSING))
     try:
-        return Row(asked, given, scorer, score(scorer, given.text, asked.answer, asked.choices))
+        return Row(asked, given, scorer, _scored(scorer, given.text, asked))
     except ValueError as error:
         raise ValueError(f"{asked.where}: {error}") from error
+
+
+def _scored(scorer: str, text: str, asked: Asked) -> Result:
+    by = score_compatible if scorer in COMPATIBLE else score
+    return by(scorer, text, asked.answer, asked.choices)
 
 
 def summarize(rows: Sequence[Row]) -> dict[str, Any]:
@@ -69,7 +76,7 @@ def summarize(rows: Sequence[Row]) -> dict[str, Any]:
     return {
         "overall": group(rows),
         "by_format": by(rows, lambda row: row.asked.image_type, FORMATS),
-        "by_num_images": by([row for row in rows if _positioned(row)], lambda row: row.asked.num_regions or "unknown"),
+        "by_num_images": by([row for row in rows if _counted(row)], lambda row: row.asked.num_regions or "unknown"),
         "by_position": {
             image_type: by(
                 [row for row in rows if row.asked.image_type == image_type], lambda row: f"Image{row.asked.target + 1}"
@@ -82,8 +89,8 @@ def summarize(rows: Sequence[Row]) -> dict[str, Any]:
     }
 
 
-def _positioned(row: Row) -> bool:
-    return row.asked.image_type in ("sequence", "collage")
+def _counted(row: Row) -> bool:
+    return row.asked.image_type in ("sequence", "collage", "multi")
 
 
 def by(rows: Sequence[Row], key: Callable[[Row], Any], order: Sequence[str] = ()) -> dict[str, dict]:
@@ -106,7 +113,7 @@ def group(rows: Sequence[Row]) -> dict[str, Any]:
     ratios = [
         row.given.attention_ratio
         for row in rows
-        if row.given and row.given.attention_ratio is not None and row.asked.image_type != "single"
+        if row.given and row.given.attention_ratio is not None and row.asked.image_type not in ("single", "multi")
     ]
     return {
         "questions": len(rows),
@@ -145,9 +152,12 @@ def confusion(rows: Sequence[Row], seed: int = 0) -> dict[str, Any] | None:
 def _true_elsewhere(row: Row, text: str) -> bool:
     """Whether the text, as an answer to this row's question, is true of another image."""
     asked = row.asked
-    if row.scorer != "choice":
+    if row.scorer in COMPATIBLE:
+        number = COMPATIBLE[row.scorer](text, asked.choices)
+    elif row.scorer == "choice":
+        number = parse_choice(text, len(asked.choices) or NUM_LETTERS, asked.choices)
+    else:
         return any(score(row.scorer, text, other).verdict == RIGHT for other in asked.others)
-    number = parse_choice(text, len(asked.choices) or NUM_LETTERS, asked.choices)
     has_text = number is not None and number < len(asked.choices)
     return has_text and any(exact(asked.choices[number], other) for other in asked.others)
 
@@ -157,7 +167,7 @@ def _chance_of_confusion(wrong: Sequence[Row], rng: np.random.Generator) -> floa
     for place, row in enumerate(wrong):
         dealt = [n for n in rng.permutation(len(wrong))[: DEALS + 1] if n != place][:DEALS]
         texts = [wrong[n].given.text for n in dealt]
-        verdicts = [score(row.scorer, text, row.asked.answer, row.asked.choices).verdict for text in texts]
+        verdicts = [_scored(row.scorer, text, row.asked).verdict for text in texts]
         usable = [text for text, verdict in zip(texts, verdicts, strict=True) if verdict == WRONG]
         if usable:
             rates.append(sum(_true_elsewhere(row, text) for text in usable) / len(usable))
@@ -172,10 +182,10 @@ def looked_right(row: Row) -> tuple[bool | None, str]:
 
     "argmax": the target has the largest share of `attention_by_image` (a tie is no). "ratio": without those shares,
     more than an even share of the attention lay on the target. (None, "unknown") where neither can be told: no
-    answer, one image, a collage whose cells nobody counted.
+    answer, one image, no referred image, a collage whose cells nobody counted.
     """
     given, regions = row.given, row.asked.num_regions
-    if given is None or regions == 1:
+    if given is None or regions == 1 or row.asked.target is None:
         return None, "unknown"
     if given.attention_by_image:
         shares = given.attention_by_image

@@ -1,0 +1,1 @@
+"""Steering of LLaVA-1.5 at inference: AdaptViz."""

@@ -1,0 +1,1 @@
+"""Adaptive scaling of the attention on image tokens."""

@@ -1,0 +1,162 @@
+"""The rule of AdaptViz: which image tokens are scaled, by what factor, given the confidence of the first answer token.
+
+Source: AdaptVis, "Why Is Spatial Reasoning Hard for VLMs?" (Chen et al. 2025): image attention is smoothed where the
+model is unsure and sharpened where it is sure. New here: several images, of which the prompt names one.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llava.attention import layer_range
+from llava.generation import PromptBatch
+from llava.records import FORMATS, Question
+from llava.scaling import RULES, Scale
+
+SCOPES = ("target", "all", "balance")
+STEPS = ("prefill", "all")
+
+
+@dataclass(frozen=True)
+class Bands:
+    """Factor by confidence C: `alpha_low` for C < low, `alpha_high` for C >= high, else `alpha_middle`.
+
+    Two bands, as AdaptVis has them, are low = high. Raises ValueError for thresholds out of order or factors <= 0.
+    """
+
+    low: float
+    high: float
+    alpha_low: float
+    alpha_high: float
+    alpha_middle: float = 1.0
+
+    def __post_init__(self):
+        if not 0 <= self.low <= self.high <= 1:
+            raise ValueError(f"thresholds {self.low} and {self.high}: they must be in order, from 0 to 1")
+        for name in ("alpha_low", "alpha_middle", "alpha_high"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name} {value}: a factor must be above 0 (1 changes nothing)")
+
+    @classmethod
+    def fixed(cls, alpha: float) -> "Bands":
+        """ScalingVis: one factor, whatever the confidence."""
+        return cls(0.0, 0.0, alpha, alpha, alpha)
+
+    def factor(self, confidence: Tensor) -> Tensor:
+        """Factor for every confidence."""
+        middle = torch.full_like(confidence, self.alpha_middle)
+        chosen = torch.where(confidence < self.low, self.alpha_low, middle)
+        return torch.where(confidence >= self.high, self.alpha_high, chosen)
+
+
+# A known target is never smoothed: unsure answers get a boost, sure ones are left alone. "all" is the paper's rule.
+DEFAULTS = {
+    "target": Bands(low=0.9, high=0.9, alpha_low=1.5, alpha_high=1.0),
+    "balance": Bands(low=0.9, high=0.9, alpha_low=1.5, alpha_high=1.0),
+    "all": Bands(low=0.3, high=0.7, alpha_low=0.5, alpha_high=2.0),
+}
+# Published settings of LLaVA-1.5, single image: AdaptVis (weight1, weight2, threshold) and ScalingVis (one weight).
+PRESETS = {
+    name: Bands(threshold, threshold, low, high)
+    for name, low, high, threshold in (
+        ("controlled_a", 0.5, 1.5, 0.4),
+        ("controlled_b", 0.5, 1.5, 0.35),
+        ("coco", 0.5, 1.2, 0.3),
+        ("vg", 0.5, 2.0, 0.2),
+        ("vsr", 0.5, 1.2, 0.64),
+    )
+} | {
+    f"scaling_{name}": Bands.fixed(alpha)
+    for name, alpha in (("controlled", 0.8), ("coco", 1.2), ("vg", 2.0), ("vsr", 0.5))
+}
+
+
+@dataclass(frozen=True)
+class AdaptViz:
+    """What `generate` is steered with."""
+
+    scope: str = "target"  # which tokens: the target's, all image tokens, or the target's at constant image mass
+    rule: str = "multiply"  # or "add", which also raises negative scores
+    steps: str = "prefill"  # the last prompt row (the paper), or "all": every decoding step too
+    layers: tuple[int, ...] | None = None  # zero-based; None: all
+    bands: Bands = DEFAULTS["target"]
+    by_format: dict[str, Bands] = field(default_factory=dict)  # instead of `bands` for some of FORMATS
+
+    def __post_init__(self):
+        for name, known in (("scope", SCOPES), ("rule", RULES), ("steps", STEPS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} {getattr(self, name)!r} is none of {', '.join(known)}")
+        unknown = sorted(set(self.by_format) - set(FORMATS))
+        if unknown:
+            raise ValueError(f"by_format: {unknown[0]!r} is none of {', '.join(FORMATS)}")
+
+    def factors(self, confidence: Sequence[float], image_types: Sequence[str]) -> Tensor:
+        """Factor of every sample. A single picture has nothing that could be told apart: only scope `all` scales it."""
+        confidence = torch.as_tensor(confidence)
+        factor = self.bands.factor(confidence)
+        for row, image_type in enumerate(image_types):
+            if image_type in self.by_format:
+                factor[row] = self.by_format[image_type].factor(confidence[row])
+            elif image_type == "single" and self.scope != "all":
+                factor[row] = 1.0
+        return factor
+
+    def steer(self, confidence: Tensor, batch: PromptBatch) -> Scale:
+        """The scale of a batch, each sample by its own confidence and format."""
+        return Scale.of_last_row(
+            self.factors(confidence, batch.image_types),
+            batch.regions[..., 1 if self.scope == "all" else 0],
+            batch.regions[..., 1] > 0,
+            rule=self.rule,
+            keeps_mass=self.scope == "balance",
+            every_step=self.steps == "all",
+            layers=None if self.layers is None else frozenset(self.layers),
+        )
+
+    def check(self, questions: Sequence[Question], num_layers: int) -> None:
+        """Raises ValueError where a question has no target to scale, or a layer does not exist."""
+        without = [question for question in questions if question.target is None]
+        if self.scope != "all" and without:
+            raise ValueError(
+                f"{without[0].where}: no image is referred to, so there is no target to scale ({len(without)} such "
+                "questions); use --scope all, or leave them out"
+            )
+        if self.layers is not None:
+            layer_range(num_layers, ",".join(map(str, self.layers)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """As `from_dict` reads it."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> "AdaptViz":
+        """Settings of a JSON object. Raises ValueError for unknown names and impossible values."""
+        unknown = sorted(set(raw) - {f.name for f in dataclasses.fields(cls)})
+        if unknown:
+            raise ValueError(f"unknown setting {unknown[0]!r}")
+        try:
+            bands = Bands(**raw["bands"]) if "bands" in raw else DEFAULTS.get(raw.get("scope"), DEFAULTS["target"])
+            by_format = {name: Bands(**own) for name, own in raw.get("by_format", {}).items()}
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"bands need low, high, alpha_low, alpha_high (and alpha_middle): {error}") from error
+        layers = None if raw.get("layers") is None else tuple(raw["layers"])
+        return cls(**{**raw, "bands": bands, "by_format": by_format, "layers": layers})
+
+
+def read_config(path: Path) -> AdaptViz:
+    """Settings from a file of the tuner. Raises ValueError, FileNotFoundError."""
+    if not path.is_file():
+        raise FileNotFoundError(f"--config {path}: no such file")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        return AdaptViz.from_dict(raw["adaptviz"] if "adaptviz" in raw else raw)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"--config {path}: {error}") from error

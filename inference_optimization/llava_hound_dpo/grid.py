@@ -1,0 +1,103 @@
+"""Greedy answers under many scales at once, from one prefill of each prompt.
+
+The last prompt token is run again once for every variant, all variants side by side as a tree: each sees the cached
+prompt and its own answer, nothing of another's. No cache is copied, so dozens of variants fit beside one prompt.
+
+Letters: B prompts, V variants, S prompt tokens, K keys, T answer tokens.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from llava.attention import Plan, use_plan
+from llava.generation import PromptBatch
+from llava.scaling import Scale
+
+ANOTHER = "another"  # scope: a part of the prompt that is not the target, on purpose
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to scale: `scope` of adaptviz.SCOPES or ANOTHER."""
+
+    scope: str
+    rule: str
+    factor: float
+
+
+PLAIN = Variant("all", "multiply", 1.0)
+
+
+@torch.no_grad()
+def answer_grid(
+    model, tokenizer, batch: PromptBatch, variants: Sequence[Variant], max_new_tokens: int, every_step: bool = False,
+    layers: frozenset[int] | None = None,
+) -> tuple[list[float], list[list[str]]]:  # fmt: skip
+    """(confidence of every prompt, answer of every prompt and variant)."""
+    batch, cache = batch.to(model.device), DynamicCache(config=model.config.get_text_config(decoder=True))
+    out = model(
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask, pixel_values=batch.pixel_values,
+        position_ids=(batch.attention_mask.cumsum(dim=1) - 1).clamp(min=0), past_key_values=cache, use_cache=True,
+        logits_to_keep=1,
+    )  # fmt: skip
+    confidence = torch.softmax(out.logits[:, -1].float(), dim=-1).amax(dim=-1)
+    cache.crop(-1)
+    count, end = len(variants), tokenizer.eos_token_id
+    prefix = batch.attention_mask[:, None, None, :-1].bool().expand(-1, 1, count, -1)
+    own = torch.eye(count, dtype=torch.bool, device=model.device).expand(len(prefix), 1, -1, -1)
+    position = batch.attention_mask.sum(dim=1, keepdim=True) - 1
+    tokens, answers = batch.input_ids[:, -1:].expand(-1, count), []
+    ended = torch.zeros_like(tokens, dtype=torch.bool)
+    scale = scale_of(batch, variants, None if every_step else prefix.shape[-1] + count, layers)
+    with use_plan(Plan(scale=scale)):
+        for step in range(max_new_tokens):
+            out = model(
+                input_ids=tokens,
+                attention_mask=torch.cat([prefix, *[own] * (step + 1)], dim=-1),
+                position_ids=(position + step).expand(-1, count),
+                past_key_values=cache,
+                use_cache=True,
+            )
+            tokens = out.logits.argmax(dim=-1).masked_fill(ended, end)
+            answers.append(tokens)
+            ended = ended | (tokens == end)
+            if bool(ended.all()):
+                break
+    given = torch.stack(answers, dim=-1)
+    texts = [[text.strip() for text in tokenizer.batch_decode(row, skip_special_tokens=True)] for row in given]
+    return confidence.tolist(), texts
+
+
+def scale_of(
+    batch: PromptBatch, variants: Sequence[Variant], num_keys: int | None, layers: frozenset[int] | None
+) -> Scale:
+    """A row for every variant."""
+    regions, device = batch.regions, batch.regions.device
+    by_scope = {"target": regions[..., 0], "balance": regions[..., 0], "all": regions[..., 1]}
+    if any(variant.scope == ANOTHER for variant in variants):
+        by_scope[ANOTHER] = another_part(batch)
+    factor = torch.tensor([[variant.factor for variant in variants]], device=device)
+    return Scale(
+        factor=factor.expand(len(regions), -1),
+        weights=torch.stack([by_scope[variant.scope] for variant in variants], dim=1),
+        images=regions[..., 1] > 0,
+        adds=torch.tensor([variant.rule == "add" for variant in variants], device=device),
+        keeps_mass=torch.tensor([variant.scope == "balance" for variant in variants], device=device),
+        num_keys=num_keys,
+        layers=layers,
+    )
+
+
+def another_part(batch: PromptBatch) -> Tensor:
+    """(B, S) weights of the part after the target (after the last comes the first); all 0 where there is no other."""
+    weights = torch.zeros_like(batch.regions[..., 0])
+    for row, count in enumerate(batch.num_regions):
+        parts = batch.regions[row, :, 2:count]
+        if parts.shape[1] > 1:
+            target = (parts * batch.regions[row, :, :1]).sum(dim=0).argmax()
+            weights[row] = parts[:, (target + 1) % parts.shape[1]]
+    return weights

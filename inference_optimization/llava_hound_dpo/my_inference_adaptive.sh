@@ -1,0 +1,33 @@
+#!/bin/bash
+#SBATCH --job-name=aa-adaptive
+#SBATCH --gres=gpu:a100:1
+#SBATCH --cpus-per-task=8
+#SBATCH --mem=64GB
+#SBATCH --time=12:00:00
+#SBATCH --requeue
+# Account and partition: export SBATCH_ACCOUNT and SBATCH_PARTITION. Without Slurm: bash this file. --help lists all flags.
+set -euo pipefail
+
+# ---- what to answer: edit here, override from the environment, or pass flags (the last one wins) ----
+MODEL=${MODEL:-output/aa-dpo} # a checkpoint or an adapter; --only_base_model answers with the base below an adapter
+DATA=${DATA:-data/sequence_test_images.json}
+IMAGES=${IMAGES:-data/test_images_sequence.tar} # a folder, a .zip or a .tar
+OUTPUT=${OUTPUT:-output/answers/adaptviz.jsonl}
+BATCH=${BATCH:-8}
+SCOPE=${SCOPE:-}   # target: the image asked about (default); all: every image (AdaptVis); balance: target against others
+CONFIG=${CONFIG:-} # settings chosen by python -m inference_optimization.llava_hound_dpo.tune
+
+# ---- the repository: sbatch runs a copy of this file from a spool folder ----------------------------
+for start in "$(dirname "${BASH_SOURCE[0]}")" "${SLURM_SUBMIT_DIR:-}" "$PWD"; do
+  root=$(cd "$start" 2>/dev/null && pwd) || continue
+  while [[ $root != / && ! -f $root/scripts/cluster.sh ]]; do root=$(dirname "$root"); done
+  [[ -f $root/scripts/cluster.sh ]] && cd "$root" && break
+done
+[[ -f scripts/cluster.sh ]] || { echo "repository not found: submit from inside it" >&2; exit 2; }
+source scripts/cluster.sh
+
+rule=()
+[[ -z $SCOPE ]] || rule+=(--scope "$SCOPE")
+[[ -z $CONFIG ]] || rule+=(--config "$CONFIG")
+exec "${LAUNCH[@]}" -m inference_optimization.llava_hound_dpo.run_adaptive --model_name_or_path "$MODEL" \
+  --data_path "$DATA" --image_folder "$IMAGES" --output "$OUTPUT" --batch_size "$BATCH" "${rule[@]}" "$@"
