@@ -11,48 +11,101 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from inference.llava_hound_dpo.scorers import SCORERS
+from inference.llava_hound_dpo.compat_scorers import COMPATIBLE, DRAWS_AT_RANDOM
+from inference.llava_hound_dpo.llm_judge import KEY_VARIABLE, RUBRICS, WITHOUT, Endpoint, LlmJudge, add_grades
+from inference.llava_hound_dpo.report import report
 from inference.llava_hound_dpo.summary import Asked, Row, compare, judge, summarize
+from llava.image import ImageStore
 from llava.records import Answer, DataError, Question, read_answers, read_questions, refuse_duplicates, texts
 from llava.runtime import setup_logging, user_errors, write_text
+from llava.scorers import SCORERS
 
 log = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Reads, scores, writes scores.json and scores.md, and logs the table."""
+    """Reads, scores, writes scores.json, scores.md and report.html, and logs the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--answers", type=Path, nargs="+", required=True, help="answers.jsonl, one file a model")
     parser.add_argument("--questions", type=Path, help="the test set: what is not answered then counts as missing")
     parser.add_argument(
         "--scorer",
-        choices=("auto", *SCORERS),
+        choices=("auto", *SCORERS, *COMPATIBLE),
         default="auto",
-        help="auto: choice where a question has choices, or exact",
+        help="auto: choice where a question has choices, or exact; lmms_eval..., vlmevalkit: as these harnesses\n"
+        "score multiple choice, for numbers beside published ones (a question without choices: exact)",
     )
-    parser.add_argument("--output", type=Path, required=True, help="folder for scores.json and scores.md")
+    parser.add_argument("--output", type=Path, required=True, help="folder for scores.json, scores.md, report.html")
+    parser.add_argument("--image_folder", type=Path, help="pictures of --questions: report.html shows sample prompts")
+    parser.add_argument("--samples", type=int, default=12, help="sample prompts in report.html at most")
+    _add_judge_flags(parser)
     args = parser.parse_args(argv)
     setup_logging()
     with user_errors():
         if args.output.exists() and not args.output.is_dir():
             raise NotADirectoryError(f"--output {args.output} is a file; give a folder")
+        if args.samples < 0:
+            raise ValueError(f"--samples {args.samples}: give a whole number from 0")
+        store = ImageStore(args.image_folder) if args.image_folder else None
+        llm = _llm_judge(args)
         try:
-            scores = evaluate(args.answers, args.questions, args.scorer)
+            rows = judged_by_name(args.answers, args.questions, args.scorer)
+            scores = scores_of(args.answers, rows, args.questions, args.scorer, llm)
+            questions = read_questions(args.questions) if args.questions and store else ()
         except DataError as error:
             more = len(error.problems) - 1
             raise ValueError(error.problems[0] + (f" (and {more} more problems)" if more else "")) from error
         table = markdown(scores)
         write_text(args.output / "scores.json", json.dumps(scores, indent=2, ensure_ascii=False) + "\n")
         write_text(args.output / "scores.md", table)
+        write_text(args.output / "report.html", report(scores, rows, questions, store, args.samples))
     log.info(table)
 
 
-def evaluate(paths: Sequence[Path], questions: Path | None = None, scorer: str = "auto") -> dict[str, Any]:
+def _add_judge_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("LLM judge", "asked with --judge_url only; --output keeps judgements.jsonl")
+    group.add_argument("--judge_url", help="OpenAI-compatible endpoint, e.g. http://localhost:8000/v1")
+    group.add_argument("--judge_model", help="name that the endpoint has for the judge")
+    group.add_argument("--judge_key_env", default=KEY_VARIABLE, help="environment variable that holds the key")
+    group.add_argument("--judge_workers", type=int, default=4, help="requests at a time")
+    group.add_argument("--judge_pictures", type=Path, help="folder, .zip or .tar: show the judge the pictures too")
+
+
+def _llm_judge(args: argparse.Namespace) -> LlmJudge | None:
+    """The judge that the flags describe, None without --judge_url. Raises ValueError, FileNotFoundError."""
+    if args.judge_url is None:
+        if args.judge_model or args.judge_pictures:
+            raise ValueError("--judge_model and --judge_pictures need an endpoint: give --judge_url too")
+        return None
+    if not args.judge_model:
+        raise ValueError("--judge_url needs --judge_model: the name that the endpoint has for its model")
+    if args.judge_workers < 1:
+        raise ValueError(f"--judge_workers {args.judge_workers}: give a whole number from 1")
+    if args.judge_pictures and not args.questions:
+        raise ValueError("--judge_pictures needs --questions: only the test set says which pictures are asked about")
+    store = ImageStore(args.judge_pictures) if args.judge_pictures else None
+    endpoint = Endpoint(args.judge_url, args.judge_model, args.judge_key_env)
+    return LlmJudge(endpoint, args.judge_workers, args.output / "judgements.jsonl", args.questions, store)
+
+
+def evaluate(
+    paths: Sequence[Path], questions: Path | None = None, scorer: str = "auto", llm: LlmJudge | None = None
+) -> dict[str, Any]:
     """All scores of the files, as scores.json holds them. Raises DataError, ValueError, FileNotFoundError."""
-    names = _names(paths)
-    rows = judged(paths, questions, scorer)
-    by_name = dict(zip(names, rows, strict=True))
-    return {
+    return scores_of(paths, judged_by_name(paths, questions, scorer), questions, scorer, llm)
+
+
+def judged_by_name(paths: Sequence[Path], questions: Path | None, scorer: str) -> dict[str, list[Row]]:
+    """`judged`, by the names that the table has for the files."""
+    return dict(zip(_names(paths), judged(paths, questions, scorer), strict=True))
+
+
+def scores_of(
+    paths: Sequence[Path], by_name: dict[str, list[Row]], questions: Path | None, scorer: str, llm: LlmJudge | None
+) -> dict[str, Any]:
+    """`evaluate` of rows that are judged already."""
+    names = list(by_name)
+    scores = {
         "scorer": scorer,
         "questions": str(questions) if questions else None,
         "answers": {
@@ -63,6 +116,9 @@ def evaluate(paths: Sequence[Path], questions: Path | None = None, scorer: str =
             for first, second in itertools.combinations(names, 2)
         ],
     }
+    if llm:
+        add_grades(scores, by_name, llm)
+    return scores
 
 
 def judged(paths: Sequence[Path], questions: Path | None, scorer: str) -> list[list[Row]]:
@@ -85,8 +141,12 @@ def judged(paths: Sequence[Path], questions: Path | None, scorer: str) -> list[l
 def _differences(answer: Answer, known: Asked) -> list[str]:
     """Where an answer was given to another version of the question."""
     pairs = [("answer", answer.answer, known.answer), ("image_type", answer.image_type, known.image_type)]
-    pairs.append(("target", answer.target + 1, known.target + 1))
+    pairs.append(("target", _counted_from_1(answer.target), _counted_from_1(known.target)))
     return [f"`{name}` is {here!r}, but {known.where} has {there!r}" for name, here, there in pairs if here != there]
+
+
+def _counted_from_1(target: int | None) -> int | None:
+    return None if target is None else target + 1
 
 
 def _asked_of_test_set(path: Path) -> dict[str, Asked]:
@@ -140,6 +200,8 @@ def markdown(scores: dict[str, Any]) -> str:
     parts = [_accuracy_table(files), _counts_table(files)]
     if scores["comparisons"]:
         parts.append(_comparison_table(scores["comparisons"]))
+    if "judge" in scores:
+        parts += _judge_tables(scores)
     return "\n".join(["# Scores", "", *_notes(scores), "", *"\n\n".join(parts).split("\n")]) + "\n"
 
 
@@ -147,6 +209,9 @@ def _notes(scores: dict[str, Any]) -> list[str]:
     missing = "every question of the test set is in the denominator, answered or not"
     if scores["questions"] is None:
         missing = "no --questions: a question that no file answers is not known, and not counted"
+    unparsed = "unparsed and missing answers score 0"
+    if scores["scorer"] in DRAWS_AT_RANDOM:
+        unparsed = "an unparsed answer scores 1 / its number of options (a random draw there), a missing one 0"
     rules = {
         rule for file in scores["answers"].values() for rule, n in file["looked_answered"]["judged_by"].items() if n
     }
@@ -154,7 +219,7 @@ def _notes(scores: dict[str, Any]) -> list[str]:
     if "ratio" in rules:
         looked += "; where shares by image are absent, more than an even share of it"
     return [
-        f"Scorer: {scores['scorer']}. Accuracy in % [95 % interval]; unparsed and missing answers score 0; {missing}.",
+        f"Scorer: {scores['scorer']}. Accuracy in % [95 % interval]; {unparsed}; {missing}.",
         f"{looked[0].upper()}{looked[1:]}. Chance of confusion: the wrong answers, dealt to one another's questions.",
     ]
 
@@ -203,6 +268,26 @@ def _comparison_table(comparisons: Sequence[dict]) -> str:
         counts = [str(c["only_first_right"]), str(c["only_second_right"])]
         lines.append(_line([f"{c['second']} - {c['first']}", difference, *counts, f"{c['mcnemar_p']:.2g}"]))
     return "\n".join(lines)
+
+
+def _judge_tables(scores: dict[str, Any]) -> list[str]:
+    files = [file["judge"] for file in scores["answers"].values()]
+    lines = _header([f"grades 1 to 5 by {scores['judge']['model']}", *scores["answers"]])
+    groups = [("**{}**", [file["overall"] for file in files])]
+    groups += [(f"{{}}, {name}", [file["by_format"][name] for file in files]) for name in files[0]["by_format"]]
+    for label, group in groups:
+        lines += [_line([label.format(rubric), *(_grade(own[rubric], "mean") for own in group)]) for rubric in RUBRICS]
+    for count in ("judged", *WITHOUT):
+        lines.append(_line([count, *(str(file["overall"][count]) for file in files)]))
+    compared = _header(["grades, second - first", "judged in both", *RUBRICS])
+    for c in scores["comparisons"]:
+        cells = [_grade(c["judge"][rubric], "difference", "+") for rubric in RUBRICS]
+        compared.append(_line([f"{c['second']} - {c['first']}", str(c["judge"]["pairs"]), *cells]))
+    return ["\n".join(table) for table in (lines, compared if scores["comparisons"] else []) if table]
+
+
+def _grade(found: dict[str, float] | None, name: str, sign: str = "") -> str:
+    return f"{found[name]:{sign}.2f} [{found['low']:{sign}.2f}, {found['high']:{sign}.2f}]" if found else "-"
 
 
 def _header(names: Sequence[str]) -> list[str]:

@@ -1,0 +1,342 @@
+"""One self-contained HTML page of the scores: tables, plots and sample prompts, nothing loaded from elsewhere."""
+
+import base64
+import io
+import logging
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
+
+from inference.llava_hound_dpo.compat_scorers import DRAWS_AT_RANDOM
+from inference.llava_hound_dpo.summary import Row, confusion
+from llava.conversation import IMAGE
+from llava.heatmap import draw_prompt
+from llava.image import ImageStore
+from llava.layout import needs_sizes, target_box
+from llava.records import FORMATS, Answer, Question
+from llava.scorers import WRONG
+
+log = logging.getLogger(__name__)
+
+TEMPLATE = "report.html.j2"
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito: safe if colour-blind
+MARKERS = (("o", "●"), ("s", "■"), ("^", "▲"), ("D", "◆"), ("v", "▼"))  # of matplotlib, and the same as text
+CSS_DPI, DENSITY = 96, 2  # px of an inch on a page; px of a plot per px of the page
+PICTURE_HEIGHT, PICTURE_WIDTH = 240, 1000  # px of a prompt's pictures, and of all of them side by side
+LONGEST = 1000  # characters shown of a text
+
+
+@dataclass(frozen=True)
+class Model:
+    """An answers file: its scores, its judged rows, and the sign that stands for it in plots and tables."""
+
+    name: str
+    scores: dict[str, Any]
+    rows: Sequence[Row]
+    colour: str
+    marker: str
+    glyph: str
+
+
+def report(
+    scores: dict[str, Any],
+    rows: Mapping[str, Sequence[Row]],
+    questions: Sequence[Question] = (),
+    store: ImageStore | None = None,
+    num_samples: int = 12,
+) -> str:
+    """The page. `rows` has the judged rows of each answers file of `scores`, by its name there.
+
+    Sample prompts are drawn only with the test set's `questions` and the `store` of its pictures; without them the page
+    says how to get them.
+    """
+    models = [
+        Model(name, found, rows[name], COLOURS[number % len(COLOURS)], *MARKERS[number % len(MARKERS)])
+        for number, (name, found) in enumerate(scores["answers"].items())
+    ]
+    return _template().render(
+        scores=scores,
+        models=models,
+        draws_at_random=scores["scorer"] in DRAWS_AT_RANDOM,
+        grades=_grades(models),
+        charts=_accuracy_charts(models),
+        confusion_chart=_confusion_chart(models),
+        samples=_samples(models, questions, store, num_samples) if questions and store else None,
+    )
+
+
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,  # questions and answers may hold anything
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"percent": _percent, "number": _number, "shorten": _shorten}
+    return environment.get_template(TEMPLATE)
+
+
+def _percent(value: float | None, form: str = ".1f") -> str:
+    return "-" if value is None else format(100 * value, form)
+
+
+def _number(value: Any, form: str = ".3f") -> str:
+    return format(value, form) if isinstance(value, int | float) else "-"
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]} … ({len(text) - LONGEST} more characters)"
+
+
+def _grades(models: Sequence[Model]) -> dict[str, Any] | None:
+    """What a judge said: rubrics, and by model its grades and counts; None where no answers file was judged."""
+    judged = {model.name: model.scores["judge"] for model in models if model.scores.get("judge")}
+    if not judged:
+        return None
+    grades = {name: {k: v for k, v in judge["overall"].items() if _is_grade(v)} for name, judge in judged.items()}
+    counts = {name: {**judge.get("counts", {}), **_counts(judge["overall"])} for name, judge in judged.items()}
+    return {"rubrics": list(dict.fromkeys(r for own in grades.values() for r in own)), "of": grades, "counts": counts}
+
+
+def _is_grade(value: Any) -> bool:
+    return isinstance(value, dict) and "mean" in value
+
+
+def _counts(group: dict[str, Any]) -> dict[str, int]:
+    return {name: value for name, value in group.items() if isinstance(value, int)}
+
+
+# ---- plots
+
+
+def _accuracy_charts(models: Sequence[Model]) -> list[dict[str, Any]]:
+    """Accuracy by format, by number of images, by position: title, groups by label and model, chance, plot."""
+    charts: list[tuple[str, list[dict], Callable[[Row], str | None]]] = [
+        ("format", [model.scores["by_format"] for model in models], lambda row: row.asked.image_type),
+        ("number of images or cells", [model.scores["by_num_images"] for model in models], _num_images),
+    ]
+    for image_type in models[0].scores["by_position"]:
+        groups = [model.scores["by_position"][image_type] for model in models]
+        charts.append((f"position of the target, {image_type}", groups, lambda row, t=image_type: _position(row, t)))
+    return [_accuracy_chart(models, title, groups, key) for title, groups, key in charts if groups[0]]
+
+
+def _num_images(row: Row) -> str | None:
+    return str(row.asked.num_regions or "unknown") if row.asked.image_type not in ("pip", "single") else None
+
+
+def _position(row: Row, image_type: str) -> str | None:
+    return f"Image{row.asked.target + 1}" if row.asked.image_type == image_type else None
+
+
+def _accuracy_chart(
+    models: Sequence[Model], title: str, by_model: Sequence[dict], key: Callable[[Row], str | None]
+) -> dict[str, Any]:
+    groups = {label: [by_label[label] for by_label in by_model] for label in by_model[0]}
+    chance = {label: _chance([row for row in models[0].rows if key(row) == label]) for label in groups}
+    figure = Figure(figsize=(min(7.0, 1.2 + 0.75 * max(3, len(groups))), 2.7), layout="constrained")
+    axis = figure.subplots()
+    for number, model in enumerate(models):
+        shift = 0.5 * ((number + 0.5) / len(models) - 0.5)
+        _dots(axis, model, [own[number] for own in groups.values()], shift)
+    for place, value in enumerate(chance.values()):
+        if value is not None:
+            axis.hlines(100 * value, place - 0.4, place + 0.4, "#555555", "dashed", linewidth=1.2, zorder=2)
+    labels = [f"{label}\n({own[0]['questions']})" for label, own in groups.items()]
+    axis.set(xlim=(-0.6, len(groups) - 0.4), ylim=(0, 100), ylabel="accuracy (%)")
+    axis.set_xticks(range(len(groups)), labels)
+    axis.grid(axis="y", color="#e4e4e4", linewidth=0.8)
+    return {"title": title, "groups": groups, "chance": chance, "plot": _plot(figure)}
+
+
+def _dots(axis: Axes, model: Model, groups: Sequence[dict], shift: float) -> None:
+    values, lows, highs = (100 * np.array([group[name] for group in groups]) for name in ("accuracy", "low", "high"))
+    axis.errorbar(
+        np.arange(len(groups)) + shift, values, yerr=np.stack([values - lows, highs - values]).clip(min=0),
+        fmt=model.marker, color=model.colour, markersize=5.5, capsize=2.5, elinewidth=1.4, clip_on=False, zorder=3,
+    )  # fmt: skip
+
+
+def _chance(rows: Sequence[Row]) -> float | None:
+    """Accuracy of a model that answers truly about an image drawn at random: mean of 1/n; None where n is not known.
+
+    None too for one image, and where a question refers to no image.
+    """
+    counts = [row.asked.num_regions if row.asked.target is not None else None for row in rows]
+    return float(np.mean([1 / n for n in counts])) if all(n and n > 1 for n in counts) else None
+
+
+def _confusion_chart(models: Sequence[Model]) -> dict[str, Any] | None:
+    """Share of the wrong answers that are true of another image, beside its chance; None where no file has a share."""
+    known = [m for m in models if m.scores["confusion"] and m.scores["confusion"]["of_wrong"] is not None]
+    if not known:
+        return None
+    figure = Figure(figsize=(4.6, 0.9 + 0.38 * len(known)), layout="constrained")
+    axis = figure.subplots()
+    for place, model in enumerate(known):
+        found = model.scores["confusion"]
+        axis.plot(100 * found["of_wrong"], place, model.marker, color=model.colour, markersize=7, clip_on=False)
+        if found["chance"] is not None:
+            axis.plot([100 * found["chance"]] * 2, [place - 0.3, place + 0.3], color="#555555", linewidth=1.6)
+    axis.set(xlim=(0, 100), ylim=(len(known) - 0.4, -0.6), xlabel="wrong answers true of another image (%)")
+    axis.set_yticks(range(len(known)), [_tail(model.name) for model in known], parse_math=False)
+    axis.grid(axis="x", color="#e4e4e4", linewidth=0.8)
+    return _plot(figure)
+
+
+def _tail(name: str, longest: int = 24) -> str:
+    return name if len(name) <= longest else "…" + name[1 - longest :]
+
+
+def _plot(figure: Figure) -> dict[str, Any]:
+    """The drawn figure as `url`, with its `width` on the page in px."""
+    for axis in figure.axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(labelsize=8.5)
+        axis.xaxis.label.set_size(9)
+        axis.yaxis.label.set_size(9)
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=CSS_DPI * DENSITY, metadata={"Software": None})
+    return {"url": _data_url(file.getvalue(), "png"), "width": round(figure.get_figwidth() * CSS_DPI)}
+
+
+def _data_url(content: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"
+
+
+# ---- sample prompts
+
+
+def _samples(
+    models: Sequence[Model], questions: Sequence[Question], store: ImageStore, num_samples: int
+) -> list[dict[str, Any]]:
+    by_id = {question.id: question for question in questions}
+    chosen = choose([model.rows for model in models], num_samples)
+    samples = [_sample(models, place, by_id[models[0].rows[place].asked.id], store) for place in chosen]
+    without = sum(sample["problem"] is not None for sample in samples)
+    log.info("report: %d sample prompts%s", len(samples), f", {without} without pictures" if without else "")
+    return samples
+
+
+def choose(rows: Sequence[Sequence[Row]], num_samples: int) -> list[int]:
+    """Places of the questions to show: first some of every format and outcome, then those with an attention map.
+
+    An outcome is whether the first and the second file are right, and whether any answer is true of another image.
+    Questions that a file has no answer to come last. The same rows give the same choice, in order of outcome
+    (confusions, then disagreements, first) and format.
+    """
+    kinds = [(*_last_resorts(own), _outcome(own), _format(own)) for own in zip(*rows, strict=True)]
+    waiting: dict[tuple, list[int]] = {}
+    for place, kind in enumerate(kinds):
+        waiting.setdefault(kind, []).append(place)
+    seen: Counter = Counter()  # outcomes are tuples and formats are numbers, so that one counter holds both
+
+    def rank(kind: tuple) -> tuple:
+        is_unanswered, has_no_map, outcome, image_type = kind
+        is_covered = min(seen[outcome], seen[image_type]) > 0
+        return is_unanswered, is_covered, has_no_map, seen[outcome] + seen[image_type], outcome, image_type
+
+    chosen = []
+    while waiting and len(chosen) < num_samples:
+        kind = min(waiting, key=rank)
+        chosen.append(waiting[kind].pop(0))
+        seen.update(kind[2:])
+        if not waiting[kind]:
+            del waiting[kind]
+    return sorted(chosen, key=lambda place: (kinds[place][2:], place))
+
+
+def _last_resorts(own: Sequence[Row]) -> tuple[bool, bool]:
+    return any(row.given is None for row in own), not any(_map_of(row.given) for row in own)
+
+
+def _outcome(own: Sequence[Row]) -> tuple[bool, bool, bool, bool]:
+    """Sorts confusions before others, then disagreements of the first two files, then what the first has wrong."""
+    first, second = own[0].is_right, own[min(1, len(own) - 1)].is_right
+    return not any(map(is_confused, own)), first == second, first, second
+
+
+def _format(own: Sequence[Row]) -> int:
+    return FORMATS.index(own[0].asked.image_type)
+
+
+def is_confused(row: Row) -> bool:
+    """Whether the answer is wrong and true of another image."""
+    found = confusion([row]) if row.result.verdict == WRONG else None
+    return bool(found and found["true_of_another"])
+
+
+def _map_of(given: Answer | None) -> Any:
+    return given.extra.get("attention_map") if given else None
+
+
+def _sample(models: Sequence[Model], place: int, question: Question, store: ImageStore) -> dict[str, Any]:
+    """What the page shows of one question; `problem` says why its pictures are missing."""
+    pictures, box, problem = [], None, None
+    try:
+        pictures = [store.open(name) for name in question.images]
+        box = target_box(question, pictures[0].size) if needs_sizes(question) else None
+    except (ValueError, FileNotFoundError) as error:
+        problem = str(error)
+    drawn = None if problem else _drawn(pictures, None, question, box)
+    return {
+        "question": question,
+        "asked": models[0].rows[place].asked,
+        "text": re.sub(rf"(?:Image\d+:)?\s*{IMAGE}\s*", "", question.prompt) or question.prompt,
+        "picture": drawn,
+        "problem": problem,
+        "answers": [_answered(model, model.rows[place], question, pictures if drawn else [], box) for model in models],
+    }
+
+
+def _answered(
+    model: Model, row: Row, question: Question, pictures: Sequence[Image.Image], box: Sequence[float] | None
+) -> dict[str, Any]:
+    """One model's answer; `map` is its attention drawn on the pictures, `problem` why its map could not be."""
+    maps, problem = _map_of(row.given), None
+    if maps and pictures:
+        problem = _bad_map(maps, [picture.size for picture in pictures])
+    return {
+        "model": model,
+        "row": row,
+        "is_confused": is_confused(row),
+        "map": _drawn(pictures, maps, question, box) if maps and pictures and not problem else None,
+        "problem": problem,
+    }
+
+
+def _drawn(
+    pictures: Sequence[Image.Image], maps: Sequence[dict] | None, question: Question, box: Sequence[float] | None
+) -> str:
+    widths = sum(picture.width / picture.height for picture in pictures)
+    height = max(1, min(PICTURE_HEIGHT, int(PICTURE_WIDTH / widths)))
+    file = io.BytesIO()
+    draw_prompt(pictures, maps, question.target, box, height).save(file, "jpeg", quality=85)
+    return _data_url(file.getvalue(), "jpeg")
+
+
+def _bad_map(maps: Any, sizes: Sequence[tuple[int, int]]) -> str | None:
+    """What keeps an `attention_map` from being drawn, None if nothing does."""
+    if not isinstance(maps, list) or len(maps) != len(sizes):
+        return f"`attention_map` must be a list with one map for each of the {len(sizes)} images"
+    for number, (one, size) in enumerate(zip(maps, sizes, strict=True), 1):
+        try:
+            area, mass = np.asarray(one["area"], dtype=float), np.asarray(one["mass"], dtype=float)
+        except (KeyError, TypeError, ValueError):
+            return f"`attention_map` of image {number} must have `area` and `mass` in rows of equal length"
+        if mass.ndim != 2 or not mass.size or not np.isfinite(mass).all() or mass.min() < 0:
+            return f"`mass` of image {number} must be rows of numbers from 0"
+        sides = area[2:] - area[:2] if area.shape == (4,) else np.array([np.nan])
+        if not np.isfinite(sides).all() or sides.min() <= 0 or sides.max() > 2 * max(size):
+            return f"`area` of image {number} must be [x0, y0, x1, y1] in px of the picture of {size[0]} x {size[1]} px"
+    return None
