@@ -57,7 +57,7 @@ class Probe:
     """What to measure: the attention mass on regions, from the rows that predict an answer.
 
     With trees in the plan the rows are those of every first branch (the chosen answer), in row order; without, the
-    last row of the forward (generation).
+    last row of the forward (generation). More rows than one are a second attention call, one row is a softmax.
     """
 
     regions: Tensor  # (B or 1, S, R) weights in [0, 1]; keys past S (generated tokens) weigh nothing
@@ -186,24 +186,20 @@ def region_mass(
     """Attention probability (0..1) that each row puts on each region: Σ_j A[b,h,q,j] · W[b,j,r] of design §4.
 
     A second attention call whose values are the region weights: exact, differentiable in query and key, and O(K)
-    memory. A head holds as many regions as it has dimensions; more of them take a call each. Computed in fp32, because
-    masses summed in bf16 are off by half a percent.
+    memory. Computed in fp32, because masses summed in bf16 are off by half a percent.
     """
-    query, key, head_size = query.float(), key.float(), query.shape[-1]
-    masses = []
+    num_regions, head_size = regions.shape[-1], query.shape[-1]
+    assert num_regions <= head_size, f"{num_regions} regions do not fit a head of size {head_size}"
+    weights = F.pad(regions.float(), (0, head_size - num_regions))[:, None].expand(-1, query.shape[1], -1, -1)
     with torch.autocast(query.device.type, enabled=False):
-        for some in regions.float().split(head_size, dim=-1):
-            weights = F.pad(some, (0, head_size - some.shape[-1]))[:, None].expand(-1, query.shape[1], -1, -1)
-            mass = F.scaled_dot_product_attention(query, key, weights, attn_mask=mask, scale=scaling)
-            masses.append(mass[..., : some.shape[-1]])
-    return torch.cat(masses, dim=-1)
+        mass = F.scaled_dot_product_attention(query.float(), key.float(), weights, attn_mask=mask, scale=scaling)
+    return mass[..., :num_regions]
 
 
 def _probed(query: Tensor, key: Tensor, attention_mask: Tensor | None, scaling: float | None, plan: Plan) -> Tensor:
     key, regions = _repeat_heads(query, key), plan.probe.regions
     if not plan.trees:
-        regions = _for_batch(regions, query, key)
-        return region_mass(query[:, :, -1:], key, regions, _last_rows(attention_mask, key), scaling)
+        return _mass_of(_last_scores(query, key, attention_mask, scaling).softmax(dim=-1), regions)
     masses = []
     for tree in plan.trees:
         (begin, _), (start, stop) = tree.prompt, tree.branches[0]
@@ -228,30 +224,33 @@ def _scaled(
     assert not plan.trees, "packed rows are not scaled"
     scale = plan.scale.expand(len(query))
     rows = scale.factor.shape[1]
-    key, value, visible = _repeat_heads(query, key), _repeat_heads(query, value), _last_rows(mask, key, rows)
-    scores = query[:, :, -rows:].float() @ key.float().transpose(2, 3)
-    scores = scores * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    if visible is not None:
-        scores = scores.masked_fill(~visible, -torch.inf)
+    scores = _last_scores(query, _repeat_heads(query, key), mask, scaling, rows)
+    # A row whose factor is 1 keeps its scores, and below the output that it has already.
     probabilities = scale_scores(scores, scale).softmax(dim=-1)
+    last = (probabilities @ _repeat_heads(query, value).float()).transpose(1, 2).to(out.dtype)
     changed = (scale.factor != 1)[..., None, None]
-    last = (probabilities @ value.float()).transpose(1, 2).to(out.dtype)
     out = torch.cat([out[:, :-rows], torch.where(changed, last, out[:, -rows:])], dim=1)
-    if not is_probed:
-        return out, None
-    regions = _for_batch(plan.probe.regions, query, key)[:, None].float()
-    mass = _probed(query, key, mask, scaling, plan)
-    return out, torch.where(changed[:, -1:], probabilities[:, :, -1:] @ regions, mass)
+    return out, _mass_of(probabilities[:, :, -1:], plan.probe.regions) if is_probed else None
 
 
-def _for_batch(regions: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    """Regions (B, S, R) for all keys and, where every sample stands several times in a row (beams), all samples."""
-    regions = F.pad(regions, (0, 0, 0, key.shape[2] - regions.shape[1]))
-    return regions.repeat_interleave(len(query) // len(regions), dim=0)
+def _last_scores(
+    query: Tensor, key: Tensor, attention_mask: Tensor | None, scaling: float | None, rows: int = 1
+) -> Float[Tensor, "B H rows K"]:
+    """Scores before the softmax of the last rows, in fp32; -inf where a key is not visible."""
+    with torch.autocast(query.device.type, enabled=False):
+        scores = query[:, :, -rows:].float() @ key.float().transpose(2, 3)
+    scores = scores * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if attention_mask is None:
+        return scores
+    return scores.masked_fill(~attention_mask[:, :, -rows:, : key.shape[2]], -torch.inf)
 
 
-def _last_rows(attention_mask: Tensor | None, key: Tensor, rows: int = 1) -> Tensor | None:
-    return None if attention_mask is None else attention_mask[:, :, -rows:, : key.shape[2]]
+def _mass_of(probabilities: Float[Tensor, "B H Q K"], regions: Float[Tensor, "b S R"]) -> Float[Tensor, "B H Q R"]:
+    """Mass on each region. Keys after the prompt weigh nothing; beams of one sample are neighbours in the batch."""
+    times, length = len(probabilities) // len(regions), regions.shape[1]
+    regions = regions if times == 1 else regions.repeat_interleave(times, dim=0)
+    with torch.autocast(probabilities.device.type, enabled=False):
+        return probabilities[..., :length] @ regions[:, None]
 
 
 def _repeat_heads(query: Tensor, key: Tensor) -> Tensor:

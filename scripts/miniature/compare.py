@@ -1,6 +1,6 @@
 """Answers of several models to the miniature's test set, side by side.
 
-`python -m scripts.miniature.compare --answers before.jsonl after.jsonl --output DIR`
+`python -m scripts.miniature.compare --answers base.jsonl trained.jsonl --output DIR`
 """
 
 import argparse
@@ -50,24 +50,21 @@ def mean(values) -> float:
 
 
 def table(scores: dict[str, dict]) -> str:
-    """The comparison as text: one row a format, the models side by side."""
-    names = list(scores)
-    columns = [("accuracy %", "accuracy", ".1f"), ("attention ratio", "attention_ratio", ".3f"),
-               ("true of another image %", "true_of_another_image", ".1f")]  # fmt: skip
-    width = max(24, 10 * len(names))
-    lines = [
-        f"{'':<10}{'prompts':>8}  " + "".join(f"|{title:^{width}}" for title, _, _ in columns),
-        f"{'format':<10}{'':>8}  " + f"|{''.join(f'{n:>{width // len(names)}}' for n in names)}" * len(columns),
-    ]
-    for image_type in FORMATS:
-        line = f"{image_type:<10}{scores[names[0]][image_type]['prompts']:>8}  "
-        for _, key, form in columns:
+    """The comparison as text: a block for each number, one row a format, one column a model."""
+    width = max(map(len, scores)) + 2
+    blocks = [("accuracy %", "accuracy", ".1f"), ("attention ratio", "attention_ratio", ".3f"),
+              ("true of another image %", "true_of_another_image", ".1f")]  # fmt: skip
+    lines = []
+    for title, key, form in blocks:
+        lines.append(f"{title:<24}{'prompts':>8}" + "".join(f"{name:>{width}}" for name in scores))
+        for image_type in FORMATS:
+            rows = [by_format[image_type] for by_format in scores.values()]
             # One image holds all image attention: its ratio says nothing.
-            is_empty = image_type == "single" and key == "attention_ratio"
-            cells = ["-" if is_empty else format(scores[name][image_type][key], form) for name in names]
-            line += "|" + "".join(f"{cell:>{width // len(names)}}" for cell in cells)
-        lines.append(line)
-    return "\n".join(lines)
+            if image_type != "single" or key == "accuracy":
+                cells = "".join(f"{row[key]:>{width}{form}}" for row in rows)
+                lines.append(f"  {image_type:<22}{rows[0]['prompts']:>8}{cells}")
+        lines.append("")
+    return "\n".join(lines).rstrip()
 
 
 def draw(scores: dict[str, dict], path: Path) -> None:

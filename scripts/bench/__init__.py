@@ -1,0 +1,1 @@
+"""Measurements of speed and memory, each against a bound taken in the same run."""
