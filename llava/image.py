@@ -61,6 +61,11 @@ class ImageStore:
             except (OSError, SyntaxError, ValueError) as error:
                 raise ValueError(f"{self._place(name)}: truncated or damaged picture ({error})") from error
 
+    def read(self, name: str) -> bytes:
+        """The picture's file as it is stored. Raises FileNotFoundError, OSError, ValueError."""
+        source = self._source(name)
+        return source.read_bytes() if isinstance(source, Path) else source.getvalue()
+
     def stamp(self, name: str) -> str:
         """Changes when the picture's file does: size and time in a folder, size and checksum or time in an archive."""
         if not self.has(name):

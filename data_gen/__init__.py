@@ -1,0 +1,1 @@
+"""Making multi-image training and test data from single-image data."""

@@ -1,0 +1,1 @@
+"""Multi-image instructions and test sets from single-image questions: sequence, collage and picture in picture."""

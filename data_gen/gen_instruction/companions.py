@@ -1,0 +1,81 @@
+"""The pictures beside the one that is asked about: of the same subset, and all different."""
+
+from collections.abc import Container, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from data_gen.drops import Drop, Unusable
+from data_gen.pictures import Picture, fingerprint
+from data_gen.sources import Source, Sources
+
+MAX_PASSED = 100  # companions tried in vain for one prompt before it is dropped: bounds the work in a broken folder
+
+
+@dataclass(frozen=True)
+class Member:
+    """A picture of a prompt and the record that it comes from."""
+
+    index: int  # of the record in the sources
+    source: Source
+    picture: Picture
+    fingerprint: bytes
+
+
+def members(
+    sources: Sources,
+    index: int,
+    count: int,
+    rng: np.random.Generator,
+    passed: list[Drop],
+    prompt: str,
+    forbidden: Container[bytes] = frozenset(),
+) -> Iterator[Member]:
+    """The record itself, then `count` - 1 companions of its subset, in random order; no two of the same content.
+
+    One picture at a time, so that a caller that shrinks each holds one large picture only. Companions that cannot be
+    read are passed over and appended to `passed`. No fingerprint of a picture is in `forbidden`.
+    Raises Unusable if the record's own picture cannot be used, or if its subset has too few different pictures.
+    """
+    first = _member(sources, index)
+    if first.fingerprint in forbidden:
+        raise Unusable("excluded picture", f"{first.source.path} is among the pictures that must not be used", False)
+    seen, num_vain = {first.fingerprint}, 0
+    yield first
+    for candidate in shuffled(sources.companions(index), rng):
+        if len(seen) == count or num_vain == MAX_PASSED:
+            break
+        if sources.same_path(index, candidate):
+            continue
+        try:
+            member = _member(sources, candidate)
+        except Unusable as error:
+            source = sources[candidate]
+            passed.append(Drop.of(error, source.id, source.where, prompt))
+            num_vain += 1
+            continue
+        if member.fingerprint in seen or member.fingerprint in forbidden:
+            num_vain += 1
+            continue
+        seen.add(member.fingerprint)
+        yield member
+    if len(seen) < count:
+        raise Unusable(
+            "too few pictures",
+            f"{count} different pictures are needed, subset {first.source.subset} gave {len(seen)}",
+        )
+
+
+def shuffled(pool: np.ndarray, rng: np.random.Generator) -> Iterator[int]:
+    """The pool's elements in random order, each once, at a cost per element that does not grow with the pool."""
+    moved: dict[int, int] = {}  # a Fisher-Yates shuffle that remembers only the places it has touched
+    for place in range(len(pool)):
+        chosen = int(rng.integers(place, len(pool)))
+        yield int(pool[moved.get(chosen, chosen)])
+        moved[chosen] = moved.pop(place, place)
+
+
+def _member(sources: Sources, index: int) -> Member:
+    source = sources[index]
+    picture = sources.picture(index, source)
+    return Member(index, source, picture, fingerprint(picture.pixels))

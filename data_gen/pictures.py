@@ -1,0 +1,123 @@
+"""Reading pictures to be looked at, pasted or copied: as encoded bytes and as upright RGB pixels."""
+
+import hashlib
+import io
+import struct
+import warnings
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from data_gen.drops import Unusable
+from llava.image import ImageStore
+
+# Pillow promises OSError for damaged files; its plugins also let through what they meet on the way.
+DECODER_ERRORS = (
+    OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, LookupError, TypeError, OverflowError,
+)  # fmt: skip
+ORIENTATION = 0x0112  # EXIF tag
+SUFFIXES = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "BMP": ".bmp", "GIF": ".gif", "TIFF": ".tif"}
+COPIED = ("JPEG", "PNG", "WEBP")  # formats whose files are passed on as they are
+SAMPLE = (64, 64)  # pixels compared to tell pictures of one size apart
+
+
+class Picture(NamedTuple):
+    """A decoded picture and the file it came from."""
+
+    pixels: Image.Image  # RGB, first frame, EXIF orientation applied
+    data: bytes  # the encoded file
+    suffix: str  # of a file name for `data`: ".jpg"
+    is_plain: bool  # every reader makes exactly `pixels` of `data`
+
+
+class PictureFiles(ImageStore):
+    """The pictures of a folder or archive, encoded."""
+
+    def read(self, path: str) -> bytes:
+        """The encoded picture. Raises Unusable if it is missing or cannot be read."""
+        try:
+            return super().read(path)
+        except FileNotFoundError as error:
+            raise Unusable("missing picture", f"no {path} in {self.path}") from error
+        except (OSError, ValueError) as error:
+            raise Unusable("unreadable picture", f"{path} in {self.path} ({error})") from error
+
+
+def decode(data: bytes, name: str) -> Picture:
+    """The picture in a file's bytes. Raises Unusable, naming it, if it is damaged, of no pixels, or too large.
+
+    Too large is what pillow's limit against decompression bombs says, PIL.Image.MAX_IMAGE_PIXELS: pillow itself only
+    warns up to twice as many.
+    """
+    if not data:
+        raise Unusable("empty file", f"{name} has no bytes")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of odd metadata, and of sizes that are refused below
+        picture = _open(data, name)
+        kind, mode = picture.format, picture.mode
+        try:
+            pixels, is_upright = _upright(picture)
+            pixels = _as_rgb(pixels)
+        except DECODER_ERRORS as error:
+            raise Unusable("damaged picture", f"{name} is truncated or damaged ({error})") from error
+    is_plain = kind in COPIED and mode in ("RGB", "L") and is_upright
+    return Picture(pixels, data, SUFFIXES.get(kind, f".{kind.lower()}"), is_plain)
+
+
+def encode(picture: Image.Image, kind: str) -> bytes:
+    """The picture as a file: `jpg` of quality 95 without colour subsampling, or `png`."""
+    buffer = io.BytesIO()
+    options = {"format": "JPEG", "quality": 95, "subsampling": 0} if kind == "jpg" else {"format": "PNG"}
+    picture.save(buffer, **options)
+    return buffer.getvalue()
+
+
+def fingerprint(picture: Image.Image) -> bytes:
+    """Equal for pictures of equal pixels, however they are named and stored.
+
+    Size and 4,096 sampled pixels: pictures that differ between the samples only count as the same one.
+    """
+    sample = picture.resize(SAMPLE, Image.Resampling.NEAREST).tobytes()
+    return hashlib.blake2b(sample, digest_size=16, key=b"%dx%d" % picture.size).digest()
+
+
+def _open(data: bytes, name: str) -> Image.Image:
+    limit = Image.MAX_IMAGE_PIXELS or float("inf")
+    huge = f"{name} has more pixels than pillow's limit of {limit} (PIL.Image.MAX_IMAGE_PIXELS)"
+    try:
+        picture = Image.open(io.BytesIO(data))
+    except Image.DecompressionBombError as error:
+        raise Unusable("huge picture", huge) from error
+    except DECODER_ERRORS as error:
+        raise Unusable("not a picture", f"{name} is nothing that pillow can read") from error
+    if picture.width * picture.height > limit:
+        raise Unusable("huge picture", huge)
+    return picture
+
+
+def _upright(picture: Image.Image) -> tuple[Image.Image, bool]:
+    """The picture turned as its EXIF says, and whether it stood upright before; damaged EXIF says nothing."""
+    picture.load()
+    try:
+        is_upright = picture.getexif().get(ORIENTATION, 1) == 1
+        if not is_upright:
+            picture = ImageOps.exif_transpose(picture)
+    except DECODER_ERRORS:
+        return picture, True
+    return picture, is_upright
+
+
+def _as_rgb(picture: Image.Image) -> Image.Image:
+    """RGB pixels; pictures of 16 bits keep their upper 8, where pillow's conversion would clip them to white."""
+    if picture.mode == "RGB":
+        return picture
+    if picture.mode == "F":
+        raise ValueError("its pixels are floating-point numbers of unknown range")
+    if picture.mode.startswith("I"):
+        values = np.asarray(picture).astype(np.int64)
+        shift = 8 if picture.mode != "I" or values.max() > 255 else 0
+        picture = Image.fromarray((values >> shift).clip(0, 255).astype(np.uint8))
+    return picture.convert("RGB")

@@ -1,0 +1,229 @@
+"""Single-image records that multi-image prompts are made of, and the pictures that go with them.
+
+Three forms are read: LLaVA-665k style JSON or JSONL (`id`, `image`, `conversations`), data sets of the `datasets`
+library (the same fields, or `question` and `answer`; pictures inside or as paths), and a CSV file with the columns
+`image,question,answer[,id,subset]`. 31 bytes of a record stay in memory; texts are read again when they are needed.
+"""
+
+import hashlib
+import re
+import struct
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from data_gen.drops import Drop, Unusable
+from data_gen.pictures import Picture, PictureFiles, decode
+from data_gen.tables import Place, open_table
+from llava.conversation import IMAGE, check_answer
+from llava.records import name_of, texts
+
+BOX = re.compile(r"\[\s*\d+(\.\d+)?(,\s*\d+(\.\d+)?){3}\s*\]")  # a bounding box: four numbers in brackets
+NO_SUBSET = "all"
+
+
+@dataclass(frozen=True)
+class Source:
+    """One single-image record."""
+
+    where: str  # "coco.json record 3 (id 17)", for messages
+    id: str
+    path: str  # of its picture below the image folder; a made-up name if the table holds the picture itself
+    subset: str  # companions come from the same one
+    turns: tuple[tuple[str, str], ...]  # question and answer, without `<image>`
+    is_conversation: bool  # later turns may refer to earlier ones; else they are questions of their own
+
+    @property
+    def has_box(self) -> bool:
+        """Whether a bounding box is asked for or given: its numbers are wrong once the picture is pasted elsewhere."""
+        return any(BOX.search(text) for turn in self.turns for text in turn)
+
+
+# The index: table, record number in it from 1, place (start, length), subset, hash of subset and path, has a box.
+PACKED = struct.Struct("<HiqiIQ?")
+ROW = np.dtype(
+    [("table", "<u2"), ("number", "<i4"), ("start", "<i8"), ("length", "<i4"), ("subset", "<u4"), ("picture", "<u8"),
+     ("has_box", "?")]
+)  # fmt: skip
+
+
+class Sources(Sequence[Source]):
+    """All usable records of several tables, in their order.
+
+    `report` gets a Drop for every record that is not usable. Safe in forked workers; can be pickled.
+    Raises FileNotFoundError or ValueError if a file as a whole cannot be read or nothing in it is usable.
+    """
+
+    def __init__(self, paths: Iterable[str | Path], image_folder: str | Path | None, report: Callable[[Drop], None]):
+        self.tables = [open_table(path) for path in paths]
+        self.files = PictureFiles(image_folder) if image_folder else None
+        if outside := [str(table.path) for table in self.tables if not (table.is_embedded or self.files)]:
+            raise ValueError(f"{outside[0]}: its pictures are files of their own; say where with --image_folder")
+        self.subsets: list[str] = []
+        self.num_read = 0
+        self._first_drop: Drop | None = None
+        self._rows = np.frombuffer(self._scan(report), ROW)
+        if not len(self._rows):
+            raise ValueError(f"none of {self.num_read} source records is usable. The first: {self._first_drop}")
+        self._pools = self._pools_by_subset()
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Source:
+        table = self._table(index)
+        return parse_source(table.read(self._place(index)), table, int(self._rows["number"][index]))
+
+    def has_box(self) -> np.ndarray:
+        """Whether each record has a bounding box, as an array of bool."""
+        return self._rows["has_box"]
+
+    def in_subset(self, subset: str) -> np.ndarray:
+        """Whether each record is of the subset, as an array of bool."""
+        return self._rows["subset"] == (self.subsets.index(subset) if subset in self.subsets else -1)
+
+    def companions(self, index: int) -> np.ndarray:
+        """One record for every distinct path in the subset of a record."""
+        return self._pools[self._rows["subset"][index]]
+
+    def same_path(self, index: int, other: int) -> bool:
+        """Whether two records are about the same file."""
+        return self._rows["picture"][index] == self._rows["picture"][other]
+
+    def picture(self, index: int, source: Source) -> Picture:
+        """The picture of a record. Raises Unusable if it is missing, damaged or too large."""
+        table = self._table(index)
+        if not table.is_embedded:
+            return decode(self.files.read(source.path), source.path)
+        data = table.picture(self._place(index))
+        if data is None:
+            raise Unusable("missing picture", f"{table.path} has none in row {self._rows['start'][index]}")
+        return decode(data, source.path)
+
+    def is_embedded(self, index: int) -> bool:
+        """Whether a record's picture is inside its table, without a file of its own."""
+        return self._table(index).is_embedded
+
+    def _table(self, index: int):
+        return self.tables[self._rows["table"][index]]
+
+    def _place(self, index: int) -> Place:
+        return int(self._rows["start"][index]), int(self._rows["length"][index])
+
+    def _scan(self, report: Callable[[Drop], None]) -> bytearray:
+        rows, subsets = bytearray(), {}
+        for table_number, table in enumerate(self.tables):
+            for number, (place, raw) in enumerate(table.scan(), 1):
+                self.num_read += 1
+                try:
+                    source = parse_source(raw, table, number)
+                except Unusable as error:
+                    drop = Drop.of(error, _id(raw, table, number), name_of(table.path, number, raw))
+                    self._first_drop = self._first_drop or drop
+                    report(drop)
+                    continue
+                subset = subsets.setdefault(source.subset, len(subsets))
+                key = f"{subset} {table_number if table.is_embedded else ''} {source.path}"
+                picture = hashlib.blake2b(key.encode(errors="surrogatepass"), digest_size=8).digest()
+                rows += PACKED.pack(
+                    table_number, number, *place, subset, int.from_bytes(picture, "little"), source.has_box
+                )
+        self.subsets = list(subsets)
+        return rows
+
+    def _pools_by_subset(self) -> list[np.ndarray]:
+        first = np.sort(np.unique(self._rows["picture"], return_index=True)[1]).astype(np.int32)
+        return [first[self._rows["subset"][first] == number] for number in range(len(self.subsets))]
+
+
+def parse_source(raw: Any, table, number: int) -> Source:
+    """The record in a table's row. Raises Unusable saying why it cannot be asked about."""
+    if isinstance(raw, ValueError):
+        raise Unusable("unreadable record", str(raw))
+    if not isinstance(raw, dict):
+        raise Unusable("malformed record", f"it must be a JSON object, not {type(raw).__name__}")
+    try:
+        is_conversation = raw.get("conversations") is not None
+        if raw.get("image") is None and raw.get("path") is None and is_conversation:
+            _refuse_text_only(raw["conversations"])
+        path = _path(raw)
+        turns = _conversation(raw["conversations"]) if is_conversation else _questions(raw)
+        subset = raw.get("subset") or (path.split("/", 1)[0] if "/" in path else NO_SUBSET)
+    except Unusable:
+        raise
+    except ValueError as error:
+        raise Unusable("malformed record", str(error)) from error
+    where = name_of(table.path, number, raw)
+    return Source(where, _id(raw, table, number), path, str(subset), turns, is_conversation)
+
+
+def _id(raw: Any, table, number: int) -> str:
+    has_id = isinstance(raw, dict) and raw.get("id") not in (None, "")
+    return str(raw["id"]) if has_id else f"{table.path.stem}_{number}"
+
+
+def _path(raw: dict) -> str:
+    path = raw.get("image") or raw.get("path") or raw.get("image_url")
+    if not isinstance(path, str):
+        raise ValueError("`image` must be the path of one picture")
+    if "://" in path:
+        raise ValueError(f"{path} is an address, not a file: download the pictures and name the files in `image`")
+    pure = PurePosixPath(path.replace("\\", "/"))
+    if pure.is_absolute() or ".." in pure.parts or re.match(r"[A-Za-z]:", path):
+        raise Unusable("path outside the image folder", f"{path} must lie below it")
+    return str(pure)
+
+
+def _refuse_text_only(conversations: Any) -> None:
+    """Records about no picture are part of LLaVA's mixture and no mistake."""
+    if IMAGE not in str(conversations):
+        raise Unusable("text only", "the record has no picture and asks about none", is_bad=False)
+
+
+def _conversation(conversations: Any) -> tuple[tuple[str, str], ...]:
+    if not isinstance(conversations, list) or not all(isinstance(turn, dict) for turn in conversations):
+        raise ValueError("`conversations` must be a list of turns with `from` and `value`")
+    roles = [turn.get("from") for turn in conversations]
+    if "human" not in roles:
+        raise Unusable("no question", "the conversation has no human turn")
+    if roles != ["human", "gpt"] * (len(roles) // 2):
+        raise ValueError(f"human and gpt must take turns, human first; here: {', '.join(map(str, roles))}")
+    values = [turn.get("value") for turn in conversations]
+    if not all(isinstance(value, str) for value in values):
+        raise ValueError("every turn needs a text in `value`")
+    counts = [value.count(IMAGE) for value in values[::2]]
+    if sum(counts) != 1:
+        raise Unusable("no <image>" if not any(counts) else "several <image>", f"{sum(counts)} {IMAGE} for one picture")
+    if not counts[0]:
+        raise ValueError(f"{IMAGE} comes after the first question")
+    return _checked(zip(values[::2], values[1::2], strict=True))
+
+
+def _questions(raw: dict) -> tuple[tuple[str, str], ...]:
+    questions, answers = _one_or_many(raw, "question"), _one_or_many(raw, "answer")
+    if len(questions) != len(answers):
+        raise ValueError(f"{len(questions)} questions but {len(answers)} answers")
+    return _checked(zip(questions, answers, strict=True))
+
+
+def _one_or_many(raw: dict, name: str) -> tuple[str, ...]:
+    value = raw.get(name)
+    found = texts({name: [value] if isinstance(value, str) else value}, name)
+    if not found:
+        raise ValueError(f"the field `{name}` is missing or empty, and there are no `conversations`")
+    return found
+
+
+def _checked(turns: Iterable[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
+    found = tuple((without_placeholder(question), check_answer(answer.strip())) for question, answer in turns)
+    if not all(question and answer for question, answer in found):
+        raise ValueError("a question or an answer is empty")
+    return found
+
+
+def without_placeholder(question: str) -> str:
+    """The question without `<image>` and the blanks around it; words on both sides stay apart."""
+    return re.sub(rf"\s*{IMAGE}\s*", " ", question).strip()
