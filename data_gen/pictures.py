@@ -5,7 +5,6 @@ import io
 import struct
 import warnings
 import zlib
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
