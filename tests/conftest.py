@@ -15,6 +15,7 @@ import tests.shapes  # noqa: F401  the import hook looks it up by name
 CHECKED = ["llava.attention", "llava.layout", "llava.scaling", "train.llava_hound_dpo.losses"]
 install_import_hook(CHECKED, "tests.shapes.check")
 
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -77,6 +78,15 @@ def model(processor):
     model = tiny_model(processor)
     install(model)
     return model
+
+
+def kill_with_workers(job):
+    """Kill a launched job and all that it started: torchrun's workers have sessions of their own, and would go on."""
+    processes = [*psutil.Process(job.pid).children(recursive=True), psutil.Process(job.pid)]
+    for process in processes:
+        process.kill()
+    psutil.wait_procs(processes)
+    job.wait()
 
 
 def picture(colour, size=(SIDE, SIDE)):

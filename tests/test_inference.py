@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ from llava.conversation import render
 from llava.image import ImageStore, pixel_values
 from llava.layout import PatchGrid, part_weights, target_weights
 from llava.records import read_questions
+from tests.conftest import kill_with_workers
 
 ROOT = Path(__file__).parent.parent
 BASE = ROOT / "scripts/miniature/base"
@@ -187,8 +187,7 @@ class TestKilled:
             time.sleep(0.005)
         time.sleep(after)
         assert job.poll() is None, "the run was over before it was killed"
-        os.killpg(job.pid, signal.SIGKILL)
-        job.wait()
+        kill_with_workers(job)
 
     def flags(self, world):
         return "--data_path", world / "test.json", "--batch_size", 1

@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -15,7 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from tests.conftest import SIDE, preference
+from tests.conftest import SIDE, kill_with_workers, preference
 from train.llava_hound_dpo.trainer import COMPLETE
 
 ROOT = Path(__file__).parent.parent
@@ -141,8 +140,7 @@ def test_killed_and_resumed_ends_with_the_same_weights(data_set, checkpoint, tmp
     deadline = time.monotonic() + 120
     while not list((tmp_path / "out").glob(f"checkpoint-*/{COMPLETE}")) and time.monotonic() < deadline:
         time.sleep(0.02)
-    os.killpg(job.pid, signal.SIGKILL)
-    job.wait()
+    kill_with_workers(job)
     assert not (tmp_path / "out" / "adapter_model.safetensors").exists(), "the job ended before it could be killed"
     code, output, errors = run(command)
     assert code == 0, errors[-3000:]

@@ -1,0 +1,1 @@
+"""Preference pairs from instructions: the true answer, and a wrong one that a model gave."""

@@ -1,0 +1,104 @@
+"""What is true of the other images of a prompt, and pairs that are made of it without asking any model."""
+
+import hashlib
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from data_gen.drops import Unusable
+from data_gen.gen_chosen_rejected.correctness import is_right
+from data_gen.gen_chosen_rejected.rules import Candidate, num_pictures
+from data_gen.sources import parse_source
+from data_gen.tables import open_table
+from llava.conversation import IMAGE
+from llava.records import TARGET, Question, texts
+
+logger = logging.getLogger(__name__)
+Answers = dict[str, dict[str, str]]  # path of a source picture: question in small letters: answer
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What is true of another image of a prompt."""
+
+    text: str
+    position: int | None  # 0-based; None where only the answer is known
+
+
+def read_source_answers(paths: Iterable[str], questions: Sequence[Question]) -> Answers:
+    """Every answer that the sources have about pictures of the prompts. Raises ValueError, FileNotFoundError."""
+    wanted = {path for question in questions for path in _source_paths(question)}
+    answers: Answers = {path: {} for path in wanted}
+    for path in paths:
+        table = open_table(path)
+        for number, (_, raw) in enumerate(table.scan(), 1):
+            try:
+                source = parse_source(raw, table, number)
+            except Unusable:  # listed in dropped.jsonl of the instructions, where none of them can be asked about
+                continue
+            if source.path in wanted:
+                for question, answer in source.turns:
+                    answers[source.path].setdefault(question.casefold(), answer)
+    return answers
+
+
+def truths(question: Question, answers: Answers) -> list[Truth]:
+    """What is known of the other images: from the record's `others`, else from the sources' same question."""
+    places = [place for place in range(num_pictures(question)) if place != question.target]
+    if others := texts(question.extra, "others"):
+        has_places = len(others) == len(places)
+        return [Truth(text, places[number] if has_places else None) for number, text in enumerate(others)]
+    paths, asked = _source_paths(question), bare_question(question.prompt).casefold()
+    if len(paths) != len(places) + 1:
+        return []
+    found = [(place, answers.get(paths[place], {}).get(asked)) for place in places]
+    return [Truth(text, place) for place, text in found if text is not None]
+
+
+def bare_question(prompt: str) -> str:
+    """The question of a prompt without images and without the words that say which one is meant."""
+    return prompt.rsplit(IMAGE, 1)[-1].lstrip("\n").partition(", ")[2]
+
+
+def other_image(question: Question, known: Sequence[Truth], seed: int) -> Candidate | None:
+    """What is true of another image, if possible not of this one too; None if nothing is known of the others."""
+    if not known:
+        return None
+    choices = texts(question.extra, "choices") or ()
+    wrong = [truth for truth in known if not is_right(truth.text, question.answer, choices)]
+    digest = int.from_bytes(hashlib.sha256(question.id.encode()).digest()[:8], "little")
+    chosen = (wrong or known)[np.random.default_rng([seed, digest]).integers(len(wrong or known))]
+    return Candidate(question, chosen.text, "other_image", others=tuple(truth.text for truth in known))
+
+
+def repointed(question: Question, known: Sequence[Truth]) -> list[Candidate]:
+    """The same images asked about in another place: what is true there, against what was true of the first place.
+
+    Only places with numbers can be pointed at: pictures in pictures give none.
+    """
+    if question.image_type == "pip":
+        return []
+    dropped = {"others", "is_refusal"}
+    extra = {name: value for name, value in question.extra.items() if name not in dropped}
+    made = []
+    for truth in known:
+        if truth.position is None:
+            continue
+        moved = replace(
+            question,
+            id=f"{question.id}_to_image{truth.position + 1}",
+            prompt=TARGET.sub(f"In Image{truth.position + 1}", question.prompt, count=1),
+            target=truth.position,
+            target_box=None,  # known of the first place only; a collage's cell follows from its grid
+            answer=truth.text,
+            extra=extra | {"repointed_from": question.id},
+        )
+        made.append(Candidate(moved, question.answer, "repointed", others=(question.answer,)))
+    return made
+
+
+def _source_paths(question: Question) -> list[str]:
+    sources = question.extra.get("sources") or []
+    return [source["path"] for source in sources if isinstance(source, dict) and "path" in source]

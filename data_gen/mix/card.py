@@ -1,0 +1,118 @@
+"""What a data set holds and where it comes from: data_card.json for programs, data_card.md for readers."""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from data_gen.mix.merge import Item
+
+NOT_STATED = "not stated"
+
+
+def describe(parts: dict[str, list[Item]], inputs: Sequence[str], licences: dict[str, str]) -> dict[str, Any]:
+    """The card. Raises ValueError if a licence names a subset that does not exist."""
+    items = [item for part in parts.values() for item in part]
+    subsets = Counter(item.subset for item in items)
+    if unknown := sorted(set(licences) - set(subsets)):
+        raise ValueError(f"--licence {unknown[0]}: no such subset; there are {', '.join(sorted(subsets))}")
+    card = {
+        "pairs": {name: len(part) for name, part in parts.items()},
+        "by_format": {name: dict(sorted(Counter(map(_format, part)).items())) for name, part in parts.items()},
+        "by_target": _by_target(items),
+        "by_rejected_from": dict(Counter(item.record.get("rejected_from", NOT_STATED) for item in items)),
+        "by_subset": dict(sorted(subsets.items())),
+        "licences": {subset: licences.get(subset, NOT_STATED) for subset in sorted(subsets)},
+        "without_sources": sum(not item.has_sources for item in items),
+        "selection": [_selection(Path(path)) for path in inputs],
+    }
+    known = [item.record["true_of_another"] for item in items if "true_of_another" in item.record]
+    return card | ({"true_of_another": {"true": sum(known), "known": len(known)}} if known else {})
+
+
+def _format(item: Item) -> str:
+    record = item.record
+    if record["image_type"] == "collage" and record.get("grid"):
+        return f"collage {record['grid'][0] * record['grid'][1]}"
+    return f"sequence {len(record['image'])}" if record["image_type"] == "sequence" else record["image_type"]
+
+
+def _by_target(items: Sequence[Item]) -> dict[str, dict[str, int]]:
+    found = Counter((_format(item), str(item.record["target"])) for item in items if item.record.get("target"))
+    by_format: dict[str, dict[str, int]] = {}
+    for (name, target), count in sorted(found.items()):
+        by_format.setdefault(name, {})[target] = count
+    return by_format
+
+
+def _selection(pairs: Path) -> dict[str, Any]:
+    """What the runs that made a file of pairs counted and dropped, as far as their run.json are there.
+
+    Only the last folder of a path is told: a published card has no business with anyone's file system.
+    """
+    found: dict[str, Any] = {"pairs": f"{pairs.resolve().parent.name}/{pairs.name}"}
+    run = _run_json(pairs.parent)
+    arguments = run.get("arguments", {})
+    if model := arguments.get("model_name_or_path"):
+        found["model"] = "/".join(Path(model).parts[-2:])
+    found |= {name: run[name] for name in ("thresholds", "counts") if name in run}
+    if instructions := arguments.get("instructions"):
+        made = _run_json(Path(instructions).parent)
+        found |= {"instructions": made["counts"]} if "counts" in made else {}
+    return found
+
+
+def _run_json(folder: Path) -> dict[str, Any]:
+    path = folder / "run.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def markdown(card: dict[str, Any], title: str) -> str:
+    """The card for readers."""
+    lines = [
+        f"# {title}", "",
+        "Multi-image preference pairs: a true answer (`chosen`) and a wrong one (`rejected`) to a question about one",
+        "of several images. `image` has paths below `images/` or in `images.zip`; `prompt` an `<image>` for each.",
+        "", *_table(["part", "pairs"], card["pairs"].items()),
+    ]  # fmt: skip
+    for part, by_format in card["by_format"].items():
+        lines += [f"## Formats, {part}", "", *_table(["format and pictures", "pairs"], by_format.items())]
+    targets = [(name, _listed(by_target)) for name, by_target in card["by_target"].items()]
+    lines += ["## Position asked about", "", *_table(["format and pictures", "position: pairs"], targets)]
+    lines += ["## Where rejected answers come from", "", *_table(["from", "pairs"], card["by_rejected_from"].items())]
+    if "true_of_another" in card:
+        share = card["true_of_another"]
+        lines += [f"{share['true']} of {share['known']} are true of another image of their prompt.", ""]
+    rows = [(subset, count, card["licences"][subset]) for subset, count in card["by_subset"].items()]
+    lines += ["## Source pictures", "", *_table(["subset", "pairs", "licence"], rows)]
+    if card["without_sources"]:
+        lines += [f"{card['without_sources']} pairs do not list the pictures they were made of; they are told apart as",
+                  "whole pictures only.", ""]  # fmt: skip
+    for selection in card["selection"]:
+        lines += _selected(selection)
+    return "\n".join(lines).rstrip("\n") + "\n"
+
+
+def _selected(selection: dict[str, Any]) -> list[str]:
+    lines = [f"## Selection of {selection['pairs']}", ""]
+    counts = selection.get("counts")
+    if not counts:
+        return [*lines, "No run.json was beside it.", ""]
+    if "model" in selection:
+        lines += [f"Answers of {selection['model']}.", ""]
+    rows = [("kept", counts.get("kept", 0)), *counts.get("dropped", {}).items()]
+    lines += _table(["verdict", "candidates"], rows)
+    if "instructions" in selection:
+        dropped = selection["instructions"].get("dropped") or {}
+        lines += [f"Records dropped when the instructions were made: {_listed(dropped) or 'none'}.", ""]
+    return lines
+
+
+def _listed(counts: dict[str, int]) -> str:
+    return ", ".join(f"{name}: {count}" for name, count in counts.items())
+
+
+def _table(head: Sequence[str], rows) -> list[str]:
+    body = [f"| {' | '.join(map(str, row))} |" for row in rows]
+    return [f"| {' | '.join(head)} |", "|" + " --- |" * len(head), *body, ""]

@@ -1,0 +1,145 @@
+"""From the preference format of the `datasets` library (see hf_export): also data sets that were made elsewhere."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from data_gen.mix.hf_export import MORE
+from data_gen.pictures import decode
+from llava.conversation import IMAGE
+from llava.records import DataError, parse_preference
+from llava.runtime import write_text
+
+ROWS = 100  # read at once
+TEXTS = ("prompt", "chosen", "rejected")
+
+
+def import_pairs(path: Path, output: Path) -> int:
+    """Write train.json and images/; the number of pairs. Raises DataError, ValueError, FileNotFoundError."""
+    if (output / "train.json").exists():
+        raise ValueError(f"{output} holds a train.json: remove it or choose another --output")
+    records, problems, folder = [], [], Folder(output / "images")
+    for number, row in enumerate(_rows(path), 1):
+        where = f"{path} row {number}"
+        try:
+            records.append(_record(row, number, folder))
+            parse_preference(records[-1], where)
+        except ValueError as error:
+            problems.append(f"{where}: {error}")
+        except (LookupError, TypeError, AttributeError) as error:
+            problems.append(f"{where}: not of the preference format ({type(error).__name__}: {error})")
+    if problems or not records:
+        raise DataError(problems or [f"{path}: the data set has no rows"])
+    write_text(
+        output / "train.json", "[\n" + ",\n".join(json.dumps(record, default=str) for record in records) + "\n]\n"
+    )
+    return len(records)
+
+
+class Folder:
+    """Pictures written once each, under the name they came with where that is free."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._names: dict[str, str] = {}  # by content
+        self._taken: set[str] = set()
+
+    def add(self, name: str, data: bytes) -> str:
+        """Put a picture; its name."""
+        digest = hashlib.sha256(data).hexdigest()
+        if digest not in self._names:
+            path = PurePosixPath(*(part for part in PurePosixPath(name).parts if part not in ("/", "..")))
+            if str(path) in self._taken:
+                path = path.with_name(f"{path.stem}_{digest[:8]}{path.suffix}")
+            (self.folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (self.folder / path).write_bytes(data)
+            self._names[digest] = str(path)
+            self._taken.add(str(path))
+        return self._names[digest]
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Rows with pictures still encoded."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such data set")
+    if path.is_dir():
+        from datasets import DatasetDict, load_from_disk  # slow to import
+
+        data = load_from_disk(str(path))
+        if isinstance(data, DatasetDict):
+            raise ValueError(f"{path}: holds the splits {', '.join(data)}; give one, as {path / next(iter(data))}")
+        data = data.with_format("arrow")
+        for start in range(0, len(data), ROWS):
+            yield from data[start : start + ROWS].to_pylist()
+        return
+    from pyarrow import ArrowInvalid
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        batches = ParquetFile(path).iter_batches(batch_size=ROWS)
+    except ArrowInvalid as error:
+        raise ValueError(f"{path}: neither a folder of save_to_disk nor a .parquet file") from error
+    for batch in batches:
+        yield from batch.to_pylist()
+
+
+def _record(row: dict[str, Any], number: int, folder: Folder) -> dict[str, Any]:
+    """The record of a row. Raises ValueError."""
+    own = {"images", "image", "image_paths", "id", MORE, *TEXTS}
+    pictures = row.get("images") or ([row["image"]] if row.get("image") else [])
+    names = row.get("image_paths") or [None] * len(pictures)
+    if len(names) != len(pictures):
+        raise ValueError(f"{len(pictures)} images but {len(names)} `image_paths`")
+    stored = []
+    for place, (picture, name) in enumerate(zip(pictures, names, strict=True), 1):
+        stored.append(_stored(picture, name, f"{number:07d}_{place}", folder))
+    prompt, chosen, rejected = _texts(row)
+    if IMAGE not in prompt:
+        prompt = f"{IMAGE}\n" * len(stored) + prompt
+    record = {"id": row.get("id") or f"row_{number}", "image": stored}
+    record |= {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    typed = {name: _plain(value) for name, value in row.items() if name not in own and value is not None}
+    return record | typed | json.loads(row.get(MORE) or "{}")
+
+
+def _stored(picture: Any, name: str | None, plain_name: str, folder: Folder) -> str:
+    data = picture.get("bytes") if isinstance(picture, dict) else picture
+    if data is None and isinstance(picture, dict) and picture.get("path"):
+        data = Path(picture["path"]).read_bytes()
+    if not isinstance(data, bytes):
+        raise ValueError("a picture must come as bytes, or as the path of a file")
+    suffix = decode(data, name or plain_name).suffix
+    return folder.add(name or plain_name + suffix, data)
+
+
+def _texts(row: dict[str, Any]) -> list[str]:
+    """Prompt and both answers as texts; the prompt may also stand in front of each answer."""
+    missing = [name for name in ("chosen", "rejected") if not row.get(name)]
+    if missing:
+        raise ValueError(f"no `{missing[0]}`; the columns are {', '.join(row)}")
+    prompt, chosen, rejected = (row.get(name) for name in TEXTS)
+    if prompt is None and isinstance(chosen, list):
+        prompt, chosen, rejected = chosen[:-1], chosen[-1:], rejected[-1:]
+    return [_text(prompt, "user"), _text(chosen, "assistant"), _text(rejected, "assistant")]
+
+
+def _text(said: Any, role: str) -> str:
+    """A text, or the one message of the role, with `<image>` for its image parts."""
+    if isinstance(said, str):
+        return said
+    if not isinstance(said, list) or [message.get("role") for message in said] != [role]:
+        roles = [message.get("role") for message in said] if isinstance(said, list) else said
+        raise ValueError(f"a text or one message of {role} is needed here, not {roles}: only single turns are taken")
+    content = said[0]["content"]
+    if isinstance(content, str):
+        return content
+    return "".join(IMAGE if part["type"] == "image" else part["text"] for part in content)
+
+
+def _plain(value: Any) -> Any:
+    """Boxes come back as whole numbers where they were."""
+    if isinstance(value, list) and all(isinstance(v, float) and v.is_integer() for v in value):
+        return [int(v) for v in value]
+    return value
