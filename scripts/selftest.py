@@ -59,20 +59,20 @@ def example(model) -> tuple[EncodedPair, torch.Tensor]:
 
 
 def mass_against_eager(model) -> str:
-    """Compare with transformers' own attention maps."""
+    """Compare the masses that training measures with transformers' own attention maps."""
     pair, pixels = example(model)
-    ids = torch.tensor([pair.prompt])
-    regions = (ids == model.config.image_token_id).float()[..., None]
+    row = pack([EncodedPair(pair.prompt, pair.chosen, [], pair.target)], model.config.image_token_id)
     inputs = {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
+        "input_ids": row.input_ids,  # without a rejected answer a packed row is prompt and answer, as they stand
+        "attention_mask": torch.ones_like(row.input_ids),
         "pixel_values": pixels,
         "output_attentions": True,
+        "use_cache": False,
     }
     with torch.no_grad():
-        (ours,) = model(**inputs, plan=Plan(probe=Probe(regions, frozenset({LAYER})))).attentions
+        (ours,) = model(**inputs, plan=Plan(row.trees, Probe(row.regions, frozenset({LAYER})))).attentions
         model.set_attn_implementation({"text_config": "eager"})
-        theirs = model(**inputs).attentions[LAYER][:, :, -1:] @ regions[:, None]
+        theirs = model(**inputs).attentions[LAYER][:, :, -len(pair.chosen) :] @ row.regions[:, None]
     install(model)
     error = (ours - theirs).abs().max().item()
     return "" if error < 1e-5 else f"largest error {error:.1e}"
