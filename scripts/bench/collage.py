@@ -26,6 +26,7 @@ from data_gen.gen_instruction.compose import Recipe, make
 from data_gen.gen_instruction.output import PictureFolder
 from data_gen.gen_instruction.schedule import Task
 from data_gen.sources import Sources
+from scripts.bench import common
 
 SIZES = ((640, 480), (480, 640), (640, 427), (500, 375))  # px, as COCO has them
 CHILD = """
@@ -51,7 +52,7 @@ def main() -> None:
 
 
 def speed(folder: Path, args: argparse.Namespace) -> None:
-    """Print collages per second of both sides, and the median of their ratios."""
+    """Record collages per second of both sides, and the median of their ratios."""
     source = photographs(folder, 200)
     recipe = Recipe(
         Sources([source], folder / "images", print), PictureFolder(folder / "out", folder), 0, sequence.SHARES,
@@ -70,11 +71,12 @@ def speed(folder: Path, args: argparse.Namespace) -> None:
             ours.append(args.prompts / own)
             bounds.append(args.prompts / bound)
     ratios = [own / bound for own, bound in zip(ours, bounds, strict=True)]
-    print(f"collages per second and core: {statistics.median(ours):.1f} ({min(ours):.1f} to {max(ours):.1f})")
-    print(
-        f"pillow alone on the same pictures: {statistics.median(bounds):.1f} ({min(bounds):.1f} to {max(bounds):.1f})"
-    )
-    print(f"ratio: {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f}), wanted: 0.9")
+    lines = [
+        f"collages per second and core: {statistics.median(ours):.1f} ({min(ours):.1f} to {max(ours):.1f})  ",
+        f"pillow alone, same pictures: {statistics.median(bounds):.1f} ({min(bounds):.1f} to {max(bounds):.1f})  ",
+        f"ratio: {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f}), wanted: 0.9",
+    ]
+    common.record("Collages: speed", "python -m scripts.bench.collage speed", lines)
 
 
 def pillow_alone(paths: list[Path]) -> None:
@@ -117,7 +119,8 @@ def record(number: int, path: str) -> dict:
 
 
 def memory(folder: Path, args: argparse.Namespace) -> None:
-    """Print the peak memory of runs over more and more records."""
+    """Record the peak memory of runs over more and more records."""
+    lines = []
     for count in args.records:
         source, images = tiny_pictures(folder, count)
         flags = ["--format", args.format, "--source", source, "--image_folder", images]
@@ -128,11 +131,11 @@ def memory(folder: Path, args: argparse.Namespace) -> None:
         )  # fmt: skip
         code, parent, worker = done.stdout.split()[-3:]
         taken = time.perf_counter() - start
-        print(
+        lines.append(
             f"{count:,} records: at most {int(parent) / 1024:.0f} MiB in the main process and "
-            f"{int(worker) / 1024:.0f} MiB in a worker; {taken:.0f} s, exit code {code}",
-            flush=True,
+            f"{int(worker) / 1024:.0f} MiB in a worker; {taken:.0f} s, exit code {code}  "
         )
+    common.record("Instructions: peak memory", "python -m scripts.bench.collage memory", lines)
 
 
 def tiny_pictures(folder: Path, count: int) -> tuple[Path, Path]:

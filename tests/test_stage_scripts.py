@@ -1,0 +1,84 @@
+"""The launch scripts of inference, AdaptViz and data generation, with stubs for python and torchrun (training's own is
+in test_architecture)."""
+
+import argparse
+import re
+import shutil
+
+import pytest
+
+import data_gen.gen_chosen_rejected.__main__ as pairs
+import data_gen.gen_instruction.__main__ as instructions
+from inference_optimization.llava_hound_dpo.run_adaptive import add_adaptviz_arguments
+from llava.answering import add_arguments
+from tests.test_architecture import ROOT, launch  # noqa: F401  a fixture
+
+INFERENCE = ROOT / "inference/llava_hound_dpo/my_inference_hpc.sh"
+ADAPTIVE = ROOT / "inference_optimization/llava_hound_dpo/my_inference_adaptive.sh"
+INSTRUCTIONS = ROOT / "data_gen/gen_instruction/gen_instruction.sh"
+PAIRS = ROOT / "data_gen/gen_chosen_rejected/gen_chosen_rejected.sh"
+MODULES = {
+    INFERENCE: "inference.llava_hound_dpo.run_inference",
+    ADAPTIVE: "inference_optimization.llava_hound_dpo.run_adaptive",
+    INSTRUCTIONS: "data_gen.gen_instruction",
+    PAIRS: "data_gen.gen_chosen_rejected",
+}
+SCRIPTS = pytest.mark.parametrize("script", MODULES, ids=lambda path: path.name)
+
+
+def flags_of(script, monkeypatch):
+    """Every flag that the script's module takes."""
+    found = []
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", lambda parser, *a: found.append(parser))
+    if script in (INFERENCE, ADAPTIVE):
+        parser = argparse.ArgumentParser()
+        add_arguments(parser)
+        if script == ADAPTIVE:
+            add_adaptviz_arguments(parser)
+        found.append(parser)
+    else:
+        {INSTRUCTIONS: instructions, PAIRS: pairs}[script].parse_args()
+    return {option.removeprefix("--") for action in found[0]._actions for option in action.option_strings}
+
+
+@SCRIPTS
+def test_flags_exist_and_trailing_ones_come_last(launch, script, monkeypatch):  # noqa: F811
+    code, stderr, calls = launch("--seed", "7", script=script)
+    assert code == 0, stderr
+    call = calls[-1]
+    assert call.words[call.words.index("-m") + 1] == MODULES[script] and call.words[-2:] == ["--seed", "7"]
+    assert call.flags.keys() - {"standalone", "nproc_per_node"} <= flags_of(script, monkeypatch)
+
+
+@SCRIPTS
+def test_the_repository_is_found_from_a_spool_copy(launch, script, tmp_path):  # noqa: F811
+    spool = tmp_path / "spool"
+    spool.mkdir()
+    copy = shutil.copy(script, spool / "slurm_script")
+    code, stderr, calls = launch(script=copy, SLURM_SUBMIT_DIR=str(script.parent))
+    assert code == 0 and calls[-1].folder == str(ROOT), stderr
+    code, stderr, calls = launch(script=copy, cwd=tmp_path)
+    assert (code, calls) == (2, []) and "repository not found" in stderr
+
+
+@SCRIPTS
+def test_knobs_from_the_environment_arrive(launch, script):  # noqa: F811
+    knobs = re.findall(r"^([A-Z]+)=\$\{\1:-", script.read_text(encoding="utf-8"), re.MULTILINE)
+    assert {"IMAGES", "OUTPUT"} <= set(knobs)
+    own = {name: f"my {name}" for name in knobs}
+    words = launch(script=script, **own)[2][-1].words
+    assert set(own.values()) <= set(words)
+
+
+def test_scope_and_config_of_adaptviz_are_passed_only_if_given(launch):  # noqa: F811
+    flags = launch(script=ADAPTIVE)[2][-1].flags
+    assert not {"scope", "config"} & flags.keys()
+    flags = launch(script=ADAPTIVE, SCOPE="balance", CONFIG="tuned.json")[2][-1].flags
+    assert (flags["scope"], flags["config"]) == ("balance", "tuned.json")
+
+
+@SCRIPTS
+def test_scripts_are_short_and_hold_no_site_fact(script):
+    text = script.read_text(encoding="utf-8")
+    assert not re.search(r"#SBATCH.*(account|partition|mail|-A |-p )|@", re.sub(r'"\$@"|\[@\]', "", text))
+    assert len(text.splitlines()) <= 40
