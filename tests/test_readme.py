@@ -10,7 +10,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 def test_links_and_paths_exist():
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in link]
-    paths = re.findall(r"(?:bash |`)((?:scripts|train|inference|llava|tests)/[\w./]+)", README)
+    folders = "scripts|train|inference|inference_optimization|data_gen|llava|tests"
+    paths = re.findall(rf"(?:bash |`)((?:{folders})/[\w./]+)", README)
     assert links and paths
     for name in [*links, *paths]:
         assert (ROOT / name).exists(), name
@@ -23,16 +24,26 @@ def test_modules_can_be_run():
         assert name == "venv" or importlib.util.find_spec(name), name
 
 
-def test_flags_of_training_exist():
+def test_flags_exist():
+    """Of training, or of a parser of another command."""
     from dataclasses import fields
 
     from train.llava_hound_dpo.arguments import DataArguments, LossArguments, ModelArguments, TrainArguments
 
     groups = (ModelArguments, DataArguments, LossArguments, TrainArguments)
-    known = {field.name for group in groups for field in fields(group)}
-    elsewhere = {"help", "fix-list", "format", "output", "answers", "questions", "data", "only_base_model"}
-    for flag in re.findall(r"(?<![\w-])--([a-z][\w-]*)", README):
-        assert flag in known | elsewhere, flag
+    known = {field.name for group in groups for field in fields(group)} | {"help"}
+    for folder in ("inference", "inference_optimization", "data_gen", "scripts", "llava"):
+        for path in (ROOT / folder).rglob("*.py"):
+            known |= set(re.findall(r'"--([a-z][\w-]*)"', path.read_text(encoding="utf-8")))
+    flags = re.findall(r"(?<![\w-])--([a-z][\w-]*)", README)
+    assert len(flags) > 20 and set(flags) <= known, set(flags) - known
+
+
+def test_anchors_are_headings():
+    headings = {re.sub(r"[^\w -]", "", line.lstrip("# ")).lower().replace(" ", "-") for line in README.splitlines()
+                if line.startswith("#")}  # fmt: skip
+    anchors = re.findall(r"\]\(#([\w-]+)\)", README)
+    assert anchors and set(anchors) <= headings
 
 
 def test_nothing_is_left_to_fill_in():
