@@ -1,9 +1,10 @@
 """Inference with attention ratios against generation without, and against the earlier way:
 `python -m scripts.bench.inference` (some minutes on a CPU; --size 7b on a GPU)
 
-In turn, over the same prompts of 2 to 5 images: ours (batched, attention probed), `generate` batched without attention,
-and one prompt at a time with eager attention and `output_attentions`: once reading off only the rows it needs, once
-putting a whole attention matrix of every layer together first, as the earlier public code did.
+In turn, over the same prompts (about as long as each other, as batches sorted by length are): ours (batched, attention
+probed), `generate` batched without attention, and one prompt at a time with eager attention and `output_attentions`: once
+reading off only the rows it needs, once putting a whole attention matrix of every layer together first, as the earlier
+public code did.
 """
 
 import copy
@@ -15,35 +16,36 @@ from llava.generation import PromptBatch, generate
 from scripts.bench import common
 from scripts.miniature.model import build_model, build_processor
 
-BATCHES = (8, 64)  # prompts at a time of the random model, and of the miniature
-
 
 def main() -> None:
-    """Times the three on a random model and on the miniature."""
+    """Times the four on a random model, with 2 and with 5 images, and on the miniature."""
     parser = common.parser(__doc__)
     parser.add_argument("--new_tokens", type=int, default=32, help="tokens of every answer")
+    parser.add_argument("--batch_size", type=int, default=4, help="prompts at a time of the random model")
     args = parser.parse_args()
     device, dtype = common.device_and_dtype()
     processor = build_processor()
     small = build_model(processor, seed=0).to(device, dtype).eval()
-    models = {
-        f"{args.size}, 576 tokens an image": (common.build(args.size, device, dtype), common.Pictures()),
-        "miniature, 36 tokens an image": (small, common.Pictures(36, 72, small.config.image_token_id)),
-    }
+    big, tiny = common.build(args.size, device, dtype), common.Pictures(36, 72, small.config.image_token_id)
     lines = [
-        "| model | ours / `generate` without attention | one at a time, eager / ours | with whole matrices / ours | "
-        "ours, prompts per s | ratios differ by |",
+        "| model, prompts | ours / `generate` without attention | one at a time, eager / ours | "
+        "with whole matrices / ours | ours, prompts per s | ratios differ by |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for size, (name, (model, kind)) in zip(BATCHES, models.items(), strict=True):
-        lines.append(compare(f"{name}, {size} prompts", model, kind, size, processor.tokenizer, args))
+    for name, model, kind, size, images in (
+        (f"{args.size}, 576 tokens an image", big, common.Pictures(), args.batch_size, 2),
+        (f"{args.size}, 576 tokens an image", big, common.Pictures(), args.batch_size, 5),
+        ("miniature, 36 tokens an image", small, tiny, 64, 4),
+    ):
+        batch = common.batch_of([images] * size, 40, images, kind).to(device)
+        title = f"{name}, {size} x {images} images"
+        lines.append(compare(title, copy.deepcopy(model), batch, processor.tokenizer, args))
     command = f"python -m scripts.bench.inference --size {args.size} --new_tokens {args.new_tokens}"
     common.record("Inference: time, median (lowest to highest) of paired runs", command, lines)
 
 
-def compare(name: str, model, kind: common.Pictures, size: int, tokenizer, args) -> str:
+def compare(name: str, model, batch: PromptBatch, tokenizer, args) -> str:
     """A row of the table."""
-    batch = common.batch_of(sorted([2, 3, 4, 5] * (size // 4), reverse=True), 40, 0, kind).to(model.device)
     layers = sorted(layer_range(model.config.text_config.num_hidden_layers, "auto"))
     plain, eager = copy.deepcopy(model), copy.deepcopy(model)
     install(model)
@@ -70,7 +72,7 @@ def compare(name: str, model, kind: common.Pictures, size: int, tokenizer, args)
     runs = {"ours": ours, "without": without, "loop": loop, "matrices": matrices}
     seconds = common.alternate(runs, args.repeats)
     difference = max(abs(a - b) for a, b in zip(ratios["ours"], ratios["eager"], strict=True))
-    rate = size / sorted(seconds["ours"])[len(seconds["ours"]) // 2]
+    rate = len(batch.input_ids) / sorted(seconds["ours"])[len(seconds["ours"]) // 2]
     cells = [common.ratio(seconds["ours"], seconds["without"])]
     cells += [common.ratio(seconds[way], seconds["ours"]) for way in ("loop", "matrices")]
     return f"| {name} | {' | '.join(cells)} | {rate:.2f} | {difference:.1e} |"
