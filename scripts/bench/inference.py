@@ -2,7 +2,7 @@
 `python -m scripts.bench.inference` (some minutes on a CPU; --size 7b on a GPU)
 
 In turn, over the same prompts (about as long as each other, as batches sorted by length are): ours (batched, attention
-probed), `generate` batched without attention, and one prompt at a time with eager attention and `output_attentions`: once
+probed), `generate` batched without attention, and one prompt at a time, eager, with `output_attentions`: once
 reading off only the rows it needs, once putting a whole attention matrix of every layer together first, as the earlier
 public code did.
 """
