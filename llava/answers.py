@@ -81,8 +81,9 @@ class AnswerStore:
                     continue
 
     def _refuse_another(self, record: Path, what: Path) -> None:
-        found = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
-        there = self._flat(found)
+        if not record.is_file():
+            raise ValueError(f"{what} is there, without the {record.name} of a run: choose another --output, or remove it")
+        there = self._flat(json.loads(record.read_text(encoding="utf-8")))
         other = [name for name, value in self._flat(self.identity).items() if there.get(name) != value]
         if other:
             first = sorted(other, key=lambda name: (name not in there, name))[:5]

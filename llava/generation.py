@@ -178,7 +178,8 @@ def run_last_again(
     Call it inside `use_plan`. Afterwards the cache holds what the new run found for the samples in `changed` (B,) and
     is bit for bit what it was for the others.
     """
-    before = [(layer.keys[:, :, -1:], layer.values[:, :, -1:]) for layer in cache.layers]
+    # Copies: a view would keep the whole old cache in memory beside the new one.
+    before = [(layer.keys[:, :, -1:].clone(), layer.values[:, :, -1:].clone()) for layer in cache.layers]
     cache.crop(-1)
     out = model(
         input_ids=last,

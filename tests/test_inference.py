@@ -291,6 +291,12 @@ class TestRefused:
         assert code == 2 and "max_new_tokens" in error
         assert (tmp_path / "refused.jsonl").read_bytes() == before
 
+    def test_a_file_of_somebody_else_is_not_overwritten(self, answer, capsys, tmp_path):
+        (tmp_path / "refused.jsonl").write_text("mine\n")
+        code, error = self.code(answer, capsys)
+        assert code == 2 and "refused.run.json" in error
+        assert (tmp_path / "refused.jsonl").read_text() == "mine\n"
+
     def test_a_full_disk_loses_nothing(self, answer, capsys, tmp_path, monkeypatch):
         """The disk is full at the third batch, in the middle of a line."""
         answer("whole.jsonl")
