@@ -82,7 +82,7 @@ class AnswerStore:
 
     def _refuse_another(self, record: Path, what: Path) -> None:
         if not record.is_file():
-            raise ValueError(f"{what} is there, without the {record.name} of a run: choose another --output, or remove it")
+            raise ValueError(f"{what} is there, but no {record.name}: choose another --output, or remove it")
         there = self._flat(json.loads(record.read_text(encoding="utf-8")))
         other = [name for name, value in self._flat(self.identity).items() if there.get(name) != value]
         if other:
