@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import signal
 import zipfile
 
 import numpy as np
@@ -160,8 +159,13 @@ def test_a_killed_run_is_done_again_and_a_finished_one_is_not(inputs, tmp_path, 
     run(*inputs, "--output", tmp_path / "whole", *flags)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         writestr, count = zipfile.ZipFile.writestr, iter(range(100))
-        patch.setattr(zipfile.ZipFile, "writestr",
-                      lambda *a: signal.raise_signal(signal.SIGINT) if next(count) == 20 else writestr(*a))  # fmt: skip
+
+        def stopped_at_20(*args):
+            if next(count) == 20:
+                raise KeyboardInterrupt
+            writestr(*args)
+
+        patch.setattr(zipfile.ZipFile, "writestr", stopped_at_20)
         run(*inputs, "--output", output, *flags)
     assert not (output / "images.zip").exists() and not (output / "train.json").exists()
     run(*inputs, "--output", output, *flags)
