@@ -25,6 +25,7 @@ from llava.checkpoints import find_source, load_config, load_model, load_process
 from llava.checks import DEPTHS, check_pictures
 from llava.conversation import encode_prompt
 from llava.generation import Generated, PromptBatch, Steer, batch_prompts, generate
+from llava.heads import Heads, add_head_arguments, choose_heads
 from llava.heatmap import attention_map, patch_masses
 from llava.image import ImageStore, pixel_values
 from llava.layout import PatchGrid, expand_images, prompt_regions
@@ -50,9 +51,16 @@ class Job:
     processor: Any
     image_token: int
     num_layers: int  # of the language model
+    num_heads: int  # of each layer
     layers: list[int]  # those whose attention is measured
     mapped: frozenset[int]  # questions whose attention map is kept
     alter: Callable[[Question, list[Image.Image]], list[Image.Image]] | None = None  # what is shown for the pictures
+    heads: Heads | None = None  # those of `layers` whose attention is measured; None: all
+
+    @property
+    def chosen(self) -> torch.Tensor | None:
+        """(layers, heads) 1 for the measured heads, else 0; None: all."""
+        return self.heads.chosen(self.num_heads) if self.heads else None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,6 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--data_path", required=True, help="test set: JSON array or JSONL")
     add("--output", type=Path, required=True, help="answers file to write (answers.jsonl)")
     add("--attention_layers", default="auto", help="layers of the attention ratio: auto, 14-22, 3,5 or none")
+    add_head_arguments(parser)
     add("--attention_maps", type=int, default=12, help="questions whose answer keeps its map of attention by patch")
     add("--max_new_tokens", type=positive, default=128, help="tokens of an answer at most")
     add("--temperature", type=float, default=0.0, help="0 is greedy")
@@ -99,10 +108,7 @@ def prepare(args: argparse.Namespace, questions: list[Question] | None = None) -
 
     Raises DataError, ValueError, FileNotFoundError.
     """
-    if args.num_beams > 1 and args.temperature > 0:
-        raise ValueError("--num_beams and --temperature together are not supported: choose one")
-    if args.temperature < 0 or not 0 < args.top_p <= 1:
-        raise ValueError("--temperature must be 0 or more, and --top_p above 0 and up to 1")
+    _check_sampling(args)
     source = find_source(args.model_name_or_path, args.image_tower)
     path = source.root.path if args.only_base_model else source.path
     config, processor = load_config(path, args.image_tower), load_processor(path, args.image_tower)
@@ -119,7 +125,8 @@ def prepare(args: argparse.Namespace, questions: list[Question] | None = None) -
     longest, limit = max(map(len, prompts)), config.text_config.max_position_embeddings
     if longest + args.max_new_tokens > limit:
         logger.warning("the longest prompt has %d tokens; the model was made for %d with the answer", longest, limit)
-    depth = config.text_config.num_hidden_layers
+    sizes = config.text_config.num_hidden_layers, config.text_config.num_attention_heads
+    layers, heads = _measured(args, path, *sizes)
     order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))  # out of memory comes first, not last
     return Job(
         path=path,
@@ -130,10 +137,30 @@ def prepare(args: argparse.Namespace, questions: list[Question] | None = None) -
         grid=grid,
         processor=processor,
         image_token=config.image_token_id,
-        num_layers=depth,
-        layers=[] if args.attention_layers == "none" else sorted(layer_range(depth, args.attention_layers)),
+        num_layers=sizes[0],
+        num_heads=sizes[1],
+        layers=layers,
         mapped=spread(questions, args.attention_maps),
+        heads=heads,
     )
+
+
+def _check_sampling(args: argparse.Namespace) -> None:
+    if args.num_beams > 1 and args.temperature > 0:
+        raise ValueError("--num_beams and --temperature together are not supported: choose one")
+    if args.temperature < 0 or not 0 < args.top_p <= 1:
+        raise ValueError("--temperature must be 0 or more, and --top_p above 0 and up to 1")
+
+
+def _measured(args: argparse.Namespace, path: str, num_layers: int, num_heads: int) -> tuple[list[int], Heads | None]:
+    """(layers, heads) whose attention is measured."""
+    if args.attention_layers == "none":
+        return [], None
+    if not args.attention_heads:
+        return sorted(layer_range(num_layers, args.attention_layers)), None
+    among = None if args.attention_layers == "auto" else layer_range(num_layers, args.attention_layers)
+    heads = choose_heads(args.attention_heads, args.top_heads, path, num_layers, num_heads, among)
+    return sorted(heads.layers), heads
 
 
 def spread(questions: Sequence[Question], count: int) -> frozenset[int]:
@@ -157,6 +184,7 @@ def identify(args: argparse.Namespace, job: Job) -> dict[str, Any]:
         "questions": f"{len(job.questions)} ({content})",
         "weights": weight_digest(job.path)[:16],
         "attention_layers": job.layers,
+        "attention_heads": job.heads and job.heads.to_json(),
     }
 
 
@@ -217,7 +245,7 @@ def generated(args: argparse.Namespace, job: Job, steer: Steer | None = None) ->
         settings |= {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "top_k": 0}
 
     def records_of(model, numbers: Sequence[int], batch: PromptBatch) -> list[dict[str, Any]]:
-        found = generate(model, job.processor.tokenizer, batch, job.layers, steer, **settings)
+        found = generate(model, job.processor.tokenizer, batch, job.layers, steer, job.chosen, **settings)
         return [
             record(number, job, given) | attention_map_of(model, job, number, given, steer)
             for number, given in zip(numbers, found, strict=True)
@@ -302,5 +330,5 @@ def attention_map_of(model, job: Job, number: int, given: Generated, steer: Stee
         return {}
     sizes = [job.store.size(name) for name in job.questions[number].images]
     batch, tokenizer = make_batch(job, [number]), job.processor.tokenizer
-    masses = patch_masses(model, tokenizer, batch, given.tokens, job.layers, job.image_token, steer)
+    masses = patch_masses(model, tokenizer, batch, given.tokens, job.layers, job.image_token, steer, job.chosen)
     return {"attention_map": attention_map(masses, sizes, job.grid)}

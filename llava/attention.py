@@ -62,6 +62,7 @@ class Probe:
 
     regions: Tensor  # (B or 1, S, R) weights in [0, 1]; keys past S (generated tokens) weigh nothing
     layers: frozenset[int]  # zero-based
+    carries: bool = False  # after the regions comes one more column: what each head carries (`carried`)
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,8 +135,12 @@ def attention(
     is_scaled = plan.scale is not None and plan.scale.applies(module.layer_idx, key.shape[2])
     is_probed = plan.probe is not None and module.layer_idx in plan.probe.layers
     if is_scaled:
-        return _scaled(out, query, key, value, attention_mask, scaling, plan, is_probed)
-    return out, _probed(query, key, attention_mask, scaling, plan) if is_probed else None
+        out, mass = _scaled(out, query, key, value, attention_mask, scaling, plan, module.layer_idx, is_probed)
+    else:
+        mass = _probed(query, key, attention_mask, scaling, plan) if is_probed else None
+    if is_probed and plan.probe.carries:
+        mass = torch.cat([mass, carried(module.o_proj, _measured_rows(out, plan))[..., None]], dim=-1)
+    return out, mass
 
 
 def tree_attention(
@@ -196,6 +201,23 @@ def region_mass(
     return mass[..., :num_regions]
 
 
+@torch.no_grad()
+def carried(o_proj, out: Float[Tensor, "B T H D"]) -> Float[Tensor, "B H T"]:
+    """Norm of what each head adds to the residual stream: its output alone, through the output projection.
+
+    The projection is called as a module, so that its LoRA counts and its weight is there under ZeRO-3. A constant: it
+    has no gradient.
+    """
+    alone = torch.eye(out.shape[2], dtype=out.dtype, device=out.device)[:, None, None, :, None] * out
+    return o_proj(alone.flatten(-2)).float().norm(dim=-1).transpose(0, 1)
+
+
+def _measured_rows(out: Float[Tensor, "B Q H D"], plan: Plan) -> Float[Tensor, "B T H D"]:
+    if not plan.trees:
+        return out[:, -1:]
+    return torch.cat([out[:, slice(*tree.branches[0])] for tree in plan.trees], dim=1)
+
+
 def _probed(query: Tensor, key: Tensor, attention_mask: Tensor | None, scaling: float | None, plan: Plan) -> Tensor:
     key, regions = _repeat_heads(query, key), plan.probe.regions
     if not plan.trees:
@@ -218,17 +240,20 @@ def _probed(query: Tensor, key: Tensor, attention_mask: Tensor | None, scaling: 
 
 def _scaled(
     out: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None, plan: Plan,
-    is_probed: bool,
+    layer: int, is_probed: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """The output with its last rows computed from scaled scores, and the last row's masses, as they then are."""
     assert not plan.trees, "packed rows are not scaled"
     scale = plan.scale.expand(len(query))
     rows = scale.factor.shape[1]
     scores = _last_scores(query, _repeat_heads(query, key), mask, scaling, rows)
-    # A row whose factor is 1 keeps its scores, and below the output that it has already.
-    probabilities = scale_scores(scores, scale).softmax(dim=-1)
+    heads = scale.heads_of(layer, query.shape[1], query.device)
+    # A row whose factor is 1 keeps its scores, and below the output that it has already. So does a head left alone.
+    probabilities = scale_scores(scores, scale, heads).softmax(dim=-1)
     last = (probabilities @ _repeat_heads(query, value).float()).transpose(1, 2).to(out.dtype)
     changed = (scale.factor != 1)[..., None, None]
+    if heads is not None:
+        changed = changed & heads[:, None]
     out = torch.cat([out[:, :-rows], torch.where(changed, last, out[:, -rows:])], dim=1)
     return out, _mass_of(probabilities[:, :, -1:], plan.probe.regions) if is_probed else None
 
@@ -258,7 +283,7 @@ def _repeat_heads(query: Tensor, key: Tensor) -> Tensor:
 
 
 def layer_range(num_layers: int, spec: str, reference: tuple[int, int] = (14, 22), depth: int = 32) -> frozenset[int]:
-    """Zero-based layers of a spec: "auto", "14-22" (inclusive) or "3,5,7".
+    """Zero-based layers of a spec: "auto", "all", "14-22" (inclusive) or "3,5,7".
 
     "auto" is the share of the depth that layers 14..22 are of LLaVA-1.5-7B's 32 (design §4), at least one layer.
     Raises ValueError if the spec names a layer that the model lacks.
@@ -266,20 +291,48 @@ def layer_range(num_layers: int, spec: str, reference: tuple[int, int] = (14, 22
     if spec == "auto":
         first, end = round(reference[0] * num_layers / depth), round((reference[1] + 1) * num_layers / depth)
         return frozenset(range(first, max(end, first + 1)))
+    if spec == "all":
+        return frozenset(range(num_layers))
     layers: set[int] = set()
     for part in spec.split(","):
         first, _, last = part.strip().partition("-")
         if not first.isdigit() or (last and not last.isdigit()):
-            raise ValueError(f'layers {spec!r}: write "auto", a range as "14-22" or a list as "3,5,7"')
+            raise ValueError(f'layers {spec!r}: write "auto", "all", a range as "14-22" or a list as "3,5,7"')
         layers.update(range(int(first), int(last or first) + 1))
     if not layers or max(layers) >= num_layers:
         raise ValueError(f"layers {spec!r}: the language model has layers 0 to {num_layers - 1}")
     return frozenset(layers)
 
 
-def mean_masses(masses: Float[Tensor, "L H T R"], owner: Tensor, num_samples: int) -> Float[Tensor, "L N R"]:
-    """Mean mass of each region over a sample's rows and the heads, per layer. `owner` (T,) is each row's sample."""
-    rows = masses.mean(dim=1)  # (L, T, R)
+def mean_over_heads(
+    masses: Float[Tensor, "*axes H T R"], weights: Float[Tensor, "*axes H #T"] | None = None
+) -> Float[Tensor, "*axes T R"]:
+    """Mean mass of each row over the heads: plain, or by weights (0 leaves a head out; they need not add up to 1)."""
+    if weights is None:
+        return masses.mean(dim=-3)
+    weights = weights[..., None]
+    return (masses * weights).sum(dim=-3) / weights.sum(dim=-3).clamp(min=1e-12)
+
+
+def mean_over_layers(values: Float[Tensor, "L *axes"], chosen: Float[Tensor, "L H"] | None = None) -> Tensor:
+    """Mean over the probed layers. Where heads were chosen (1, else 0) a layer counts by how many of its are.
+
+    So every chosen head counts the same, and all heads of some layers are those layers.
+    """
+    if chosen is None:
+        return values.mean(dim=0)
+    shares = (chosen.sum(dim=1) / chosen.sum()).to(values)
+    return (values * shares.view(-1, *[1] * (values.dim() - 1))).sum(dim=0)
+
+
+def mean_masses(
+    masses: Float[Tensor, "L H T R"], owner: Tensor, num_samples: int, weights: Float[Tensor, "L H #T"] | None = None
+) -> Float[Tensor, "L N R"]:
+    """Mean mass of each region over a sample's rows and the heads, per layer. `owner` (T,) is each row's sample.
+
+    `weights` as of `mean_over_heads`.
+    """
+    rows = mean_over_heads(masses, weights)  # (L, T, R)
     sums = rows.new_zeros(len(rows), num_samples, rows.shape[-1]).index_add(1, owner, rows)
     return sums / torch.bincount(owner, minlength=num_samples)[:, None]
 

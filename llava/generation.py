@@ -1,6 +1,7 @@
 """Batched answers with the attention they were given with: how much of it lay on each region, and how sure they were.
 
-Letters: B prompts, S tokens of the longest, R regions (0 target, 1 all images, then the parts), L layers, T steps.
+Letters: B prompts, S tokens of the longest, R regions (0 target, 1 all images, then the parts), L layers, H heads,
+T steps.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, LogitsProcessor
 
-from llava.attention import Ambient, Plan, Probe, attention_ratio, use_plan
+from llava.attention import Ambient, Plan, Probe, attention_ratio, mean_over_heads, mean_over_layers, use_plan
 from llava.scaling import Scale
 
 
@@ -24,6 +25,8 @@ class Generated:
     confidence: float  # largest probability of the first answer token, at temperature 1, before any scaling
     factor: float  # of the attention on the scaled tokens; 1.0: plain
     masses: Tensor  # (L, R) attention mass on each region, mean over answer tokens and heads, per probed layer
+    heads: Tensor | None = None  # (L, H) 1 for the heads that `masses` is a mean over, else 0; None: all
+    by_head: Tensor | None = None  # (L, H, R) the masses of each head; empty where they were not asked for
 
     @property
     def ratio_by_layer(self) -> list[float] | None:
@@ -32,15 +35,18 @@ class Generated:
 
     @property
     def ratio(self) -> float | None:
-        """R: mean of the ratio over the probed layers."""
+        """R: mean of the ratio over the probed layers, of chosen heads as `mean_over_layers` says."""
         by_layer = self.ratio_by_layer
+        if by_layer and self.heads is not None:
+            return mean_over_layers(torch.tensor(by_layer), self.heads).item()
         return sum(by_layer) / len(by_layer) if by_layer else None
 
     @property
     def shares(self) -> list[float] | None:
         """Share of the image attention on each part of the prompt, computed as R is; the target's share is R."""
         parts = range(2, self.masses.shape[1] if len(self.masses) else 0)
-        return [attention_ratio(self.masses[:, [part, 1]]).mean().item() for part in parts] or None
+        of_parts = (attention_ratio(self.masses[:, [part, 1]]) for part in parts)
+        return [mean_over_layers(by_layer, self.heads).item() for by_layer in of_parts] or None
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,18 +100,19 @@ def batch_prompts(
 
 @torch.no_grad()
 def generate(
-    model, tokenizer, batch: PromptBatch, layers: Sequence[int], steer: Steer | None = None, **settings: Any
-) -> list[Generated]:
+    model, tokenizer, batch: PromptBatch, layers: Sequence[int], steer: Steer | None = None,
+    heads: Tensor | None = None, each_head: bool = False, **settings: Any,
+) -> list[Generated]:  # fmt: skip
     """Answers of a batch, greedy unless `settings` (of transformers' `generate`) say otherwise.
 
-    The attention is measured in `layers` on the rows that predict the answer's tokens, end token included, as it is
-    after scaling. `steer` decides on the scaling once the first token's confidence is known; where it changes a sample,
-    the last prompt token alone is run again, on the cached prompt before it (which that scaling does not touch).
+    The attention is measured in `layers`, as a mean over the heads for which `heads` (L, H) is not 0 (None: all) and
+    with `each_head` also head by head, on the rows that predict the answer's tokens, end token included, as it is after
+    scaling. `steer` decides on the scaling once the first token's confidence is known; where it changes a sample, the
+    last prompt token alone is run again, on the cached prompt before it (which that scaling does not touch).
     """
     settings = {"do_sample": False, "max_new_tokens": 128, "pad_token_id": tokenizer.pad_token_id, **settings}
     beams, batch = settings.get("num_beams", 1), batch.to(model.device)
-    probe = Probe(batch.regions, frozenset(layers)) if layers else None
-    with use_plan(Plan(probe=probe)) as ambient:
+    with use_plan(Plan(probe=Probe(batch.regions, frozenset(layers)) if layers else None)) as ambient:
         first = FirstToken(model, batch, ambient, steer, beams)
         settings["logits_processor"] = [first, *settings.get("logits_processor", ())]
         out = model.generate(
@@ -119,17 +126,17 @@ def generate(
         )
     tokens = out.sequences[:, batch.input_ids.shape[1] :]
     lengths = _lengths(tokens, tokenizer.eos_token_id)
-    masses = torch.zeros(len(tokens), 0, batch.regions.shape[2])
+    masses = by_head = torch.zeros(len(tokens), 0, batch.regions.shape[2])
     if layers:
-        rows = getattr(out, "beam_indices", None)
-        if rows is None:
-            rows = torch.arange(len(tokens), device=tokens.device)[:, None].expand(-1, tokens.shape[1])
-        masses = _mean_masses([first.corrected(out.attentions[0]), *out.attentions[1:]], rows, lengths)
+        steps, rows = [first.corrected(out.attentions[0]), *out.attentions[1:]], _rows(out, tokens)
+        masses = _mean_masses([_over_heads(mass, heads) for mass in steps], rows, lengths)
+        if each_head:
+            by_head = _mean_masses([torch.stack([mass[:, :, 0] for mass in step]) for step in steps], rows, lengths)
     return [
-        Generated(text.strip(), own[:length], confidence, factor, by_layer[:, :num_regions])
-        for text, own, length, confidence, factor, by_layer, num_regions in zip(
+        Generated(text.strip(), own[:length], confidence, factor, mass[:, :count], heads, each[..., :count])
+        for text, own, length, confidence, factor, mass, each, count in zip(
             tokenizer.batch_decode(tokens, skip_special_tokens=True), tokens.tolist(), lengths.tolist(),
-            first.confidence.tolist(), first.factor.tolist(), masses, batch.num_regions, strict=True,
+            first.confidence.tolist(), first.factor.tolist(), masses, by_head, batch.num_regions, strict=True,
         )
     ]  # fmt: skip
 
@@ -201,14 +208,27 @@ def _lengths(tokens: Tensor, end: int) -> Tensor:
     return ((ended == 0).sum(dim=1) + (ended > 0).any(dim=1).long()).clamp(max=tokens.shape[1])
 
 
-def _mean_masses(attentions: Sequence[Sequence[Tensor]], rows: Tensor, lengths: Tensor) -> Tensor:
-    """(B, L, R) mean mass over each answer's tokens and the heads, from the (rows, H, 1, R) of every step and layer.
+def _rows(out, tokens: Tensor) -> Tensor:
+    """(B, T) row that each answer's token was predicted from: its own, or that of the beam it came from."""
+    rows = getattr(out, "beam_indices", None)
+    if rows is None:
+        return torch.arange(len(tokens), device=tokens.device)[:, None].expand(-1, tokens.shape[1])
+    return rows
 
-    `rows` (B, T) is the row that each answer's token was predicted from: its own, or that of the beam it came from.
-    """
-    steps = torch.stack([torch.stack([mass.mean(dim=1)[:, 0] for mass in layers]) for layers in attentions])
-    total = steps.new_zeros(len(rows), steps.shape[1], steps.shape[3])
+
+def _over_heads(masses: Sequence[Tensor], heads: Tensor | None) -> Tensor:
+    """(L, rows, R) mean mass over the heads, from the (rows, H, 1, R) of every layer."""
+    if heads is None:
+        return torch.stack([mean_over_heads(mass)[:, 0] for mass in masses])
+    weights = heads.to(masses[0])[:, None, :, None].expand(-1, len(masses[0]), -1, -1)
+    return torch.stack([mean_over_heads(mass, own)[:, 0] for mass, own in zip(masses, weights, strict=True)])
+
+
+def _mean_masses(steps: Sequence[Tensor], rows: Tensor, lengths: Tensor) -> Tensor:
+    """(B, L, ...) mean over each answer's tokens of the (L, rows, ...) of every step; `rows` as of `_rows`."""
+    total = steps[0].new_zeros(len(rows), len(steps[0]), *steps[0].shape[2:])
+    one_each = (-1, *[1] * (total.dim() - 1))
     for step in range(min(rows.shape[1], len(steps))):
         own = steps[step].transpose(0, 1)[rows[:, step].clamp(min=0)]
-        total += own * (step < lengths)[:, None, None]
-    return (total / lengths[:, None, None]).cpu()
+        total += own * (step < lengths).view(one_each)
+    return (total / lengths.view(one_each)).cpu()

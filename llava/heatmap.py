@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageEnhance, ImageFont
 from torch import Tensor
 from transformers import LogitsProcessor
 
+from llava.attention import mean_over_layers
 from llava.generation import PromptBatch, Steer, generate
 from llava.layout import PatchGrid
 
@@ -35,12 +36,13 @@ class Forced(LogitsProcessor):
 
 def patch_masses(
     model, tokenizer, batch: PromptBatch, answer: Sequence[int], layers: Sequence[int], image_token: int,
-    steer: Steer | None = None,
+    steer: Steer | None = None, heads: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """(image tokens,) mean attention mass on each image token of a batch of one prompt while `answer` is given.
 
-    Mean over the rows that predict the answer's tokens, all heads and `layers`: the mass of the attention ratio (design
-    §4), with every image token a region of its own. The answer (token ids) is said again, under the same `steer`.
+    Mean over the rows that predict the answer's tokens, `layers` and `heads` (L, H; None: all): the mass of the
+    attention ratio (design §4), with every image token a region of its own. The answer (token ids) is said again, under
+    the same `steer`.
     """
     places = (batch.input_ids[0] == image_token).nonzero()[:, 0]
     patches = torch.zeros(1, batch.input_ids.shape[1], len(places))
@@ -48,9 +50,9 @@ def patch_masses(
     regions = torch.cat([batch.regions[..., :2], patches], dim=2)
     batch = replace(batch, regions=regions, num_regions=(regions.shape[2],))
     settings = {"max_new_tokens": len(answer), "logits_processor": [Forced(answer)]}
-    (again,) = generate(model, tokenizer, batch, layers, steer, **settings)
+    (again,) = generate(model, tokenizer, batch, layers, steer, heads, **settings)
     assert again.tokens == list(answer)
-    return again.masses[:, 2:].mean(dim=0)
+    return mean_over_layers(again.masses[:, 2:], heads)
 
 
 def attention_map(masses: Tensor, sizes: Sequence[tuple[int, int]], grid: PatchGrid) -> list[dict[str, Any]]:

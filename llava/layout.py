@@ -155,6 +155,17 @@ def needs_sizes(record: Prompt) -> bool:
     return record.image_type in ("collage", "pip")
 
 
+def num_parts(record: Prompt, sizes: Sequence[tuple[int, int]]) -> int:
+    """Pictures that a prompt shows: images of a sequence, cells of a collage, two of a picture in a picture.
+
+    `sizes` as of `target_weights`. A collage that is not divided, or has no grid and another size, counts as one.
+    """
+    if record.image_type == "collage":
+        rows, cols = record.grid or (sizes[0][1] // CELL, sizes[0][0] // CELL)
+        return max(1, rows * cols)
+    return 2 if record.image_type == "pip" else len(record.images)
+
+
 def part_weights(record: Prompt, sizes: Sequence[tuple[int, int]], grid: PatchGrid) -> Float[Tensor, "parts tokens"]:
     """Weight in [0, 1] of every image token in each part that the prompt tells apart, parts in order.
 

@@ -86,6 +86,14 @@ def read_questions(path: str | Path) -> list[Question]:
     return _read(path, _parse_question)
 
 
+def read_prompts(path: str | Path) -> list[Question]:
+    """Questions of a test set, or of preference pairs, whose chosen answer is the true one.
+
+    Raises DataError, FileNotFoundError.
+    """
+    return _read(path, _parse_prompt_of_any)
+
+
 def read_instructions(path: str | Path) -> list[Question]:
     """First question of every instruction, with its true answer; a refusal comes without a target.
 
@@ -179,6 +187,11 @@ def parse_preference(raw: Any, where: str) -> Preference:
 
 def _parse_question(raw: Any, where: str) -> Question:
     return Question(**_parse_prompt(raw, where, KNOWN | {"answer"}), answer=_text(raw, "answer").strip())
+
+
+def _parse_prompt_of_any(raw: Any, where: str) -> Question:
+    is_pair = isinstance(raw, dict) and "chosen" in raw and "answer" not in raw
+    return _parse_question({**raw, "answer": raw["chosen"]} if is_pair else raw, where)
 
 
 def _parse_instruction(raw: Any, where: str) -> Question:

@@ -3,6 +3,7 @@
 Letters: B batch, H heads, Q scaled rows, K keys, S prompt tokens.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -27,21 +28,30 @@ class Scale:
     keeps_mass: Bool[Tensor, " #Q"]  # the total attention on images stays what it was: only its split changes
     num_keys: int | None = None  # only forwards that see so many keys are scaled; None: every one
     layers: frozenset[int] | None = None  # zero-based; None: all
+    heads: Mapping[int, tuple[int, ...]] | None = None  # zero-based, by layer; None: all heads of the layers
 
     @classmethod
     def of_last_row(
         cls, factor: Tensor, weights: Tensor, images: Tensor, rule: str = "multiply", keeps_mass: bool = False,
         every_step: bool = False, layers: frozenset[int] | None = None,
+        heads: Mapping[int, tuple[int, ...]] | None = None,
     ) -> "Scale":  # fmt: skip
         """For `factor` (B,) and `weights` (B, S): the last prompt row, and the answer's rows too with `every_step`."""
         device = weights.device
         adds, keeps = (torch.tensor([value], device=device) for value in (rule == "add", keeps_mass))
         num_keys = None if every_step else weights.shape[1]  # the row that sees just the prompt
-        return cls(factor.to(device)[:, None], weights[:, None], images, adds, keeps, num_keys, layers)
+        return cls(factor.to(device)[:, None], weights[:, None], images, adds, keeps, num_keys, layers, heads)
 
     def applies(self, layer: int, num_keys: int) -> bool:
         """Whether a layer's last rows are scaled in a forward that sees `num_keys` keys."""
-        return (self.layers is None or layer in self.layers) and self.num_keys in (None, num_keys)
+        is_chosen = all(chosen is None or layer in chosen for chosen in (self.layers, self.heads))
+        return is_chosen and self.num_keys in (None, num_keys)
+
+    def heads_of(self, layer: int, num_heads: int, device: torch.device) -> Bool[Tensor, " H"] | None:
+        """The heads of a layer that are scaled; None: all."""
+        if self.heads is None:
+            return None
+        return torch.isin(torch.arange(num_heads, device=device), torch.tensor(self.heads[layer], device=device))
 
     def expand(self, batch: int) -> "Scale":
         """The same scale for a batch in which every sample stands several times in a row (beams)."""
@@ -52,14 +62,19 @@ class Scale:
         return replace(self, factor=factor, weights=weights, images=images)
 
 
-def scale_scores(scores: Float[Tensor, "B H Q K"], scale: Scale) -> Float[Tensor, "B H Q K"]:
+def scale_scores(
+    scores: Float[Tensor, "B H Q K"], scale: Scale, heads: Bool[Tensor, " H"] | None = None
+) -> Float[Tensor, "B H Q K"]:
     """Pre-softmax scores with those of the weighted tokens scaled; keys after the prompt are left alone.
 
+    With `heads` the scores of the other heads are left alone, too.
     Source: AdaptVis, "Why Is Spatial Reasoning Hard for VLMs?" (Chen et al. 2025), section 4: image scores times α
     before the softmax. New here: weights per token, the rule `add`, and `keeps_mass`.
     """
     after = scores.shape[-1] - scale.weights.shape[-1]
     change = F.pad((scale.factor[..., None] - 1) * scale.weights, (0, after))[:, None]
+    if heads is not None:
+        change = change * heads[:, None, None]
     # Masked scores are -inf, and -inf times 0 is no number.
     scaled = torch.where(change == 0, scores, scores + change * torch.where(scale.adds[:, None], scores.abs(), scores))
     if not bool(scale.keeps_mass.any()):

@@ -69,3 +69,19 @@ def paired_difference(
         raise ValueError(f"a paired difference needs the same questions, got {len(first)} and {len(second)} scores")
     differences = np.asarray(second, dtype=float) - np.asarray(first, dtype=float)
     return float(differences.mean()), *bootstrap_interval(differences, samples, seed)
+
+
+def auc(scores: Sequence[float], is_positive: Sequence[bool]) -> float:
+    """Chance that a positive has a higher score than a negative, ties half: the area under the ROC curve, exact.
+
+    By the sum of the positives' ranks, tied scores at their mean rank. Source: Hanley and McNeil 1982; U of Mann and
+    Whitney 1947 over the number of pairs.
+    """
+    positive = np.asarray(is_positive, dtype=bool)
+    num_positive, num_negative = int(positive.sum()), int((~positive).sum())
+    if not num_positive or not num_negative:
+        raise ValueError(f"an AUC needs both classes, got {num_positive} positives and {num_negative} negatives")
+    _, place, counts = np.unique(np.asarray(scores, dtype=float), return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(counts) - (counts - 1) / 2)[place]
+    wins = ranks[positive].sum() - num_positive * (num_positive + 1) / 2
+    return float(wins / (num_positive * num_negative))

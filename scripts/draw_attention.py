@@ -16,6 +16,7 @@ from llava.answering import dtype_of, make_batch, own_device, positive, prepare
 from llava.checkpoints import load_model
 from llava.conversation import encode_answer
 from llava.generation import generate
+from llava.heads import add_head_arguments
 from llava.heatmap import attention_map, draw_prompt, patch_masses
 from llava.layout import needs_sizes, target_box
 from llava.records import read_answers
@@ -39,7 +40,7 @@ def main() -> None:
             tokens = generate(model, tokenizer, batch, [], max_new_tokens=args.max_new_tokens)[0].tokens
         else:
             tokens = encode_answer(tokenizer, question.prompt, texts[question.id])
-        masses = patch_masses(model, tokenizer, batch, tokens, job.layers, job.image_token)
+        masses = patch_masses(model, tokenizer, batch, tokens, job.layers, job.image_token, heads=job.chosen)
         pictures = [job.store.open(name) for name in question.images]
         sizes = [picture.size for picture in pictures]
         box = target_box(question, sizes[0]) if needs_sizes(question) else None
@@ -63,6 +64,7 @@ def parse_args() -> argparse.Namespace:
     add("--ids", nargs="+", help="questions to draw (default: --limit of them, spread over formats)")
     add("--limit", dest="attention_maps", type=positive, default=12, help="how many questions to draw without --ids")
     add("--attention_layers", default="auto", help="layers to average over: auto, 14-22 or 3,5")
+    add_head_arguments(parser)
     add("--height", type=positive, default=336, help="px of a drawn picture")
     add("--max_new_tokens", type=positive, default=128, help="tokens of an answer at most")
     add("--image_aspect_ratio", choices=["pad", "crop"], default="pad", help="as in training")

@@ -21,6 +21,7 @@ from data_gen.gen_chosen_rejected.output import Selection, select, table, write
 from data_gen.gen_chosen_rejected.rules import THRESHOLDS, Rules, check_questions, read_thresholds, unfit
 from llava.answering import add_model_arguments, positive
 from llava.checks import check_pictures
+from llava.heads import add_head_arguments
 from llava.image import ImageStore
 from llava.records import Question, read_instructions, refuse_duplicates
 from llava.runtime import is_main_process, leave, setup_logging, user_errors, write_run_json
@@ -74,6 +75,7 @@ def parse_args() -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of noise and of the choice among other images")
     add_model_arguments(parser, required=False)
     add("--attention_layers", default="auto", help="layers of the attention ratio: auto (16 of 32), 16, 14-22 or 3,5")
+    add_head_arguments(parser)
     add("--max_new_tokens", type=positive, default=512, help="tokens of an answer at most")
     add("--degrade", choices=KINDS, default="none",
         help="noise on the pictures while the model answers: on the target, on the whole, or as published\n"

@@ -26,7 +26,8 @@ SELECTION_LAYER = (16, 16)  # of LLaVA-1.5-7B's 32: the layer that MIA-DPO selec
 # Flags that the answers are made with; all others may change without asking the model again.
 ANSWERING = (
     "model_name_or_path", "only_base_model", "image_tower", "image_folder", "image_aspect_ratio", "batch_size", "dtype",
-    "attention_layers", "max_new_tokens", "degrade", "noise_std", "seed", "num_workers", "check_images",
+    "attention_layers", "attention_heads", "top_heads", "max_new_tokens", "degrade", "noise_std", "seed", "num_workers",
+    "check_images",
 )  # fmt: skip
 GREEDY = {"temperature": 0.0, "top_p": 1.0, "num_beams": 1, "attention_maps": 0}
 
@@ -52,9 +53,10 @@ def ready(args: argparse.Namespace, questions: list[Question]) -> tuple[argparse
     """Everything checked before the weights are loaded. Raises DataError, ValueError, FileNotFoundError."""
     own = argparse.Namespace(**{name: getattr(args, name) for name in ANSWERING}, **GREEDY)
     job = prepare(own, questions)
-    layers = sorted(layer_range(job.num_layers, args.attention_layers, SELECTION_LAYER))
+    if not job.heads:
+        job = replace(job, layers=sorted(layer_range(job.num_layers, args.attention_layers, SELECTION_LAYER)))
     noise = Noise(args.degrade, args.noise_std, args.seed)
-    return own, replace(job, layers=layers, alter=None if args.degrade == "none" else noise)
+    return own, replace(job, alter=None if args.degrade == "none" else noise)
 
 
 def ask(args: argparse.Namespace, job: Job, output: Path) -> None:
@@ -68,8 +70,9 @@ def _records_of(args: argparse.Namespace, job: Job) -> RecordsOf:
     def records_of(model, numbers: Sequence[int], batch: PromptBatch) -> list[dict[str, Any]]:
         certainty = Certainty()
         found = generate(
-            model, tokenizer, batch, job.layers, max_new_tokens=args.max_new_tokens, logits_processor=[certainty]
-        )
+            model, tokenizer, batch, job.layers, heads=job.chosen, max_new_tokens=args.max_new_tokens,
+            logits_processor=[certainty],
+        )  # fmt: skip
         perplexities = certainty.perplexities([len(given.tokens) for given in found])
         return [
             record(number, job, given)

@@ -10,6 +10,7 @@ from typing import Any
 
 from data_gen.gen_chosen_rejected.correctness import edit_distance, is_right, length_ratio
 from llava.conversation import check_answer
+from llava.layout import num_parts
 from llava.records import FORMATS, DataError, Question, texts
 from llava.scorers import true_choice, words
 
@@ -134,11 +135,9 @@ CHECKS: dict[str, Callable[[Candidate, Rules], Numbers | None]] = {
 
 def num_pictures(question: Question) -> int:
     """Pictures that a prompt shows: images of a sequence, cells of a collage, two of a picture in a picture."""
-    if question.image_type == "collage":
-        if question.grid is None:
-            raise ValueError("a collage needs its `grid` [rows, cols]: the threshold depends on the number of cells")
-        return question.grid[0] * question.grid[1]
-    return 2 if question.image_type == "pip" else len(question.images)
+    if question.image_type == "collage" and question.grid is None:
+        raise ValueError("a collage needs its `grid` [rows, cols]: the threshold depends on the number of cells")
+    return num_parts(question, ())
 
 
 def check_questions(questions: Sequence[Question], rules: Rules, by_attention: bool) -> None:

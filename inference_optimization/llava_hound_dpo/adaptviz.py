@@ -4,6 +4,7 @@ Source: AdaptVis, "Why Is Spatial Reasoning Hard for VLMs?" (Chen et al. 2025): 
 model is unsure and sharpened where it is sure. New here: several images, of which the prompt names one.
 """
 
+import argparse
 import dataclasses
 import json
 import math
@@ -15,8 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llava.answering import Job
 from llava.attention import layer_range
 from llava.generation import PromptBatch
+from llava.heads import Heads, choose_heads
 from llava.records import FORMATS, Question
 from llava.scaling import RULES, Scale
 
@@ -89,6 +92,7 @@ class AdaptViz:
     layers: tuple[int, ...] | None = None  # zero-based; None: all
     bands: Bands = DEFAULTS["target"]
     by_format: dict[str, Bands] = field(default_factory=dict)  # instead of `bands` for some of FORMATS
+    heads: Heads | None = None  # those of `layers` that are scaled; None: all
 
     def __post_init__(self):
         for name, known in (("scope", SCOPES), ("rule", RULES), ("steps", STEPS)):
@@ -119,10 +123,11 @@ class AdaptViz:
             keeps_mass=self.scope == "balance",
             every_step=self.steps == "all",
             layers=None if self.layers is None else frozenset(self.layers),
+            heads=self.heads and self.heads.by_layer,
         )
 
-    def check(self, questions: Sequence[Question], num_layers: int) -> None:
-        """Raises ValueError where a question has no target to scale, or a layer does not exist."""
+    def check(self, questions: Sequence[Question], num_layers: int, num_heads: int) -> None:
+        """Raises ValueError where a question has no target to scale, or a layer or head does not exist."""
         without = [question for question in questions if question.target is None]
         if self.scope != "all" and without:
             raise ValueError(
@@ -131,10 +136,14 @@ class AdaptViz:
             )
         if self.layers is not None:
             layer_range(num_layers, ",".join(map(str, self.layers)))
+        if self.heads is not None:
+            self.heads.check(num_layers, num_heads)
+            if self.layers is not None and not self.heads.layers & set(self.layers):
+                raise ValueError(f"nothing is scaled: none of the heads {self.heads} is in layers {self.layers}")
 
     def to_dict(self) -> dict[str, Any]:
         """As `from_dict` reads it."""
-        return dataclasses.asdict(self)
+        return dataclasses.asdict(self) | {"heads": self.heads and self.heads.to_json()}
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> "AdaptViz":
@@ -148,7 +157,8 @@ class AdaptViz:
         except (TypeError, KeyError) as error:
             raise ValueError(f"bands need low, high, alpha_low, alpha_high (and alpha_middle): {error}") from error
         layers = None if raw.get("layers") is None else tuple(raw["layers"])
-        return cls(**{**raw, "bands": bands, "by_format": by_format, "layers": layers})
+        heads = None if raw.get("heads") is None else Heads.from_json(raw["heads"])
+        return cls(**{**raw, "bands": bands, "by_format": by_format, "layers": layers, "heads": heads})
 
 
 def read_config(path: Path) -> AdaptViz:
@@ -160,3 +170,25 @@ def read_config(path: Path) -> AdaptViz:
         return AdaptViz.from_dict(raw["adaptviz"] if "adaptviz" in raw else raw)
     except (ValueError, TypeError) as error:
         raise ValueError(f"--config {path}: {error}") from error
+
+
+def add_place_arguments(parser) -> None:
+    """The flags that say where in the model attention is scaled."""
+    add = parser.add_argument
+    add("--scale_layers", help="layers to scale: a range 8-20 or a list 3,5 (default: all)")
+    add("--scale_heads", help="file of heads whose best --top_heads alone are scaled, or all (default: the file of\n"
+        "--attention_heads, else all)")  # fmt: skip
+
+
+def place_of(args: argparse.Namespace, job: Job) -> dict[str, Any]:
+    """The `layers` and `heads` of `AdaptViz` that the flags say; nothing of what they do not. Raises ValueError."""
+    among = layer_range(job.num_layers, args.scale_layers) if args.scale_layers else None
+    layers = among and tuple(sorted(among))
+    place: dict[str, Any] = {"layers": layers} if layers else {}
+    file = args.scale_heads or args.attention_heads
+    if file == "all":
+        return place | {"heads": None}
+    if file:
+        heads = choose_heads(file, args.top_heads, job.path, job.num_layers, job.num_heads, among)
+        return {"layers": layers, "heads": heads}
+    return place

@@ -4,7 +4,7 @@ Letters: N questions, F factors.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -89,7 +89,7 @@ def tune(grid: Grid, scope: str, rule: str, base: AdaptViz, is_per_format: bool)
     bands = best_bands(grid, scope, rule)
     formats = [name for name in FORMATS if name in set(grid.image_types) - {"single"}] if is_per_format else []
     by_format = {name: best_bands(grid.part(grid.image_types == name), scope, rule) for name in formats}
-    return AdaptViz(scope, rule, base.steps, base.layers, bands, by_format)
+    return AdaptViz(scope, rule, base.steps, base.layers, bands, by_format, base.heads)
 
 
 def compare(grid: Grid, scores: np.ndarray) -> dict[str, Any]:
@@ -169,9 +169,9 @@ def rows_of(
     if base.scope != "all":
         found.append((f"default {base.scope}, at another image", base, ANOTHER))
     if ("all", "multiply") in pairs:
-        found.append(("ScalingVis, tuned", AdaptViz("all", bands=best_fixed(validation, "all", "multiply")), None))
-        two = best_bands(validation, "all", "multiply", most_bands=2)
-        found.append(("AdaptVis, tuned", AdaptViz("all", bands=two), None))
+        bands = best_fixed(validation, "all", "multiply"), best_bands(validation, "all", "multiply", most_bands=2)
+        for name, own in zip(("ScalingVis", "AdaptVis"), bands, strict=True):
+            found.append((f"{name}, tuned", replace(base, scope="all", bands=own), None))
     for scope, rule in pairs:
         settings = tune(validation, scope, rule, base, is_per_format)
         found.append((f"AdaptViz {scope} {rule}, tuned", settings, None))

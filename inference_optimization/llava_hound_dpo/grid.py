@@ -6,7 +6,7 @@ prompt and its own answer, nothing of another's. No cache is copied, so dozens o
 Letters: B prompts, V variants, S prompt tokens, K keys, T answer tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,9 +35,9 @@ PLAIN = Variant("all", "multiply", 1.0)
 @torch.no_grad()
 def answer_grid(
     model, tokenizer, batch: PromptBatch, variants: Sequence[Variant], max_new_tokens: int, every_step: bool = False,
-    layers: frozenset[int] | None = None,
+    layers: frozenset[int] | None = None, heads: Mapping[int, tuple[int, ...]] | None = None,
 ) -> tuple[list[float], list[list[str]]]:  # fmt: skip
-    """(confidence of every prompt, answer of every prompt and variant)."""
+    """(confidence of every prompt, answer of every prompt and variant); `layers` and `heads` as of `Scale`."""
     batch, cache = batch.to(model.device), DynamicCache(config=model.config.get_text_config(decoder=True))
     out = model(
         input_ids=batch.input_ids, attention_mask=batch.attention_mask, pixel_values=batch.pixel_values,
@@ -52,7 +52,7 @@ def answer_grid(
     position = batch.attention_mask.sum(dim=1, keepdim=True) - 1
     tokens, answers = batch.input_ids[:, -1:].expand(-1, count), []
     ended = torch.zeros_like(tokens, dtype=torch.bool)
-    scale = scale_of(batch, variants, None if every_step else prefix.shape[-1] + count, layers)
+    scale = scale_of(batch, variants, None if every_step else prefix.shape[-1] + count, layers, heads)
     with use_plan(Plan(scale=scale)):
         for step in range(max_new_tokens):
             out = model(
@@ -73,8 +73,9 @@ def answer_grid(
 
 
 def scale_of(
-    batch: PromptBatch, variants: Sequence[Variant], num_keys: int | None, layers: frozenset[int] | None
-) -> Scale:
+    batch: PromptBatch, variants: Sequence[Variant], num_keys: int | None, layers: frozenset[int] | None,
+    heads: Mapping[int, tuple[int, ...]] | None,
+) -> Scale:  # fmt: skip
     """A row for every variant."""
     regions, device = batch.regions, batch.regions.device
     by_scope = {"target": regions[..., 0], "balance": regions[..., 0], "all": regions[..., 1]}
@@ -89,6 +90,7 @@ def scale_of(
         keeps_mass=torch.tensor([variant.scope == "balance" for variant in variants], device=device),
         num_keys=num_keys,
         layers=layers,
+        heads=heads,
     )
 
 

@@ -16,10 +16,11 @@ from inference_optimization.llava_hound_dpo.adaptviz import (
     STEPS,
     AdaptViz,
     Bands,
+    add_place_arguments,
+    place_of,
     read_config,
 )
-from llava.answering import add_arguments, generated, identify, prepare, run
-from llava.attention import layer_range
+from llava.answering import Job, add_arguments, generated, identify, prepare, run
 from llava.runtime import leave, setup_logging, user_errors
 from llava.scaling import RULES
 
@@ -36,8 +37,8 @@ def main() -> None:
     setup_logging()
     with user_errors():
         job = prepare(args)
-        adaptviz = settings_of(args, job.num_layers)
-        adaptviz.check(job.questions, job.num_layers)
+        adaptviz = settings_of(args, job)
+        adaptviz.check(job.questions, job.num_layers, job.num_heads)
         identity = identify(args, job) | {"adaptviz": adaptviz.to_dict()}
     run(args, job, identity, args.output, generated(args, job, adaptviz.steer))
     leave()
@@ -53,7 +54,7 @@ def add_adaptviz_arguments(parser: argparse.ArgumentParser) -> None:
         "balance: the target's, the attention on all images together kept")  # fmt: skip
     add("--rule", choices=RULES, help="multiply: score times factor (the paper); add: also raises negative scores")
     add("--steps", choices=STEPS, help="prefill: the last prompt token (the paper); all: every decoding step too")
-    add("--scale_layers", help="layers to scale: a range 8-20 or a list 3,5 (default: all)")
+    add_place_arguments(group)
     add("--alpha", type=float, help="one factor whatever the confidence (ScalingVis)")
     add("--confidence_threshold_low", type=float, help="below it: alpha_low")
     add("--confidence_threshold_high", type=float, help="from it on: alpha_high; between the two: alpha_middle")
@@ -61,7 +62,7 @@ def add_adaptviz_arguments(parser: argparse.ArgumentParser) -> None:
         add(f"--{name}", type=float, help="factor of that band; 1 changes nothing")
 
 
-def settings_of(args: argparse.Namespace, num_layers: int) -> AdaptViz:
+def settings_of(args: argparse.Namespace, job: Job) -> AdaptViz:
     """What the flags say. Raises ValueError."""
     if args.config and args.preset:
         raise ValueError("--config and --preset both choose the settings: give one of them")
@@ -76,8 +77,7 @@ def settings_of(args: argparse.Namespace, num_layers: int) -> AdaptViz:
     else:
         settings = AdaptViz(scope=args.scope or "target", bands=DEFAULTS[args.scope or "target"])
     names = {name: value for name in ("scope", "rule", "steps") if (value := getattr(args, name)) is not None}
-    if args.scale_layers:
-        names["layers"] = tuple(sorted(layer_range(num_layers, args.scale_layers)))
+    names |= place_of(args, job)
     if args.alpha is not None:
         names |= {"bands": Bands.fixed(args.alpha), "by_format": {}}
     elif changed:

@@ -16,11 +16,17 @@ from typing import Any
 
 import numpy as np
 
-from inference_optimization.llava_hound_dpo.adaptviz import DEFAULTS, SCOPES, STEPS, AdaptViz
+from inference_optimization.llava_hound_dpo.adaptviz import (
+    DEFAULTS,
+    SCOPES,
+    STEPS,
+    AdaptViz,
+    add_place_arguments,
+    place_of,
+)
 from inference_optimization.llava_hound_dpo.choose import Grid, describe, markdown, rows_of
 from inference_optimization.llava_hound_dpo.grid import ANOTHER, PLAIN, Variant, answer_grid
 from llava.answering import Job, add_arguments, identify, prepare, run
-from llava.attention import layer_range
 from llava.records import Question, read_json, texts
 from llava.runtime import is_main_process, leave, setup_logging, user_errors, write_text
 from llava.scaling import RULES
@@ -39,12 +45,14 @@ def main() -> None:
         job = prepare(args)
         base = check(args, job)
         variants = variants_of(args)
-        identity = identify(args, job) | {"variants": [f"{v.scope} {v.rule} {v.factor:g}" for v in variants]}
+        tried = {"variants": [f"{v.scope} {v.rule} {v.factor:g}" for v in variants]}
+        identity = identify(args, job) | tried | {"scale_heads": base.heads and base.heads.to_json()}
     grid_file = args.output / "grid.jsonl"
     layers = None if base.layers is None else frozenset(base.layers)
+    place = layers, base.heads and base.heads.by_layer
 
     def records_of(model, numbers, batch) -> list[dict[str, Any]]:
-        settings = args.max_new_tokens, args.steps == "all", layers
+        settings = args.max_new_tokens, args.steps == "all", *place
         confidence, answers = answer_grid(model, job.processor.tokenizer, batch, variants, *settings)
         return [
             {"number": number, "question_id": job.questions[number].id, "confidence": own, "texts": given}
@@ -63,14 +71,15 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add_arguments(parser)
     parser.set_defaults(attention_layers="none", attention_maps=0)
-    add = parser.add_argument_group("tuning").add_argument
+    group = parser.add_argument_group("tuning")
+    add = group.add_argument
     add("--share", type=float, default=0.2, help="share of the questions to choose on")
     add("--split_seed", type=int, default=0, help="which questions these are")
     add("--factors", type=float, nargs="+", default=FACTORS, help="factors to try")
     add("--scopes", nargs="+", choices=SCOPES, default=SCOPES, help="scopes to try")
     add("--rules", nargs="+", choices=RULES, default=RULES, help="rules to try")
     add("--steps", choices=STEPS, default="prefill", help="as of run_adaptive")
-    add("--scale_layers", help="as of run_adaptive")
+    add_place_arguments(group)
     add("--per_format", action="store_true", help="choose bands for every format")
     add("--scorer", choices=("auto", *SCORERS), default="auto", help="auto: choice where there are choices, else exact")
     return parser.parse_args()
@@ -87,10 +96,9 @@ def check(args: argparse.Namespace, job: Job) -> AdaptViz:
         raise ValueError(f"--factors {min(args.factors)}: a factor must be above 0")
     if args.output.exists() and not args.output.is_dir():
         raise NotADirectoryError(f"--output {args.output} is a file; give a folder")
-    layers = tuple(sorted(layer_range(job.num_layers, args.scale_layers))) if args.scale_layers else None
     scope = "target" if "target" in args.scopes else args.scopes[0]
-    base = AdaptViz(scope, steps=args.steps, layers=layers, bands=DEFAULTS[scope])
-    base.check(job.questions, job.num_layers)
+    base = AdaptViz(scope, steps=args.steps, bands=DEFAULTS[scope], **place_of(args, job))
+    base.check(job.questions, job.num_layers, job.num_heads)
     if scope == "all" and len(args.scopes) > 1:
         raise ValueError("scopes that need a target come with `target`: add it to --scopes, or give all alone")
     return base

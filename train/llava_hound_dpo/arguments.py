@@ -10,7 +10,15 @@ from pathlib import Path
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 
-from train.llava_hound_dpo.losses import ATTENTION_LOSSES, PREFERENCE_LOSSES, SMOOTHED, Weights
+from llava.heads import TOP
+from train.llava_hound_dpo.losses import (
+    ATTENTION_LOSSES,
+    DEFAULT,
+    PREFERENCE_LOSSES,
+    SCHEDULES,
+    SMOOTHED,
+    Weights,
+)
 
 # Flags of the earlier public scripts that mean nothing here, with what to do instead.
 RETIRED = {
@@ -98,18 +106,39 @@ class LossArguments:
     loss_type: str = field(default="sigmoid", metadata={"help": "Preference loss.", "choices": list(PREFERENCE_LOSSES)})
     label_smoothing: float = field(default=0.0, metadata={"help": "Assumed share of flipped pairs (sigmoid, robust)."})
     attention_weight: float = field(default=0.9, metadata={"help": "λ; 0 gives plain DPO or SFT."})
-    attention_threshold: float = field(default=0.75, metadata={"help": "τ: the ratio from which L_att (hinge) is 0."})
+    attention_threshold: str = field(  # read_threshold makes it a number or a table
+        default="0.75",
+        metadata={"help": "τ: the ratio from which L_att (hinge) is 0; or one by the pictures of a prompt, as "
+                  "2:0.85,3:0.8,default:0.75."},
+    )  # fmt: skip
     attention_loss: str = field(
         default="hinge",
         metadata={"help": "hinge: max(0, τ - R); log: -log R.", "choices": list(ATTENTION_LOSSES)},
     )
     attention_layers: str = field(
         default="auto",
-        metadata={"help": "Zero-based layers of R: a range 14-22, a list 3,5,7, or auto (14-22 of 32, scaled)."},
+        metadata={"help": "Zero-based layers of R: a range 14-22, a list 3,5,7, all, or auto (14-22 of 32, scaled)."},
+    )
+    attention_heads: str | None = field(
+        default=None,
+        metadata={"help": "File of scripts.discover_heads: R of its best heads (of attention_layers, if given) instead "
+                  "of all heads."},
+    )  # fmt: skip
+    top_heads: int = field(default=TOP, metadata={"help": "How many of the best heads."})
+    attention_carry: bool = field(
+        default=False, metadata={"help": "Heads count in R by the norm of what they carry to the residual stream."}
+    )
+    attention_warmup_share: float = field(
+        default=0.0, metadata={"help": "λ rises linearly from 0 over this first share (0..1) of the steps."}
+    )
+    attention_schedule: str = field(
+        default="constant",
+        metadata={"help": "λ after that: constant, or linearly down to 0 at the end.", "choices": list(SCHEDULES)},
     )
 
     def __post_init__(self):
-        numbers = ("dpo_alpha", "gamma", "attention_weight", "attention_threshold", "beta", "label_smoothing")
+        self.attention_threshold = read_threshold(self.attention_threshold)
+        numbers = ("dpo_alpha", "gamma", "attention_weight", "attention_warmup_share", "beta", "label_smoothing")
         for name in numbers:
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"--{name} {getattr(self, name)} must be a finite number")
@@ -123,11 +152,28 @@ class LossArguments:
             raise ValueError(f"--label_smoothing {self.label_smoothing} must be from 0 up to, not including, 0.5")
         if self.label_smoothing and self.loss_type not in SMOOTHED:
             raise ValueError(f"--loss_type {self.loss_type} knows no label smoothing; {' and '.join(SMOOTHED)} do")
+        if not 0 <= self.attention_warmup_share < 1:
+            raise ValueError(f"--attention_warmup_share {self.attention_warmup_share}: a share from 0 to below 1")
 
     def weights(self) -> Weights:
         """The same numbers as `losses.total_loss` takes them."""
         names = Weights.__dataclass_fields__
         return Weights(**{name: getattr(self, name) for name in names})
+
+
+def read_threshold(text: str | float | dict[str, float]) -> float | dict[str, float]:
+    """τ, or the table of `losses.threshold_of`. Raises ValueError."""
+    if isinstance(text, dict):
+        return text
+    words = [word.strip() if ":" in word else f"{DEFAULT}:{word}" for word in str(text).split(",")]
+    try:
+        table = {name: float(value) for name, value in (word.split(":") for word in words)}
+        is_known = all(name == DEFAULT or int(name) >= 1 for name in table)
+    except ValueError:
+        table, is_known = {}, False
+    if not is_known or DEFAULT not in table or len(table) < len(words) or not all(map(math.isfinite, table.values())):
+        raise ValueError(f"--attention_threshold {text}: write 0.75, or one by pictures as 2:0.85,3:0.8,default:0.75")
+    return table[DEFAULT] if len(table) == 1 else table
 
 
 @dataclass

@@ -15,6 +15,7 @@ from transformers import LlavaConfig, set_seed
 from llava.attention import layer_range
 from llava.checkpoints import find_source, image_tokens, load_config, load_model, load_processor
 from llava.checks import check_pictures
+from llava.heads import Heads, choose_heads
 from llava.image import ImageStore
 from llava.layout import PatchGrid
 from llava.records import read_preferences
@@ -64,6 +65,7 @@ class Inputs:
     grid: PatchGrid
     store: ImageStore
     layers: frozenset[int]
+    heads: Heads | None  # of these layers; None: all
     train: list[Pair]
     evaluation: list[Pair]
     dropped: list[Pair]
@@ -119,7 +121,7 @@ def read_inputs(model: ModelArguments, data: DataArguments, loss: LossArguments,
     config = load_config(source.path, source.image_tower)
     processor = load_processor(source.path, source.image_tower)
     grid = PatchGrid.of(processor.image_processor, config.vision_config, pad=data.image_aspect_ratio == "pad")
-    layers = layer_range(config.text_config.num_hidden_layers, loss.attention_layers)
+    layers, heads = _probed(loss, source.path, config)
     store = ImageStore(data.image_folder)
     pairs, dropped = _pairs(data.data_path, data, config, processor)
     if data.eval_data_path:
@@ -132,7 +134,18 @@ def read_inputs(model: ModelArguments, data: DataArguments, loss: LossArguments,
         raise ValueError("--eval_strategy needs something to evaluate on: give --eval_split or --eval_data_path")
     if is_main_process():  # if it finds something it ends, and the launcher ends the others
         check_pictures([pair.record for pair in (*train, *evaluation)], store, grid, data.check_images)
-    return Inputs(config, processor, grid, store, layers, train, evaluation, dropped)
+    return Inputs(config, processor, grid, store, layers, heads, train, evaluation, dropped)
+
+
+def _probed(loss: LossArguments, model: str, config: LlavaConfig) -> tuple[frozenset[int], Heads | None]:
+    """Layers and heads of the attention term."""
+    num_layers, num_heads = config.text_config.num_hidden_layers, config.text_config.num_attention_heads
+    layers = layer_range(num_layers, loss.attention_layers)
+    if not loss.attention_heads:
+        return layers, None
+    among = None if loss.attention_layers == "auto" else layers
+    heads = choose_heads(loss.attention_heads, loss.top_heads, model, num_layers, num_heads, among)
+    return heads.layers, heads
 
 
 def refuse_data_parallel(args: TrainArguments) -> None:
@@ -182,6 +195,8 @@ def build_trainer(policy, model, loss, args, inputs: Inputs, identity: dict[str,
         processing_class=inputs.processor,
         weights=weights,
         layers=inputs.layers,
+        heads=inputs.heads and inputs.heads.chosen(inputs.config.text_config.num_attention_heads),
+        carries=loss.attention_carry,
         image_token=inputs.config.image_token_id,
         reference=reference,
         identity=identity,
@@ -194,6 +209,7 @@ def describe_run(model, data, loss, args, inputs: Inputs) -> dict[str, Any]:
     return {
         **{f.name: getattr(model, f.name) for f in dataclasses.fields(model)},
         **{f.name: getattr(loss, f.name) for f in dataclasses.fields(loss)},
+        "attention_heads": inputs.heads and inputs.heads.to_json(),  # wherever their file lies
         **{name: getattr(args, name) for name in SCHEDULE},
         "image_aspect_ratio": data.image_aspect_ratio,
         "world_size": world_size(),
@@ -215,6 +231,7 @@ def record_run(model, data, loss, args, inputs: Inputs) -> None:
         data=dataclasses.asdict(data),
         loss=dataclasses.asdict(loss),
         attention_layers=sorted(inputs.layers),
+        attention_heads=inputs.heads and inputs.heads.to_json(),
         training=args.to_dict(),
         counts=counts,
     )

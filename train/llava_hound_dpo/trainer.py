@@ -15,7 +15,7 @@ from tqdm import tqdm
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from llava.attention import attention_ratio
+from llava.attention import attention_ratio, mean_over_layers
 from llava.checkpoints import PROJECTOR
 from llava.records import FORMATS
 from llava.runtime import is_main_process, write_text
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 METRICS = (
     "losses/total", "losses/dpo", "losses/sft", "losses/attention",
-    "attention/ratio", *(f"attention/ratio_{name}" for name in FORMATS), "attention/image_mass",
+    "attention/ratio", *(f"attention/ratio_{name}" for name in FORMATS), "attention/image_mass", "attention/weight",
     "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
     "logps/chosen", "logps/rejected",
 )  # fmt: skip
@@ -38,7 +38,8 @@ COMPLETE = "complete.json"  # written last into a checkpoint: without it a kill 
 class AttentionAwareDPOTrainer(Trainer):
     """Trains a LLaVA, with or without LoRA, on packed preference pairs.
 
-    `layers` are the probed layers of the language model. `reference` is needed for full fine-tuning with a DPO share
+    `layers` are the probed layers of the language model, `heads` (L, H) has a 1 for those of their heads that count
+    (None: all), with `carries` by what they carry. `reference` is needed for full fine-tuning with a DPO share
     and must be None with LoRA, where the reference is the model with its adapter off. `identity` describes the
     experiment; a checkpoint of another one is not resumed.
     """
@@ -49,12 +50,15 @@ class AttentionAwareDPOTrainer(Trainer):
         weights: Weights,
         layers: frozenset[int],
         image_token: int,
+        heads: Tensor | None = None,
+        carries: bool = False,
         reference: ReferenceCache | None = None,
         identity: Mapping[str, Any] | None = None,
         **kwargs,
     ):
         super().__init__(*args, data_collator=PairCollator(image_token, weights.needs_rejected), **kwargs)
         self.weights, self.layers, self.reference = weights, layers, reference
+        self.heads, self.carries = heads, carries
         self.model_accepts_loss_kwargs = False  # our loss is a mean over pairs: let the Trainer average micro-batches
         self.compute_metrics = _mean_metrics
         self._sums = torch.zeros(2, len(METRICS), dtype=torch.float64)
@@ -76,15 +80,16 @@ class AttentionAwareDPOTrainer(Trainer):
         row, pictures = inputs["row"], self._pictures(inputs["pixel_values"])
         dataset = self.train_dataset if model.training else self.eval_dataset
         reference = self._reference(model, inputs, pictures, dataset) if self.weights.needs_rejected else None
-        policy = score(model, row, **pictures, layers=self.layers)
-        ratio = attention_ratio(policy.masses).mean(dim=0)
+        policy = score(model, row, **pictures, layers=self.layers, heads=self.heads, carries=self.carries)
+        ratio = mean_over_layers(attention_ratio(policy.masses), self.heads)
         z = self._margin(policy, reference) if reference else None
-        loss, parts = total_loss(self.weights, policy.chosen, policy.chosen_tokens, ratio, z)
+        weights = self._weights(model.training)
+        loss, parts = total_loss(weights, policy.chosen, policy.chosen_tokens, ratio, z, inputs["num_images"])
         if not torch.isfinite(parts["total"]).all():
             bad = inputs["index"][~torch.isfinite(parts["total"])].tolist()
             names = ", ".join(dataset.pairs[i].record.where for i in bad)
             raise FloatingPointError(f"the loss is not finite at step {self.state.global_step + 1}: {names}")
-        metrics = self._metrics(parts, policy, reference, ratio, inputs["format"])
+        metrics = self._metrics(parts, policy, reference, ratio, inputs["format"], weights)
         if model.training:
             self._remember(metrics)
         return (loss, metrics) if return_outputs else loss
@@ -162,16 +167,24 @@ class AttentionAwareDPOTrainer(Trainer):
         with torch.no_grad(), self.accelerator.unwrap_model(model).disable_adapter():
             return score(model, inputs["row"], **pictures)
 
+    def _weights(self, is_training: bool) -> Weights:
+        """λ as of this step; in evaluations what it is at most, so that they can be compared with each other."""
+        return self.weights.at(self.state.global_step / max(1, self.state.max_steps)) if is_training else self.weights
+
     def _margin(self, policy: Scores, reference: Scores) -> Tensor:
         if self.weights.averages_logps:
             return logits_margin(*policy.per_token, *reference.per_token)
         return logits_margin(policy.chosen, policy.rejected, reference.chosen, reference.rejected)
 
-    def _metrics(self, parts: dict, policy: Scores, reference: Scores | None, ratio: Tensor, formats: Tensor) -> Tensor:
+    def _metrics(
+        self, parts: dict, policy: Scores, reference: Scores | None, ratio: Tensor, formats: Tensor, weights: Weights
+    ) -> Tensor:
         """(N, metrics) matrix of one batch, NaN where a metric does not apply to a pair."""
         found = {f"losses/{name}": value for name, value in parts.items()}
         found |= {"logps/chosen": policy.chosen, "attention/ratio": ratio}
-        found["attention/image_mass"] = policy.masses[..., 1].mean(dim=0)
+        found["attention/image_mass"] = mean_over_layers(policy.masses[..., 1], self.heads)
+        if self.weights.is_scheduled:
+            found["attention/weight"] = torch.full_like(ratio, weights.attention_weight)
         for number, name in enumerate(FORMATS):
             found[f"attention/ratio_{name}"] = torch.where(formats == number, ratio, math.nan)
         if reference is not None:
