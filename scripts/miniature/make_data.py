@@ -3,6 +3,8 @@
 Writes preference pairs (train.json, validation.json), test questions (test.json: the three multi-image formats and
 plain single images) and their pictures under DIR/images. The same seed writes the
 same bytes. A rejected answer is true of another image of its prompt: the confusion that the project treats.
+On demand also training questions without pairs (instructions.json, for data_gen), pairs about single images
+(single.json) and validation questions (validation_questions.json).
 """
 
 import argparse
@@ -14,25 +16,36 @@ from PIL import Image
 from tqdm import tqdm
 
 from scripts.miniature.prompts import MULTI_IMAGE_TYPES, Prompt, sample_prompt
+from scripts.miniature.world import ATTRIBUTES
+
+OTHER_IMAGE, RANDOM = "other_image", "random"
+EVERY_TYPE = (*MULTI_IMAGE_TYPES, "single")
+ON_DEMAND = ("instructions", "single", "validation_questions")
 
 
 def main() -> None:
-    """Writes the four files of one data set."""
+    """Writes the files of one data set; the seed of each is its own, so that one more changes no other."""
     args = parse_args()
     num_validation = args.num_test if args.num_validation is None else args.num_validation
     files = [
-        ("train", "train", args.num_train, MULTI_IMAGE_TYPES, preference),
-        ("validation", "validation", num_validation, MULTI_IMAGE_TYPES, preference),
-        ("test", "test", args.num_test, (*MULTI_IMAGE_TYPES, "single"), question),
+        ("train", "train", args.num_train, MULTI_IMAGE_TYPES, args.rejected),
+        ("validation", "validation", num_validation, MULTI_IMAGE_TYPES, OTHER_IMAGE),
+        ("test", "test", args.num_test, EVERY_TYPE, None),
+        ("instructions", "train", args.num_instructions, MULTI_IMAGE_TYPES, None),
+        ("single", "train", args.num_single, ("single",), RANDOM),
+        ("validation_questions", "validation", args.num_validation_questions, EVERY_TYPE, None),
     ]
-    for number, (name, split, size, image_types, make_record) in enumerate(files):
+    for number, (name, split, size, image_types, rejected) in enumerate(files):
+        if not size and name in ON_DEMAND:
+            continue
         rng = np.random.default_rng([args.seed, number])
         records = []
         for index in tqdm(range(size), desc=name, unit="record"):
             prompt = sample_prompt(rng, split, image_types[index % len(image_types)])
             record_id = f"{name}_{index:06d}"
             images = save_pictures(prompt.pictures(), args.output / "images", name, record_id)
-            records.append({"id": record_id, "image": images} | make_record(prompt, rng))
+            fields = preference(prompt, rejected, rng) if rejected else question(prompt)
+            records.append({"id": record_id, "image": images} | fields)
         lines = ",\n".join(json.dumps(record) for record in records)
         (args.output / f"{name}.json").write_text(f"[\n{lines}\n]\n", encoding="utf-8")
 
@@ -44,17 +57,28 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--num_train", type=int, default=1800, help="preference pairs for training")
     parser.add_argument("--num_validation", type=int, help="held-out preference pairs (default: num_test)")
     parser.add_argument("--num_test", type=int, default=800, help="test questions, a quarter a format")
+    parser.add_argument("--num_instructions", type=int, default=0, help="training questions for data_gen")
+    parser.add_argument("--num_single", type=int, default=0, help="training pairs about a single image")
+    parser.add_argument("--num_validation_questions", type=int, default=0, help="as test questions, other combinations")
+    parser.add_argument(
+        "--rejected",
+        choices=[OTHER_IMAGE, RANDOM],
+        default=OTHER_IMAGE,
+        help="of train.json: true of another image, or any other value of the attribute",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the draw; the held-out combinations stay the same")
     return parser.parse_args()
 
 
-def preference(prompt: Prompt, rng: np.random.Generator) -> dict:
-    """The fields of a preference pair; the rejected answer is that of another image, at random."""
-    pair = {"prompt": prompt.text, "chosen": prompt.answer, "rejected": str(rng.choice(prompt.others))}
-    return pair | where(prompt) | {"rejected_from": "other_image"}
+def preference(prompt: Prompt, rejected_from: str, rng: np.random.Generator) -> dict:
+    """The fields of a preference pair; the rejected answer is that of another image, or any wrong one, at random."""
+    wrong = [value for value in ATTRIBUTES[prompt.attribute] if value != prompt.answer]
+    rejected = str(rng.choice(prompt.others if rejected_from == OTHER_IMAGE else wrong))
+    pair = {"prompt": prompt.text, "chosen": prompt.answer, "rejected": rejected}
+    return pair | where(prompt) | {"rejected_from": rejected_from}
 
 
-def question(prompt: Prompt, rng: np.random.Generator) -> dict:
+def question(prompt: Prompt) -> dict:
     """The fields of a test question; `others` holds the answers that are true of the other images."""
     return {"prompt": prompt.text, "answer": prompt.answer, "others": prompt.others} | where(prompt)
 

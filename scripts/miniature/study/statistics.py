@@ -1,0 +1,115 @@
+"""How sure a comparison of training runs is: intervals over seeds, and resampling of seeds and questions together.
+
+Letters: S seeds, Q questions, C draws.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+LEVEL = 0.95
+SAMPLES = 10_000
+DRAWS_AT_ONCE = 500  # counts of every question held in memory at a time
+POINTS = 20_001  # of the integral below: quantiles are right to four digits
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean with its 95 % interval; no interval (None) of fewer than two values."""
+
+    mean: float
+    low: float | None
+    high: float | None
+
+
+def seed_interval(values: Sequence[float], level: float = LEVEL) -> Interval:
+    """Mean over seeds with Student's t interval: what another set of seeds would give, the data being the same."""
+    if not len(values):
+        raise ValueError("an interval needs at least one value")
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return Interval(mean, None, None)
+    half = t_quantile(len(values) - 1, level) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    return Interval(mean, mean - half, mean + half)
+
+
+@lru_cache
+def t_quantile(degrees: int, level: float = LEVEL) -> float:
+    """The t that a two-sided interval of this level reaches to, by integrating Student's density and bisecting."""
+    low, high = 0.0, 1000.0
+    while high - low > 1e-7:
+        middle = (low + high) / 2
+        low, high = (middle, high) if _central_probability(middle, degrees) < level else (low, middle)
+    return (low + high) / 2
+
+
+def _central_probability(t: float, degrees: int) -> float:
+    """P(|T| < t), integrated over the angle whose tangent is T / sqrt(degrees), where the density is a power of cos."""
+    angles = np.linspace(0.0, math.atan(t / math.sqrt(degrees)), POINTS)
+    density = np.cos(angles) ** (degrees - 1)
+    scale = math.exp(math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2)) / math.sqrt(math.pi)
+    return 2 * scale * float((density[1:] + density[:-1]).sum() / 2 * (angles[1] - angles[0]))
+
+
+def mean_of_groups(scores: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """(S,) mean over groups of the mean in each group: every format counts the same. `scores` (S, Q), `groups` (Q,)."""
+    return np.stack([scores[:, groups == group].mean(axis=1) for group in np.unique(groups)]).mean(axis=0)
+
+
+def resampled(
+    matrices: Sequence[np.ndarray], groups: np.ndarray, samples: int = SAMPLES, seed: int = 0
+) -> list[np.ndarray]:
+    """For each (S, Q) matrix (C,) means of groups when seeds, and questions within each group, are drawn again.
+
+    All matrices share each draw: they are paired by seed and by question. A percentile interval of five seeds is
+    somewhat narrow; `seed_interval` of the differences stands beside it.
+    """
+    assert len({matrix.shape for matrix in matrices}) == 1, "paired matrices have the same seeds and questions"
+    rng = np.random.default_rng(seed)
+    num_seeds, parts = len(matrices[0]), [np.flatnonzero(groups == group) for group in np.unique(groups)]
+    drawn: list[list[np.ndarray]] = [[] for _ in matrices]
+    for start in range(0, samples, DRAWS_AT_ONCE):
+        size = min(DRAWS_AT_ONCE, samples - start)
+        seeds = rng.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), size) / num_seeds  # (C, S)
+        weights = np.zeros((size, len(groups)))  # (C, Q)
+        for part in parts:
+            weights[:, part] = rng.multinomial(len(part), np.full(len(part), 1 / len(part)), size) / len(part)
+        for own, matrix in zip(drawn, matrices, strict=True):
+            own.append(((weights @ matrix.T) * seeds).sum(axis=1) / len(parts))
+    return [np.concatenate(own) for own in drawn]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Second - first, paired by seed and by question."""
+
+    over_seeds: Interval  # t interval of the differences of each seed
+    low: float  # percentiles of the resampled difference
+    high: float
+    p: float  # two-sided, of the resampled difference
+    relative: Interval  # second / first - 1, resampled
+
+
+def compare(first: np.ndarray, second: np.ndarray, groups: np.ndarray, samples: int = SAMPLES) -> Comparison:
+    """Two models (or sets of models) on the same questions: (S, Q) scores each, groups (Q,) of equal weight."""
+    means = mean_of_groups(first, groups), mean_of_groups(second, groups)
+    before, after = resampled([first, second], groups, samples)
+    low, high = percentiles(after - before)
+    ratio = after / np.maximum(before, 1e-9) - 1
+    relative = Interval(float(means[1].mean() / max(means[0].mean(), 1e-9) - 1), *percentiles(ratio))
+    return Comparison(seed_interval(means[1] - means[0]), low, high, two_sided_p(after - before), relative)
+
+
+def percentiles(draws: np.ndarray, level: float = LEVEL) -> tuple[float, float]:
+    """Bounds of the central share `level` of the draws."""
+    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def two_sided_p(draws: np.ndarray) -> float:
+    """Twice the smaller share of draws on one side of 0, at most 1; never 0, because draws are finite."""
+    smaller = min(np.count_nonzero(draws <= 0), np.count_nonzero(draws >= 0))
+    return min(1.0, 2 * (1 + smaller) / (len(draws) + 1))
