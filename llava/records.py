@@ -83,7 +83,7 @@ def read_preferences(path: str | Path) -> list[Preference]:
 
 def read_questions(path: str | Path) -> list[Question]:
     """Questions of a test set, JSON array or JSONL. Raises DataError, FileNotFoundError."""
-    return _read(path, _parse_question)
+    return _read(path, parse_question)
 
 
 def read_prompts(path: str | Path) -> list[Question]:
@@ -185,13 +185,14 @@ def parse_preference(raw: Any, where: str) -> Preference:
     return Preference(**prompt, chosen=chosen.strip(), rejected=rejected.strip())
 
 
-def _parse_question(raw: Any, where: str) -> Question:
+def parse_question(raw: Any, where: str) -> Question:
+    """One question of a test set. Raises ValueError saying what is wrong with it."""
     return Question(**_parse_prompt(raw, where, KNOWN | {"answer"}), answer=_text(raw, "answer").strip())
 
 
 def _parse_prompt_of_any(raw: Any, where: str) -> Question:
     is_pair = isinstance(raw, dict) and "chosen" in raw and "answer" not in raw
-    return _parse_question({**raw, "answer": raw["chosen"]} if is_pair else raw, where)
+    return parse_question({**raw, "answer": raw["chosen"]} if is_pair else raw, where)
 
 
 def _parse_instruction(raw: Any, where: str) -> Question:

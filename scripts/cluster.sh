@@ -1,5 +1,6 @@
 # Sourced by the launch scripts, from the repository root: how many processes, on how many nodes.
-# Sets NPROC (processes per node) and the array LAUNCH (the torchrun command).
+# Sets NPROC (processes per node), and the arrays LAUNCH (the torchrun command) and ANSWER (the same for stages that only
+# answer, but plain python for one process: torchrun would bury a one-line error under its own report).
 
 if [[ -z ${NPROC:-} ]]; then
   if [[ -n ${CUDA_VISIBLE_DEVICES:-} ]]; then
@@ -23,3 +24,5 @@ if ((${SLURM_NNODES:-1} > 1)); then
 else
   LAUNCH+=(--standalone)
 fi
+ANSWER=("${LAUNCH[@]}")
+if ((NPROC == 1 && ${SLURM_NNODES:-1} == 1)); then ANSWER=(python); fi

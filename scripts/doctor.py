@@ -22,7 +22,7 @@ from llava.checkpoints import check_tensors, find_source, image_tokens, load_con
 from llava.checks import check_pictures
 from llava.image import ImageStore
 from llava.layout import PatchGrid
-from llava.records import DataError, name_of, parse_preference, read_json
+from llava.records import DataError, name_of, parse_preference, parse_question, read_json
 from llava.runtime import git_commit, setup_logging, versions, without_compiler
 from scripts import selftest
 from train.llava_hound_dpo.data import describe, tokenize, within_length
@@ -76,7 +76,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model_name_or_path", help="checkpoint or adapter of any dialect")
     parser.add_argument("--image_tower", help="vision tower of an original checkpoint")
-    parser.add_argument("--data_path", type=Path, help="preference pairs (train.json)")
+    parser.add_argument("--data_path", type=Path, help="preference pairs (train.json) or a test set")
     parser.add_argument("--image_folder", help="folder, .zip or .tar of the pictures")
     parser.add_argument("--model_max_length", type=int, default=4096, help="tokens that a pair may have")
     parser.add_argument("--fix_list", "--fix-list", type=Path, help="write the ids of bad records here (JSON)")
@@ -136,10 +136,13 @@ def check_data(report: Report, args: argparse.Namespace, processor) -> None:
         return
     config = load_config(args.model_name_or_path, args.image_tower)
     grid = PatchGrid.of(processor.image_processor, config.vision_config, pad=True)
-    pairs, problems = [], []
+    pairs, questions, problems = [], [], []
     for number, record in enumerate(raw, 1):
         where = name_of(args.data_path, number, record)
         try:
+            if is_question(record):
+                questions.append(parse_question(record, where))
+                continue
             parsed = parse_preference(record, where)
             pairs += tokenize([parsed], processor.tokenizer, config.image_token_id, grid.num_tokens)
         except DataError as error:
@@ -147,7 +150,8 @@ def check_data(report: Report, args: argparse.Namespace, processor) -> None:
         except ValueError as error:
             problems.append(f"{where}: {error}")
     problems += list(problems_of(within_length, pairs, args.model_max_length, "error"))
-    problems += list(problems_of(check_pictures, [pair.record for pair in pairs], store, grid, "full"))
+    records = [*(pair.record for pair in pairs), *questions]
+    problems += list(problems_of(check_pictures, records, store, grid, "full"))
     problems += repeated_ids(args.data_path, raw)
     report.bad_records = bad_ids(args.data_path, raw, problems)
     for problem in problems[:SHOWN]:
@@ -155,11 +159,19 @@ def check_data(report: Report, args: argparse.Namespace, processor) -> None:
     if len(problems) > SHOWN:
         report.problems += len(problems) - SHOWN
         print(f"  ...   and {len(problems) - SHOWN} more")
+    if records:
+        report.ok(f"{len(raw):,} records, {len(report.bad_records):,} of them bad")
+    if questions:
+        report.ok(f"questions of a test set: {dict(Counter(question.image_type for question in questions))}")
     if pairs:
         counts = describe(pairs)
-        report.ok(f"{len(raw):,} records, {len(report.bad_records):,} of them bad")
         report.ok(f"formats: {counts['by_format']}, images: {counts['by_images']} (number in a prompt: pairs)")
         report.ok(f"tokens of prompt and longer answer: {counts['tokens']}")
+
+
+def is_question(record) -> bool:
+    """Whether a record is of a test set: it has the true answer, and no pair of a better and a worse one."""
+    return isinstance(record, dict) and "answer" in record and "chosen" not in record
 
 
 def problems_of(check, *arguments) -> Iterator[str]:

@@ -41,6 +41,18 @@ def test_clean_input_passes_with_counts(examine, data, clean, checkpoint):
     assert "region mass equals eager attention" in printed
 
 
+def test_a_test_set_is_examined_too(examine, data, clean, checkpoint):
+    questions = [
+        {**{k: v for k, v in record.items() if k not in ("chosen", "rejected")}, "answer": record["chosen"]}
+        for record in clean
+    ]
+    questions[2]["image"][0] = "no.png"
+    words = ["--model_name_or_path", checkpoint, "--data_path", data(questions), "--image_folder", data.images]
+    code, failures, printed = examine(*words)
+    assert code == 1 and len(failures) == 1 and "no.png: no such picture" in failures[0], printed
+    assert "questions of a test set: {'sequence': 4}" in printed
+
+
 def fault(**changes):
     return lambda record, images: record.update(changes)
 

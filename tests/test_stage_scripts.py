@@ -70,6 +70,13 @@ def test_knobs_from_the_environment_arrive(launch, script):  # noqa: F811
     assert set(own.values()) <= set(words)
 
 
+@pytest.mark.parametrize("script", [INFERENCE, ADAPTIVE, PAIRS], ids=lambda path: path.name)
+def test_one_process_needs_no_torchrun_several_do(launch, script):  # noqa: F811
+    assert launch(script=script)[2][-1].program == "python"
+    several = launch(script=script, NPROC="3")[2][-1]
+    assert several.program == "torchrun" and several.flags["nproc_per_node"] == "3"
+
+
 def test_scope_and_config_of_adaptviz_are_passed_only_if_given(launch):  # noqa: F811
     flags = launch(script=ADAPTIVE)[2][-1].flags
     assert not {"scope", "config"} & flags.keys()

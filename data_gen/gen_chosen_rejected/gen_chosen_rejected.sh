@@ -24,5 +24,5 @@ done
 [[ -f scripts/cluster.sh ]] || { echo "repository not found: submit from inside it" >&2; exit 2; }
 source scripts/cluster.sh
 
-exec "${LAUNCH[@]}" -m data_gen.gen_chosen_rejected --model_name_or_path "$MODEL" --instructions "$INSTRUCTIONS" \
+exec "${ANSWER[@]}" -m data_gen.gen_chosen_rejected --model_name_or_path "$MODEL" --instructions "$INSTRUCTIONS" \
   --image_folder "$IMAGES" --output "$OUTPUT" --batch_size "$BATCH" "$@" # killed or requeued, it goes on where it was

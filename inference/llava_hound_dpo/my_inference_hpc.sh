@@ -24,5 +24,5 @@ done
 [[ -f scripts/cluster.sh ]] || { echo "repository not found: submit from inside it" >&2; exit 2; }
 source scripts/cluster.sh
 
-exec "${LAUNCH[@]}" -m inference.llava_hound_dpo.run_inference --model_name_or_path "$MODEL" --data_path "$DATA" \
+exec "${ANSWER[@]}" -m inference.llava_hound_dpo.run_inference --model_name_or_path "$MODEL" --data_path "$DATA" \
   --image_folder "$IMAGES" --output "$OUTPUT" --batch_size "$BATCH" "$@"

@@ -29,5 +29,5 @@ source scripts/cluster.sh
 rule=()
 [[ -z $SCOPE ]] || rule+=(--scope "$SCOPE")
 [[ -z $CONFIG ]] || rule+=(--config "$CONFIG")
-exec "${LAUNCH[@]}" -m inference_optimization.llava_hound_dpo.run_adaptive --model_name_or_path "$MODEL" \
+exec "${ANSWER[@]}" -m inference_optimization.llava_hound_dpo.run_adaptive --model_name_or_path "$MODEL" \
   --data_path "$DATA" --image_folder "$IMAGES" --output "$OUTPUT" --batch_size "$BATCH" "${rule[@]}" "$@"
