@@ -19,7 +19,7 @@ from llava.checkpoints import find_source, weight_digest
 from llava.generation import PromptBatch, generate
 from llava.heads import TOP, Ranking, rank, shares_of_parts
 from llava.records import Question, read_prompts
-from llava.runtime import setup_logging, user_errors
+from llava.runtime import ArgumentParser, setup_logging, user_errors
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ def main() -> None:
 
 def parse_args() -> argparse.Namespace:
     """The command line, with what `prepare` needs."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add = parser.add_argument
     add("--data_path", required=True, help="test set or preference pairs, not those to be tested on")
     add("--output", type=Path, required=True, help="file to write (heads.json)")

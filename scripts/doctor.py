@@ -23,7 +23,7 @@ from llava.checks import check_pictures
 from llava.image import ImageStore
 from llava.layout import PatchGrid
 from llava.records import DataError, name_of, parse_preference, parse_question, read_json
-from llava.runtime import git_commit, setup_logging, versions, without_compiler
+from llava.runtime import ArgumentParser, git_commit, setup_logging, versions, without_compiler
 from scripts import selftest
 from train.llava_hound_dpo.data import describe, tokenize, within_length
 
@@ -73,7 +73,7 @@ def main() -> None:
 
 def parse_args() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model_name_or_path", help="checkpoint or adapter of any dialect")
     parser.add_argument("--image_tower", help="vision tower of an original checkpoint")
     parser.add_argument("--data_path", type=Path, help="preference pairs (train.json) or a test set")

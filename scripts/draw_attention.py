@@ -20,7 +20,7 @@ from llava.heads import add_head_arguments
 from llava.heatmap import attention_map, draw_prompt, patch_masses
 from llava.layout import needs_sizes, target_box
 from llava.records import read_answers
-from llava.runtime import setup_logging, user_errors
+from llava.runtime import ArgumentParser, setup_logging, user_errors
 
 
 def main() -> None:
@@ -52,7 +52,7 @@ def main() -> None:
 
 def parse_args() -> argparse.Namespace:
     """The command line, with what `prepare` needs."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add = parser.add_argument
     add("--model_name_or_path", required=True, help="checkpoint or adapter of any dialect")
     add("--only_base_model", action="store_true", help="look with the base below the adapter")

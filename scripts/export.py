@@ -15,7 +15,7 @@ from peft import PeftModel
 from llava.checkpoints import image_tokens, load_model, load_processor
 from llava.conversation import SYSTEM
 from llava.original import write_checkpoint
-from llava.runtime import setup_logging, stop, user_errors
+from llava.runtime import ArgumentParser, setup_logging, stop, user_errors
 
 logger = logging.getLogger("scripts.export")
 
@@ -62,7 +62,7 @@ def main() -> None:
 
 def parse_args() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model_name_or_path", required=True, help="adapter or checkpoint of any dialect")
     parser.add_argument("--output", type=Path, required=True, help="folder to write, new or empty")
     parser.add_argument("--format", choices=["hf", "original"], default="hf", help="layout (default: hf)")

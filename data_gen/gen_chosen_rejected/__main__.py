@@ -24,7 +24,7 @@ from llava.checks import check_pictures
 from llava.heads import add_head_arguments
 from llava.image import ImageStore
 from llava.records import Question, read_instructions, refuse_duplicates
-from llava.runtime import is_main_process, leave, setup_logging, user_errors, write_run_json
+from llava.runtime import ArgumentParser, is_main_process, leave, setup_logging, user_errors, write_run_json
 
 logger = logging.getLogger("data_gen.gen_chosen_rejected")
 MODEL, OTHER_IMAGE = "model", "other_image"
@@ -59,7 +59,7 @@ def main() -> None:
 
 def parse_args() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add = parser.add_argument
     # fmt: off
     add("--instructions", required=True, help="instructions.jsonl of data_gen.gen_instruction, or a test set")

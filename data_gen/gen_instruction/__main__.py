@@ -32,7 +32,7 @@ from data_gen.gen_instruction.schedule import (
 from data_gen.gen_instruction.workers import WorkerKilled, ordered
 from data_gen.sources import Sources
 from data_gen.tables import stamp
-from llava.runtime import setup_logging, stop, user_errors
+from llava.runtime import ArgumentParser, setup_logging, stop, user_errors
 
 logger = logging.getLogger("data_gen.gen_instruction")
 NOT_OF_THE_DATA = {"output", "num_workers", "strict"}  # flags that do not change what is written
@@ -65,7 +65,7 @@ def main() -> int:
 
 def parse_args() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     # fmt: off
     parser.add_argument("--format", choices=[*FORMATS, "mix"], required=True,
                         help="sequence: several pictures; collage: numbered ones in one; pip: one inside another")

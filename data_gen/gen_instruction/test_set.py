@@ -26,7 +26,7 @@ from data_gen.gen_instruction.workers import WorkerKilled, ordered
 from data_gen.pictures import PictureFiles, decode, fingerprint
 from data_gen.sources import Sources
 from llava.records import name_of, read_json
-from llava.runtime import setup_logging, stop, user_errors, write_run_json, write_text
+from llava.runtime import ArgumentParser, setup_logging, stop, user_errors, write_run_json, write_text
 
 logger = logging.getLogger("data_gen.gen_instruction")
 SIZES = {"sequence": (2, 3, 4, 5), "collage": tuple(GRIDS), "pip": (2,)}  # pictures of a prompt
@@ -64,7 +64,7 @@ def main() -> int:
 
 def parse_args() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add_common(parser)
     parser.add_argument("--num_per_format", type=int, default=500, help="questions of each format (default: 500)")
     parser.add_argument("--seed", type=int, default=42, help="of everything drawn by chance (default: 42)")

@@ -25,7 +25,7 @@ from data_gen.mix.merge import Item, Merged, data_digest, merge
 from data_gen.mix.published import read_published, refuse_leaks, report
 from data_gen.mix.splitting import OVERLAPS, split
 from llava.checks import DEPTHS
-from llava.runtime import setup_logging, user_errors, write_run_json, write_text
+from llava.runtime import ArgumentParser, setup_logging, user_errors, write_run_json, write_text
 
 logger = logging.getLogger("data_gen.mix")
 
@@ -165,7 +165,7 @@ def import_(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
 
 def _parser(command: str) -> argparse.ArgumentParser:
     name = "python -m data_gen.mix" + ("" if command == "mix" else f" {command}")
-    return argparse.ArgumentParser(name, description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    return ArgumentParser(name, description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from inference.llava_hound_dpo.report import report
 from inference.llava_hound_dpo.summary import Asked, Row, compare, judge, summarize
 from llava.image import ImageStore
 from llava.records import Answer, DataError, Question, read_answers, read_questions, refuse_duplicates, texts
-from llava.runtime import setup_logging, user_errors, write_text
+from llava.runtime import ArgumentParser, setup_logging, user_errors, write_text
 from llava.scorers import SCORERS
 
 log = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Reads, scores, writes scores.json, scores.md and report.html, and logs the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--answers", type=Path, nargs="+", required=True, help="answers.jsonl, one file a model")
     parser.add_argument("--questions", type=Path, help="the test set: what is not answered then counts as missing")
     parser.add_argument(

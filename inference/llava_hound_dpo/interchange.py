@@ -22,7 +22,7 @@ from inference.llava_hound_dpo.interchange_formats import COLUMNS, item_of, prom
 from inference.llava_hound_dpo.interchange_readers import Row, picture_file, read_rows
 from inference.llava_hound_dpo.interchange_writers import WRITERS, export
 from llava.records import read_questions, refuse_duplicates
-from llava.runtime import setup_logging, user_errors, write_run_json, write_text
+from llava.runtime import ArgumentParser, setup_logging, user_errors, write_run_json, write_text
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     into = commands.add_parser("import", help="a data set becomes a test set")
     into.add_argument("--from", dest="source_name", choices=COLUMNS, required=True, help="which data set it is")

@@ -7,12 +7,12 @@ import argparse
 import sys
 
 from llava.answering import add_arguments, generated, identify, prepare, run
-from llava.runtime import leave, setup_logging, user_errors
+from llava.runtime import ArgumentParser, leave, setup_logging, user_errors
 
 
 def main() -> None:
     """Check, answer what is not answered yet, merge."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add_arguments(parser)
     args = parser.parse_args()
     setup_logging()

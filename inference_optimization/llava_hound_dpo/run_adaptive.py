@@ -21,7 +21,7 @@ from inference_optimization.llava_hound_dpo.adaptviz import (
     read_config,
 )
 from llava.answering import Job, add_arguments, generated, identify, prepare, run
-from llava.runtime import leave, setup_logging, user_errors
+from llava.runtime import ArgumentParser, leave, setup_logging, user_errors
 from llava.scaling import RULES
 
 THRESHOLDS = {"confidence_threshold_low": "low", "confidence_threshold_high": "high"}
@@ -30,7 +30,7 @@ FACTORS = ("alpha_low", "alpha_middle", "alpha_high")
 
 def main() -> None:
     """Check, answer what is not answered yet, merge."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add_arguments(parser)
     add_adaptviz_arguments(parser)
     args = parser.parse_args()

@@ -28,7 +28,7 @@ from inference_optimization.llava_hound_dpo.choose import Grid, describe, markdo
 from inference_optimization.llava_hound_dpo.grid import ANOTHER, PLAIN, Variant, answer_grid
 from llava.answering import Job, add_arguments, identify, prepare, run
 from llava.records import Question, read_json, texts
-from llava.runtime import is_main_process, leave, setup_logging, user_errors, write_text
+from llava.runtime import ArgumentParser, is_main_process, leave, setup_logging, user_errors, write_text
 from llava.scaling import RULES
 from llava.scorers import SCORERS, score
 
@@ -68,7 +68,7 @@ def main() -> None:
 
 def parse_args() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add_arguments(parser)
     parser.set_defaults(attention_layers="none", attention_maps=0)
     group = parser.add_argument_group("tuning")

@@ -32,6 +32,7 @@ SIZES = ((640, 480), (480, 640), (640, 427), (500, 375))  # px, as COCO has them
 CHILD = """
 import resource, sys
 from data_gen.gen_instruction.__main__ import main
+from llava.runtime import ArgumentParser
 sys.argv = ["gen_instruction", *sys.argv[1:]]
 code = main()
 print(code, *(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))
@@ -40,7 +41,7 @@ print(code, *(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF
 
 def main() -> None:
     """Run one measurement in a folder of its own."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("mode", choices=["speed", "memory"])
     parser.add_argument("--repeats", type=int, default=7, help="turns of each side (speed)")
     parser.add_argument("--prompts", type=int, default=40, help="collages per turn (speed)")

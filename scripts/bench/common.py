@@ -14,7 +14,7 @@ import torch
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from llava.generation import PromptBatch, batch_prompts
-from llava.runtime import git_commit, versions
+from llava.runtime import ArgumentParser, git_commit, versions
 from scripts.miniature.model import build_processor
 
 RESULTS = Path(__file__).parent / "RESULTS.md"
@@ -117,7 +117,7 @@ def record(title: str, command: str, lines: Sequence[str]) -> None:
 
 def parser(description: str | None) -> argparse.ArgumentParser:
     """The flags of every benchmark."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawTextHelpFormatter)
+    parser = ArgumentParser(description=description, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="small", help="of the random model; 7b needs a GPU")
     parser.add_argument("--repeats", type=int, default=5, help="counted runs of each, in turn")
     return parser

@@ -11,14 +11,14 @@ import matplotlib
 import matplotlib.pyplot as plt
 
 from llava.records import read_json
-from llava.runtime import user_errors
+from llava.runtime import ArgumentParser, user_errors
 
 FORMATS = ("sequence", "collage", "pip", "single")
 
 
 def main() -> None:
     """Reads the answers, draws scores.png, prints the table; intervals are the evaluation stage's to give."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--answers", type=Path, nargs="+", required=True, help="answers files; their names are shown")
     parser.add_argument("--output", type=Path, required=True, help="folder for scores.png")
     args = parser.parse_args()

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 from transformers.utils import logging as transformers_logging
 
+from llava.runtime import ArgumentParser
 from scripts.miniature.lessons import PATCHES, Batch, conversation_batch, patch_batch
 from scripts.miniature.model import VISION_WIDTH, build_model, build_processor
 from scripts.miniature.prompts import sample_prompt
@@ -66,7 +67,7 @@ def main() -> None:
 
 def parse_args() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder of the checkpoint")
     parser.add_argument("--seed", type=int, default=0, help="of weights and lessons")
     parser.add_argument("--num_test", type=int, default=400, help="held-out prompts for each score")

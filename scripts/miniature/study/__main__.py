@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llava.checkpoints import weight_digest
-from llava.runtime import setup_logging, stop, user_errors
+from llava.runtime import ArgumentParser, setup_logging, stop, user_errors
 from scripts.miniature.study.config import Config, read_config
 from scripts.miniature.study.report import write_report
 from scripts.miniature.study.results import choose_rates, collect
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         "python -m scripts.miniature.study", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     add = parser.add_argument

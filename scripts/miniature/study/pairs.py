@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from llava.records import read_json
-from llava.runtime import user_errors, write_text
+from llava.runtime import ArgumentParser, user_errors, write_text
 from scripts.miniature.draw import SIDE, cell_box, inner_box
 
 
@@ -31,7 +31,7 @@ def main() -> None:
 
 def parse_args() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--pairs", type=Path, required=True, help="preference pairs about several images")
     parser.add_argument("--num_pairs", type=int, required=True, help="how many of them, from the first on")
     parser.add_argument("--single", type=Path, help="preference pairs about single images")
