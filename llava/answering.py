@@ -9,6 +9,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -195,7 +196,7 @@ RecordsOf = Callable[[Any, Sequence[int], PromptBatch], list[dict[str, Any]]]
 def run(args: argparse.Namespace, job: Job, identity: dict[str, Any], output: Path, records_of: RecordsOf) -> None:
     """Make the records that are not on disk yet, with all processes of the launcher, and merge them to `output`.
 
-    Ends the process with one line where the disk is full or a picture has become unreadable.
+    Ends the process with one line where the weights do not load, the disk is full or a picture has become unreadable.
     """
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     with user_errors():
@@ -207,23 +208,32 @@ def run(args: argparse.Namespace, job: Job, identity: dict[str, Any], output: Pa
     if world > 1:  # processes only wait for each other, for however long the slowest takes
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
     own = [number for number in range(rank, len(job.batches), world) if not set(job.batches[number]) <= done]
-    try:
-        if own:
-            for records in work(args, job, own, records_of):
+    if own:
+        for records in work(args, job, own, records_of):
+            with _writing(answers):
                 answers.append(rank, [record for record in records if record["number"] not in done])
-        if world > 1:
-            torch.distributed.barrier()
-        if is_main_process():
+    if world > 1:
+        torch.distributed.barrier()
+    if is_main_process():
+        with _writing(answers):
             answers.finish([question.id for question in job.questions])
-            logger.info("%d answers in %s", len(job.questions), output)
+        logger.info("%d answers in %s", len(job.questions), output)
+
+
+@contextmanager
+def _writing(answers: AnswerStore) -> Iterator[None]:
+    """End the process with one line where the disk is full."""
+    try:
+        yield
     except OSError as error:
-        stop(f"{output}: cannot be written ({error}); the answers so far are in {answers.parts}: make room and "
+        stop(f"{answers.output}: cannot be written ({error}); the answers so far are in {answers.parts}: make room and "
              "start the same command again", from_any_process=True)  # fmt: skip
 
 
 def work(args: argparse.Namespace, job: Job, own: Sequence[int], records_of: RecordsOf) -> Iterator[list[dict]]:
     """The records of each batch of this process."""
-    model = load_model(job.path, dtype_of(args), args.image_tower)
+    with user_errors():
+        model = load_model(job.path, dtype_of(args), args.image_tower)
     model.eval().to(own_device())
     loader = DataLoader(
         Batches(job, own), batch_size=None, num_workers=args.num_workers, pin_memory=torch.cuda.is_available()

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -296,6 +297,13 @@ class TestRefused:
         code, error = self.code(answer, capsys)
         assert code == 2 and "refused.run.json" in error
         assert (tmp_path / "refused.jsonl").read_text() == "mine\n"
+
+    def test_weights_that_do_not_load_are_named_as_such(self, answer, capsys, tmp_path):
+        broken = shutil.copytree(BASE, tmp_path / "broken")
+        (broken / "model.safetensors").write_bytes((BASE / "model.safetensors").read_bytes()[:1000])
+        code, error = self.code(answer, capsys, "--model_name_or_path", broken)
+        line = error.strip().splitlines()[-1]
+        assert code == 2 and "the weights cannot be read" in line and "cannot be written" not in error
 
     def test_a_full_disk_loses_nothing(self, answer, capsys, tmp_path, monkeypatch):
         """The disk is full at the third batch, in the middle of a line."""
