@@ -139,6 +139,17 @@ class Sources(Sequence[Source]):
         return [first[self._rows["subset"][first] == number] for number in range(len(self.subsets))]
 
 
+def source_paths(record: dict[str, Any]) -> list[str]:
+    """Paths of the pictures that a multi-image record was made of, in order, where it lists them."""
+    sources = record.get("sources")
+    return [source["path"] for source in sources or [] if isinstance(source, dict) and "path" in source]
+
+
+def rng_of(seed: int, id: str) -> np.random.Generator:
+    """What is drawn for one record: the same whichever others there are."""
+    return np.random.default_rng([seed, int.from_bytes(hashlib.sha256(id.encode()).digest()[:8], "little")])
+
+
 def parse_source(raw: Any, table, number: int) -> Source:
     """The record in a table's row. Raises Unusable saying why it cannot be asked about."""
     if isinstance(raw, ValueError):

@@ -5,7 +5,7 @@ A record's `target` is 1-based in files and prompts ("Image1") and 0-based insid
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -78,12 +78,12 @@ class Answer:
 
 def read_preferences(path: str | Path) -> list[Preference]:
     """Preference pairs of a JSON array or JSONL file. Raises DataError, FileNotFoundError."""
-    return _read(path, parse_preference)
+    return read_records(path, parse_preference)
 
 
 def read_questions(path: str | Path) -> list[Question]:
     """Questions of a test set, JSON array or JSONL. Raises DataError, FileNotFoundError."""
-    return _read(path, parse_question)
+    return read_records(path, parse_question)
 
 
 def read_prompts(path: str | Path) -> list[Question]:
@@ -91,7 +91,7 @@ def read_prompts(path: str | Path) -> list[Question]:
 
     Raises DataError, FileNotFoundError.
     """
-    return _read(path, _parse_prompt_of_any)
+    return read_records(path, _parse_prompt_of_any)
 
 
 def read_instructions(path: str | Path) -> list[Question]:
@@ -99,12 +99,12 @@ def read_instructions(path: str | Path) -> list[Question]:
 
     Records of a test set (`prompt`, `answer`) are taken as well. Raises DataError, FileNotFoundError.
     """
-    return _read(path, _parse_instruction)
+    return read_records(path, _parse_instruction)
 
 
 def read_answers(path: str | Path) -> list[Answer]:
     """Answers of one model to a test set. Raises DataError (also where an id is answered twice), FileNotFoundError."""
-    answers = _read(path, _parse_answer)
+    answers = read_records(path, _parse_answer)
     refuse_duplicates([(answer.question_id, answer.where) for answer in answers])
     return answers
 
@@ -159,7 +159,8 @@ def name_of(path: str | Path, number: int, raw: Any) -> str:
     return f"{path} record {number}" + (f" (id {raw[key]})" if key else "")
 
 
-def _read(path: str | Path, parse) -> list:
+def read_records(path: str | Path, parse: Callable[[Any, str], Any]) -> list:
+    """What `parse` makes of every record and its name. Raises DataError with a line for each that it refuses."""
     records, problems = [], []
     for number, raw in enumerate(read_json(path), 1):
         where = name_of(path, number, raw)

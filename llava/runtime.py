@@ -101,9 +101,14 @@ def write_run_json(path: Path, **content: Any) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file so that a kill at any time leaves the old content or the new, never half of it."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """As `write_text`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_bytes(content)
     temporary.replace(path)
 
 

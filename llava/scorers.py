@@ -27,6 +27,11 @@ class Result:
     verdict: str  # RIGHT, WRONG, UNPARSED or MISSING
 
 
+def resolve(scorer: str, choices: Sequence[str]) -> str:
+    """The scorer itself; `auto` is `choice` for a question with choices, else `exact`."""
+    return ("choice" if choices else "exact") if scorer == "auto" else scorer
+
+
 def score(scorer: str, text: str, answer: str, choices: Sequence[str] = ()) -> Result:
     """Judge `text` against the true `answer` by the named scorer.
 

@@ -3,12 +3,12 @@
 The default is not to: such a mistake shows what noise does, not what another image in the prompt does.
 """
 
-import hashlib
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
+from data_gen.sources import rng_of
 from llava.layout import target_box
 from llava.records import Question
 
@@ -35,8 +35,7 @@ class Noise:
         region = self._region(question)
         if region == "none":
             return pictures
-        digest = int.from_bytes(hashlib.sha256(question.id.encode()).digest()[:8], "little")
-        rng = np.random.default_rng([self.seed, digest])
+        rng = rng_of(self.seed, question.id)
         if region == "whole":
             return [add_noise(picture, (0, 0, *picture.size), self._std(question), rng) for picture in pictures]
         place = question.target if question.image_type == "sequence" else 0

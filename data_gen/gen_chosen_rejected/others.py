@@ -1,16 +1,13 @@
 """What is true of the other images of a prompt, and pairs that are made of it without asking any model."""
 
-import hashlib
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from data_gen.drops import Unusable
 from data_gen.gen_chosen_rejected.correctness import is_right
 from data_gen.gen_chosen_rejected.rules import Candidate, num_pictures
-from data_gen.sources import parse_source
+from data_gen.sources import parse_source, rng_of, source_paths
 from data_gen.tables import open_table
 from llava.conversation import IMAGE
 from llava.records import TARGET, Question, texts
@@ -29,7 +26,7 @@ class Truth:
 
 def read_source_answers(paths: Iterable[str], questions: Sequence[Question]) -> Answers:
     """Every answer that the sources have about pictures of the prompts. Raises ValueError, FileNotFoundError."""
-    wanted = {path for question in questions for path in _source_paths(question)}
+    wanted = {path for question in questions for path in source_paths(question.extra)}
     answers: Answers = {path: {} for path in wanted}
     for path in paths:
         table = open_table(path)
@@ -50,7 +47,7 @@ def truths(question: Question, answers: Answers) -> list[Truth]:
     if others := texts(question.extra, "others"):
         has_places = len(others) == len(places)
         return [Truth(text, places[number] if has_places else None) for number, text in enumerate(others)]
-    paths, asked = _source_paths(question), bare_question(question.prompt).casefold()
+    paths, asked = source_paths(question.extra), bare_question(question.prompt).casefold()
     if len(paths) != len(places) + 1:
         return []
     found = [(place, answers.get(paths[place], {}).get(asked)) for place in places]
@@ -68,8 +65,7 @@ def other_image(question: Question, known: Sequence[Truth], seed: int) -> Candid
         return None
     choices = texts(question.extra, "choices") or ()
     wrong = [truth for truth in known if not is_right(truth.text, question.answer, choices)]
-    digest = int.from_bytes(hashlib.sha256(question.id.encode()).digest()[:8], "little")
-    chosen = (wrong or known)[np.random.default_rng([seed, digest]).integers(len(wrong or known))]
+    chosen = (wrong or known)[rng_of(seed, question.id).integers(len(wrong or known))]
     return Candidate(question, chosen.text, "other_image", others=tuple(truth.text for truth in known))
 
 
@@ -97,8 +93,3 @@ def repointed(question: Question, known: Sequence[Truth]) -> list[Candidate]:
         )
         made.append(Candidate(moved, question.answer, "repointed", others=(question.answer,)))
     return made
-
-
-def _source_paths(question: Question) -> list[str]:
-    sources = question.extra.get("sources") or []
-    return [source["path"] for source in sources if isinstance(source, dict) and "path" in source]

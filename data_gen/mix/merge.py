@@ -9,7 +9,8 @@ from typing import Any
 
 from data_gen.mix.pictures import Content, Names, look_at
 from data_gen.pictures import PictureFiles
-from llava.records import TARGET, DataError, Preference, name_of, parse_preference, read_json
+from data_gen.sources import source_paths
+from llava.records import TARGET, Preference, parse_preference, read_records
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ def merge(paths: Sequence[str], folders: Sequence[str], source_folder: str | Non
     taken, seen = set(), set()
     for number, (path, folder) in enumerate(zip(paths, folders, strict=True)):
         files = opened[folder]
-        pairs = _read(path)
+        pairs = read_records(path, _pair)
         contents = look_at(files, [(pair.images, pair.where) for _, pair in pairs])
         beside = _source_contents([pair for _, pair in pairs], files, sources)
         for raw, pair in pairs:
@@ -69,12 +70,6 @@ def unique(wanted: str, taken: set[str]) -> str:
     return found
 
 
-def source_paths(record: dict[str, Any]) -> list[str]:
-    """Paths of the pictures that a prompt was made of, where the record lists them."""
-    sources = record.get("sources")
-    return [source["path"] for source in sources or [] if isinstance(source, dict) and "path" in source]
-
-
 def subset_of(pair: Preference) -> str:
     """First folder of the path of the picture that is asked about."""
     paths = source_paths(pair.extra) or list(pair.images)
@@ -82,19 +77,8 @@ def subset_of(pair: Preference) -> str:
     return path.lstrip("/").split("/", 1)[0] if "/" in path.lstrip("/") else "all"
 
 
-def _read(path: str) -> list[tuple[dict[str, Any], Preference]]:
-    pairs, problems = [], []
-    for number, raw in enumerate(read_json(path), 1):
-        where = name_of(path, number, raw)
-        try:
-            pairs.append((raw, parse_preference(raw, where)))
-        except ValueError as error:
-            problems.append(f"{where}: {error}")
-    if problems:
-        raise DataError(problems)
-    if not pairs:
-        raise DataError([f"{path}: the file holds no record"])
-    return pairs
+def _pair(raw: Any, where: str) -> tuple[dict[str, Any], Preference]:
+    return raw, parse_preference(raw, where)
 
 
 def _source_contents(

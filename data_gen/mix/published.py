@@ -4,9 +4,9 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_gen.mix.merge import source_paths
 from data_gen.mix.pictures import look_at
 from data_gen.pictures import PictureFiles
+from data_gen.sources import source_paths
 from llava.checks import check_pictures
 from llava.layout import PatchGrid
 from llava.records import DataError, Preference, read_preferences

@@ -22,7 +22,7 @@ from inference.llava_hound_dpo.interchange_formats import COLUMNS, item_of, prom
 from inference.llava_hound_dpo.interchange_readers import Row, picture_file, read_rows
 from inference.llava_hound_dpo.interchange_writers import WRITERS, export
 from llava.records import read_questions, refuse_duplicates
-from llava.runtime import ArgumentParser, setup_logging, user_errors, write_run_json, write_text
+from llava.runtime import ArgumentParser, setup_logging, user_errors, write_bytes, write_run_json, write_text
 
 log = logging.getLogger(__name__)
 
@@ -141,7 +141,7 @@ def convert(name: str, row: Row, number: int, folder: Path, output: Path) -> dic
     files = [_picture(n, value, folder) for n, value in enumerate(item.images, 1)]
     paths = [f"{number:06d}_{n}{extension}" for n, (_, extension) in enumerate(files, 1)]
     for path, (content, _) in zip(paths, files, strict=True):
-        _store(output / "images" / path, content)
+        write_bytes(output / "images" / path, content)
     return {
         "id": item.index,
         "image": [paths[n] for n in shown],
@@ -161,14 +161,6 @@ def _picture(number: int, value: Any, folder: Path) -> tuple[bytes, str]:
         return picture_file(value, folder)
     except (ValueError, FileNotFoundError) as error:
         raise ValueError(f"picture {number}: {error}") from error
-
-
-def _store(path: Path, content: bytes) -> None:
-    """Write a file so that a kill leaves none or the whole of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
-    temporary.replace(path)
 
 
 def _label(name: str, row: Row) -> str:

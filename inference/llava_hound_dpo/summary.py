@@ -18,6 +18,7 @@ from llava.scorers import (
     Result,
     exact,
     parse_choice,
+    resolve,
     score,
 )
 from llava.statistics import mcnemar, paired_difference, score_interval
@@ -55,9 +56,8 @@ class Row:
 
 
 def judge(asked: Asked, given: Answer | None, scorer: str) -> Row:
-    """Score one answer; `auto` is `choice` for a question with choices, else `exact`, as a compatible scorer is."""
-    scorer = "choice" if scorer == "auto" and asked.choices else scorer
-    scorer = "exact" if scorer == "auto" or (scorer in COMPATIBLE and not asked.choices) else scorer
+    """Score one answer; a scorer of multiple choice only is `exact` for a question without choices."""
+    scorer = resolve("auto" if scorer in COMPATIBLE and not asked.choices else scorer, asked.choices)
     if given is None:
         return Row(asked, None, scorer, Result(0.0, MISSING))
     try:

@@ -30,7 +30,7 @@ from llava.answering import Job, add_arguments, identify, prepare, run
 from llava.records import Question, read_json, texts
 from llava.runtime import ArgumentParser, is_main_process, leave, setup_logging, user_errors, write_text
 from llava.scaling import RULES
-from llava.scorers import SCORERS, score
+from llava.scorers import SCORERS, resolve, score
 
 logger = logging.getLogger(__name__)
 
@@ -164,9 +164,8 @@ def split(count: int, share: float, seed: int) -> np.ndarray:
 
 def _score(scorer: str, question: Question, text: str) -> float:
     choices = texts(question.extra, "choices") or ()
-    scorer = ("choice" if choices else "exact") if scorer == "auto" else scorer
     try:
-        return score(scorer, text, question.answer, choices).score
+        return score(resolve(scorer, choices), text, question.answer, choices).score
     except ValueError as error:
         raise ValueError(f"{question.where}: {error}") from error
 
