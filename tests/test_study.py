@@ -15,12 +15,14 @@ import pytest
 import inference_optimization.llava_hound_dpo.tune as tune
 from inference_optimization.llava_hound_dpo.run_adaptive import add_adaptviz_arguments
 from llava.answering import add_arguments
-from llava.records import read_preferences
+from llava.records import DataError, read_preferences
 from scripts.miniature.study import pairs, running, statistics
 from scripts.miniature.study.__main__ import CONFIG, chosen
 from scripts.miniature.study.config import parse_config, read_config
 from scripts.miniature.study.running import BEGUN, FINISHED, Runner, UnitFailed, is_finished, lock, refuse_others
+from scripts.miniature.study.steered import make_pairs
 from scripts.miniature.study.units import Unit, all_units, plan
+from scripts.miniature.world import ATTRIBUTES
 from train.llava_hound_dpo.arguments import parse
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -182,6 +184,20 @@ def test_the_shipped_config_leaves_out_at_most_what_is_optional(config):
 
 def record(image_type, **more):
     return {"image_type": image_type, "prompt": "p", "chosen": "red", "rejected": "blue", "target": 2, **more}
+
+
+def test_a_steered_pair_prefers_the_steered_answer_and_never_looks_at_the_true_one():
+    asked = {"id": "a", "prompt": "p", "answer": "red", "others": ["blue", "green"], "image_type": "sequence"}
+    records = [asked, asked | {"id": "b"}, asked | {"id": "c", "others": ["red"]}]
+    plain = {"a": "blue", "b": "green", "c": "red"}
+    steered = {"a": "red", "b": "green", "c": "red"}
+    found, counts = make_pairs(records, plain, steered, np.random.default_rng(0))
+    assert [(pair["chosen"], pair["rejected"]) for pair in found[:2]] == [("red", "blue"), ("green", "blue")]
+    assert found[2]["chosen"] == "red" and found[2]["rejected"] in set(ATTRIBUTES["colour"]) - {"red"}
+    assert not any({"answer", "others"} & set(pair) for pair in found)
+    assert counts == {"pairs": 3, "changed": 1, "chosen_true": 2, "rejected_true": 0}
+    with pytest.raises(DataError, match="b: no answer"):
+        make_pairs(records, plain, {"a": "red"}, np.random.default_rng(0))
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from typing import Any
 from train.llava_hound_dpo.arguments import DataArguments, LossArguments, ModelArguments, TrainArguments
 
 SIZES = ("seed", "num_pairs", "num_instructions", "num_single", "num_validation", "num_test")
-SOURCES = ("other_image", "random", "own_mistakes", "selected")  # of a pair set
+SOURCES = ("other_image", "random", "own_mistakes", "selected", "steered")  # of a pair set
 AGAINST = ("base", "sft", "dpo")  # what an arm after them is compared with, unless it says otherwise
 
 

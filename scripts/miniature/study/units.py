@@ -116,7 +116,12 @@ def pairs(config: Config, name: str) -> list[Unit]:
 
 
 def selection(config: Config, source: str) -> Unit:
-    """Pairs by data_gen: what is true of another image, the base's wrong answers, or those of them it selects."""
+    """Pairs by data_gen: what is true of another image, the base's wrong answers, or those of them it selects.
+
+    Or without any true answer: what the base answers when AdaptViz steers it to the image asked about is chosen.
+    """
+    if source == "steered":
+        return steered(config)
     flags = {"instructions": "{output}/data/instructions.json", "output": OWN, "image_folder": IMAGES}
     if source == "other_image":
         flags |= {"rejected": "other_image", "seed": config.data["seed"]}
@@ -125,6 +130,21 @@ def selection(config: Config, source: str) -> Unit:
     if source == "own_mistakes":
         flags |= {"thresholds": json.dumps(KEEP_ALL), "min_perplexity": 0}
     return Unit(f"sources/{source}", "sources", (command("data_gen.gen_chosen_rejected", **flags),), ("data",))
+
+
+def steered(config: Config) -> Unit:
+    """Pairs of the base's steered answers, over the same prompts as those of the other sources."""
+    asked = f"{OWN}/asked"
+    flags = {"model_name_or_path": config.base, "data_path": f"{asked}/train.json", **READ, **config.answering}
+    commands = (
+        command("scripts.miniature.study.pairs", pairs="{output}/data/instructions.json", output=asked,
+                num_pairs=config.data["num_pairs"]),
+        command("inference.llava_hound_dpo.run_inference", **flags, output=f"{OWN}/{PLAIN}.jsonl"),
+        command("inference_optimization.llava_hound_dpo.run_adaptive", **flags, output=f"{OWN}/{ADAPTVIZ}.jsonl"),
+        command("scripts.miniature.study.steered", instructions=f"{asked}/train.json", plain=f"{OWN}/{PLAIN}.jsonl",
+                steered=f"{OWN}/{ADAPTVIZ}.jsonl", output=OWN, seed=config.data["seed"]),
+    )  # fmt: skip
+    return Unit("sources/steered", "sources", commands, ("data",))
 
 
 def heads(config: Config) -> Unit:
