@@ -14,6 +14,8 @@ from PIL import Image
 
 from llava.checkpoints import load_model, load_processor
 from llava.records import read_preferences, read_questions
+from scripts.miniature import course, train_base
+from scripts.miniature.lessons import conversation_batch
 from scripts.miniature.prompts import sample_prompt
 from scripts.miniature.scores import score_base
 from scripts.miniature.world import ATTRIBUTES, combinations
@@ -105,6 +107,73 @@ class TestShippedBase:
             assert abs(scores["accuracy"] / 100 - share) < 3.5 * error, (name, scores["accuracy"], said[name])
         assert said["single"]["accuracy"] >= 85
         assert said["sequence_5"]["accuracy"] > 30  # picking an image at random gives about 1/5
+
+
+class TestTrainingTheBase:
+    """The recipe itself, with few steps."""
+
+    @pytest.fixture
+    def recipe(self, monkeypatch):
+        small = {
+            "vision": train_base.RECIPE["vision"] | {"steps": 3, "batch": 2},
+            "reading": {"steps": 2, "batch": 2, "rate": 1e-3},
+            "routing": train_base.RECIPE["routing"]
+            | {"steps": 5, "batch": dict.fromkeys(("single", "sequence", "collage", "pip"), 2), "prompts": 2},
+        }
+        monkeypatch.setattr(train_base, "RECIPE", small)
+        monkeypatch.setattr(course, "SAVE_EVERY", 2)
+        return small
+
+    def run(self, folder, recipe, monkeypatch, killed_at=None):
+        """Trains until it is done, or until the step at which it is killed."""
+        monkeypatch.setattr(sys, "argv", ["train_base", "--output", str(folder), "--num_test", "4"])
+        steps = iter(range(100))
+        if killed_at is not None:
+            clip = torch.nn.utils.clip_grad_norm_
+
+            def kill(*args):
+                if next(steps) == killed_at:
+                    raise KeyboardInterrupt
+                return clip(*args)
+
+            with monkeypatch.context() as patched:
+                patched.setattr(torch.nn.utils, "clip_grad_norm_", kill)
+                with pytest.raises(KeyboardInterrupt):
+                    train_base.main()
+            return None
+        train_base.main()
+        return (folder / "model.safetensors").read_bytes(), json.loads((folder / "base_scores.json").read_text())
+
+    def test_killed_and_started_again_it_makes_the_same_bytes(self, recipe, monkeypatch, tmp_path):
+        wanted, said = self.run(tmp_path / "whole", recipe, monkeypatch)
+        assert said["steps"] == {"vision": 3, "reading": 2, "routing": 5}
+        assert not (tmp_path / "whole/progress.pt").exists()
+        for killed_at in (2, 6):  # inside the first and, counted on from there, the third stage
+            self.run(tmp_path / "killed", recipe, monkeypatch, killed_at)
+        assert (tmp_path / "killed/progress.pt").is_file()
+        found, said_again = self.run(tmp_path / "killed", recipe, monkeypatch)
+        assert found == wanted and said_again == said
+
+    def test_another_recipe_is_refused(self, recipe, monkeypatch, tmp_path, capsys):
+        self.run(tmp_path, recipe, monkeypatch, killed_at=4)
+        recipe["reading"]["rate"] = 5e-4
+        with pytest.raises(SystemExit):
+            self.run(tmp_path, recipe, monkeypatch)
+        assert "another recipe" in capsys.readouterr().err
+
+    def test_the_naming_lesson_reads_numbers_where_they_are(self):
+        """States that spell the numbers out cost nothing; states of a wrong picture do."""
+        batch = conversation_batch(np.random.default_rng(0), load_processor(str(BASE)), "sequence", 3, 2, 4)
+        states = torch.zeros(*batch.input_ids.shape, 3)
+        states[batch.owners >= 0] = torch.eye(3)[batch.owners[batch.owners >= 0]]
+        rows = train_base.rows_before(batch).nonzero()[::2]
+        states[rows[:, 0], rows[:, 1]] = torch.eye(3)[batch.targets.flatten()]
+        head = torch.nn.Linear(3, 3)
+        with torch.no_grad():
+            head.weight.copy_(20 * torch.eye(3))
+        assert train_base.naming_loss(head, states, batch) < 1e-6
+        states[rows[:, 0], rows[:, 1]] = states[rows[:, 0], rows[:, 1]].roll(1, dims=-1)
+        assert train_base.naming_loss(head, states, batch) > 10
 
 
 def test_the_doctor_passes_on_the_demo_data(world, monkeypatch, capsys):

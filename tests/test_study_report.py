@@ -5,6 +5,7 @@ import json
 import pytest
 
 from inference.llava_hound_dpo.evaluate import evaluate
+from scripts.miniature.study import publish
 from scripts.miniature.study.__main__ import Study, main
 from scripts.miniature.study.config import parse_config
 from scripts.miniature.study.results import choose_rates, metrics
@@ -159,3 +160,19 @@ def test_metrics_without_attention_are_absent_and_not_zero(finished):
     for group in (scores["overall"], *scores["by_format"].values()):
         group["attention_ratio"] = None
     assert metrics(scores)["ratio"] is None
+
+
+def test_the_readme_gets_the_tables_between_its_marks_and_keeps_the_rest(finished, results):
+    readme = f"before\n{publish.START}\nold\n{publish.END}\nafter\n"
+    text = publish.with_block(readme, publish.block(results))
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    assert f"| {HOSTILE} | 68.8 [-10.7, 148.2] | +37.5 [" in text
+    assert publish.with_block(text, publish.block(results)) == text
+    with pytest.raises(ValueError, match="it must have the lines"):
+        publish.with_block("no marks", "text")
+
+
+def test_the_readme_says_what_the_shipped_results_say():
+    shipped = publish.ROOT / publish.FOLDER / "results.json"
+    readme = (publish.ROOT / publish.README).read_text(encoding="utf-8")
+    assert publish.with_block(readme, publish.block(json.loads(shipped.read_text(encoding="utf-8")))) == readme

@@ -1,45 +1,49 @@
 """Makes the miniature's base model from nothing: `python -m scripts.miniature.train_base --output DIR --seed 0`.
 
 Three stages. The vision tower learns what each patch belongs to. Projector and language model learn to read single
-pictures. Then they learn to find the picture asked about among several: one layer's attention is guided there, because
-routing that had to be found by chance did not form in thousands of steps. This last stage ends once routing is partly
-formed, by a fixed check on held-out prompts, so that what is built on the base has something to improve.
+pictures. Then they learn to find the picture asked about among several. That routing does not form by chance in
+thousands of steps, so a second lesson names things: halfway up the language model, one linear map must read from an
+image token which picture it belongs to, and from an answer's row which picture is asked about. No attention is guided:
+where and how the rows look the picture up is the model's own. The stage ends once routing is partly formed, by a fixed
+check on held-out prompts, so that what is built on the base has something to improve.
+
+A killed run goes on where it was, if started again with the same --output.
 """
 
 import argparse
 import json
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 from transformers.utils import logging as transformers_logging
 
-from llava.runtime import ArgumentParser
+from llava.runtime import ArgumentParser, user_errors, write_text
+from scripts.miniature.course import Course, Stage
 from scripts.miniature.lessons import PATCHES, Batch, conversation_batch, patch_batch
-from scripts.miniature.model import VISION_WIDTH, build_model, build_processor
+from scripts.miniature.model import TEXT_WIDTH, VISION_WIDTH, build_model, build_processor
 from scripts.miniature.prompts import sample_prompt
 from scripts.miniature.scores import answer, score_base, summarize
 from scripts.miniature.world import ATTRIBUTES
 
-VISION_STEPS, VISION_BATCH, VISION_RATE = 1500, 48, 1.5e-3
-VISION_MIX = {"single": 0.4, "collage": 0.35, "pip": 0.25}
-READING_STEPS, READING_BATCH, READING_RATE = 160, 48, 1e-3
-ROUTING_STEPS, ROUTING_RATE = 800, 1e-3  # at most; see CHECK_EVERY
-CHECK_EVERY, CHECK_PROMPTS, ROUTED = 10, 150, 60.0  # ends at this accuracy (%) on validation prompts of three pictures
-ROUTING_MIX = {"single": 0.25, "sequence": 0.42, "collage": 0.25, "pip": 0.08}
-ROUTING_BATCH = {"single": 32, "sequence": 12, "collage": 24, "pip": 24}
-SEQUENCE_SCENES = (2, 3, 4, 5)
-QUESTIONS = 6  # of a conversation about several pictures; five attributes of a single one
-GUIDE_WEIGHT, GUIDE_LAYER = 0.3, 2
-WARMUP = 0.05  # share of a stage's steps over which the rate rises
-COOLDOWN = 0.25  # share over which it falls again
-WEIGHT_DECAY, MAX_GRAD_NORM = 0.01, 1.0
-POSITION_WEIGHT = 0.1  # of the head that keeps a patch's place readable from its features
+RECIPE = {
+    "vision": {"steps": 1500, "batch": 48, "rate": 1.5e-3, "mix": {"single": 0.4, "collage": 0.35, "pip": 0.25},
+               "position_weight": 0.1},  # of the head that keeps a patch's place readable from its features
+    "reading": {"steps": 160, "batch": 48, "rate": 1e-3},
+    "routing": {
+        "steps": 1200,  # at most: it ends at `routed` (%) on so many validation prompts of three pictures
+        "rate": 1e-3,
+        "mix": {"single": 0.25, "sequence": 0.46, "collage": 0.26, "pip": 0.03},  # one format a step
+        "batch": {"single": 32, "sequence": 12, "collage": 24, "pip": 24},
+        "scenes": (2, 3, 4, 5),
+        "questions": 6,  # of a conversation about several pictures; five attributes of a single one
+        "check_every": 10, "prompts": 150, "routed": 60.0,
+        "naming_weight": 0.3, "naming_layer": 2,  # the lesson reads what enters this layer
+    },
+}  # fmt: skip
 
 
 def main() -> None:
@@ -47,22 +51,22 @@ def main() -> None:
     args = parse_args()
     torch.set_num_threads(1)  # the same sums in the same order on every machine
     transformers_logging.set_verbosity_error()
-    rng = np.random.default_rng(args.seed)
     processor = build_processor()
-    model = build_model(processor, args.seed)
-    steps, seconds = {}, {}
-    for stage in (train_vision, train_reading, train_routing):
-        start = time.perf_counter()
-        steps[stage.__name__] = stage(model, processor, rng)
-        seconds[stage.__name__] = round(time.perf_counter() - start)
-    save(model, processor, args.output)
-    scores = score_base(model.eval(), processor, args.num_test) | {
-        "steps": steps,
-        "seconds": seconds,
-        "seed": args.seed,
-    }
-    (args.output / "base_scores.json").write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(scores, indent=1))
+    course = Course(
+        build_model(processor, args.seed), np.random.default_rng(args.seed), args.output / "progress.pt",
+        {"recipe": RECIPE, "seed": args.seed},
+    )  # fmt: skip
+    with user_errors():
+        course.open()
+    for number, stage in enumerate((vision, reading, routing)):
+        torch.manual_seed(1000 * args.seed + number)  # of the stage's head
+        course.run(stage(course.model, processor, course.rng))
+    save(course.model, processor, args.output)
+    found = score_base(course.model.eval(), processor, args.num_test)
+    scores = json.dumps(found | {"steps": course.finished, "seed": args.seed}, indent=1)
+    write_text(args.output / "base_scores.json", scores + "\n")
+    course.file.unlink()
+    print(scores)
 
 
 def parse_args() -> argparse.Namespace:
@@ -74,110 +78,108 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def train_vision(model: LlavaForConditionalGeneration, processor: LlavaProcessor, rng: np.random.Generator) -> int:
-    """Every patch learns the five attributes of the scene it belongs to, and its own place. Returns the steps made.
+def vision(model: LlavaForConditionalGeneration, processor: LlavaProcessor, rng: np.random.Generator) -> Stage:
+    """Every patch learns the five attributes of the scene it belongs to, and its own place.
 
     A tower that keeps the regions of one picture apart is what collages and pictures in pictures need.
     """
-    tower = model.model.vision_tower
+    recipe, tower = RECIPE["vision"], model.model.vision_tower
     sizes = [len(values) for values in ATTRIBUTES.values()]
-    heads = nn.Linear(VISION_WIDTH, sum(sizes) + PATCHES**2)
-    optimizer, schedule = optimizer_for([*tower.parameters(), *heads.parameters()], VISION_RATE, VISION_STEPS)
-    names, shares = list(VISION_MIX), list(VISION_MIX.values())
-    places = torch.arange(PATCHES**2).repeat(VISION_BATCH)
-    progress = tqdm(range(VISION_STEPS), desc="vision")
-    for _ in progress:
-        image_types = [str(name) for name in rng.choice(names, VISION_BATCH, p=shares)]
+    head = nn.Linear(VISION_WIDTH, sum(sizes) + PATCHES**2)
+    names, shares = list(recipe["mix"]), list(recipe["mix"].values())
+    places = torch.arange(PATCHES**2).repeat(recipe["batch"])
+
+    def lesson() -> tuple[Tensor, dict[str, str]]:
+        image_types = [str(name) for name in rng.choice(names, recipe["batch"], p=shares)]
         pixels, owners, values = patch_batch(rng, processor, "train", image_types)
         features = tower(pixels, output_hidden_states=True).hidden_states[model.config.vision_feature_layer]
-        *logits, place = heads(features[:, 1:]).flatten(0, 1).split([*sizes, PATCHES**2], dim=-1)
+        *logits, place = head(features[:, 1:]).flatten(0, 1).split([*sizes, PATCHES**2], dim=-1)
         truth = values[torch.arange(len(values))[:, None], owners].flatten(0, 1)  # (patches of all, attributes)
         loss = sum(F.cross_entropy(part, truth[:, i]) for i, part in enumerate(logits)) / len(sizes)
-        accuracy = [(part.argmax(-1) == truth[:, i]).float().mean().item() for i, part in enumerate(logits)]
-        update(loss + POSITION_WEIGHT * F.cross_entropy(place, places), optimizer, schedule)
-        progress.set_postfix(loss=f"{loss.item():.2f}", accuracy=" ".join(f"{value:.2f}" for value in accuracy))
-    tower.requires_grad_(False)
-    return VISION_STEPS
+        right = [(part.argmax(-1) == truth[:, i]).float().mean().item() for i, part in enumerate(logits)]
+        loss = loss + recipe["position_weight"] * F.cross_entropy(place, places)
+        return loss, {"accuracy": " ".join(f"{value:.2f}" for value in right)}
+
+    return Stage("vision", recipe["steps"], recipe["rate"], list(tower.parameters()), head, lesson)
 
 
-def train_reading(model: LlavaForConditionalGeneration, processor: LlavaProcessor, rng: np.random.Generator) -> int:
+def reading(model: LlavaForConditionalGeneration, processor: LlavaProcessor, rng: np.random.Generator) -> Stage:
     """Projector and language model learn to answer about one picture, behind the frozen tower."""
-    optimizer, schedule = optimizer_for(trained(model), READING_RATE, READING_STEPS)
-    progress = tqdm(range(READING_STEPS), desc="reading")
-    for _ in progress:
-        batch = conversation_batch(rng, processor, "single", None, READING_BATCH, len(ATTRIBUTES))
-        learn(model, batch, optimizer, schedule, progress, "single", is_guided=False)
-    return READING_STEPS
+    recipe = RECIPE["reading"]
+
+    def lesson() -> tuple[Tensor, dict[str, str]]:
+        batch = conversation_batch(rng, processor, "single", None, recipe["batch"], len(ATTRIBUTES))
+        loss, accuracy, _ = answer_loss(model, batch)
+        return loss, {"accuracy": f"{accuracy:.2f}"}
+
+    return Stage("reading", recipe["steps"], recipe["rate"], behind_the_tower(model), None, lesson)
 
 
-def train_routing(model: LlavaForConditionalGeneration, processor: LlavaProcessor, rng: np.random.Generator) -> int:
-    """They learn all formats, one format a step, with attention guided where pictures or cells compete."""
-    optimizer, schedule = optimizer_for(trained(model), ROUTING_RATE, ROUTING_STEPS)
-    check = [sample_prompt(np.random.default_rng(n), "validation", "sequence", 3) for n in range(CHECK_PROMPTS)]
-    model.set_attn_implementation({"text_config": "eager"})  # the guide reads attention maps
-    progress = tqdm(range(1, ROUTING_STEPS + 1), desc="routing")
-    for step in progress:
-        kind = str(rng.choice(list(ROUTING_MIX), p=list(ROUTING_MIX.values())))
-        num_scenes = int(rng.choice(SEQUENCE_SCENES))
-        batch = conversation_batch(rng, processor, kind, num_scenes, ROUTING_BATCH[kind], QUESTIONS)
-        learn(model, batch, optimizer, schedule, progress, kind, is_guided=kind in ("sequence", "collage"))
-        if step % CHECK_EVERY == 0 and summarize(check, answer(model, processor, check))["accuracy"] >= ROUTED:
-            break
-    model.set_attn_implementation({"text_config": "sdpa"})
-    return step
+def routing(model: LlavaForConditionalGeneration, processor: LlavaProcessor, rng: np.random.Generator) -> Stage:
+    """They learn all formats, one format a step, and the lesson of naming where pictures or cells have numbers."""
+    recipe = RECIPE["routing"]
+    head = nn.Linear(TEXT_WIDTH, max(recipe["scenes"]))
+    check = [sample_prompt(np.random.default_rng(n), "validation", "sequence", 3) for n in range(recipe["prompts"])]
+    names, shares = list(recipe["mix"]), list(recipe["mix"].values())
+
+    def lesson() -> tuple[Tensor, dict[str, str]]:
+        kind, num_scenes = str(rng.choice(names, p=shares)), int(rng.choice(recipe["scenes"]))
+        batch = conversation_batch(rng, processor, kind, num_scenes, recipe["batch"][kind], recipe["questions"])
+        has_numbers = kind in ("sequence", "collage")
+        loss, accuracy, states = answer_loss(model, batch, recipe["naming_layer"] if has_numbers else None)
+        if has_numbers:
+            loss = loss + recipe["naming_weight"] * naming_loss(head, states, batch)
+        return loss, {"kind": kind, "accuracy": f"{accuracy:.2f}"}
+
+    def is_over(step: int) -> bool:
+        if step % recipe["check_every"]:
+            return False
+        return summarize(check, answer(model, processor, check))["accuracy"] >= recipe["routed"]
+
+    return Stage("routing", recipe["steps"], recipe["rate"], behind_the_tower(model), head, lesson, is_over)
 
 
-def trained(model: LlavaForConditionalGeneration) -> list[nn.Parameter]:
-    """Everything but the frozen tower."""
+def behind_the_tower(model: LlavaForConditionalGeneration) -> list[nn.Parameter]:
+    """Everything but the tower, which is frozen."""
+    model.model.vision_tower.requires_grad_(False)
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def learn(model, batch: Batch, optimizer, schedule, progress: tqdm, kind: str, is_guided: bool) -> None:
-    """One step on the answers of a batch; logits are computed at answers only."""
-    before = batch.answers.roll(-1, dims=1)
-    before[:, -1] = False
+def answer_loss(
+    model: LlavaForConditionalGeneration, batch: Batch, layer: int | None = None
+) -> tuple[Tensor, float, Tensor | None]:
+    """Loss of the answers, share of right words, and, if asked for, (batch, tokens, hidden) states entering a layer."""
+    before = rows_before(batch)
     out = model(
         input_ids=batch.input_ids,
         pixel_values=batch.pixel_values,
         logits_to_keep=before,
         use_cache=False,
-        output_attentions=is_guided,
+        output_hidden_states=layer is not None,
     )
     logits, truth = out.logits.flatten(0, -2), batch.input_ids[batch.answers]
-    loss = F.cross_entropy(logits, truth)
-    if is_guided:
-        loss = loss + GUIDE_WEIGHT * guide(out.attentions[GUIDE_LAYER], before, batch)
-    update(loss, optimizer, schedule)
     right = (logits.argmax(-1) == truth)[::2].float().mean().item()  # every second one is the end token
-    progress.set_postfix(kind=kind, loss=f"{loss.item():.2f}", accuracy=f"{right:.2f}")
+    return F.cross_entropy(logits, truth), right, None if layer is None else out.hidden_states[layer]
 
 
-def guide(maps: torch.Tensor, before: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """Mean -log of the attention that each answer's row puts on the scene asked about; `maps`: (batch, heads, q, k)."""
-    rows = before.nonzero()[::2, 1].view(len(maps), -1)  # the rows that predict words, not end tokens
-    attended = maps[torch.arange(len(maps))[:, None], :, rows].mean(dim=2)  # (batch, questions, k), mean over heads
-    is_target = batch.owners[:, None] == batch.targets[:, :, None]
-    return -(attended * is_target).sum(-1).clamp(min=1e-6).log().mean()
+def naming_loss(head: nn.Linear, states: Tensor, batch: Batch) -> Tensor:
+    """One map for both: the number of the picture of every image token, and of that asked about in every answer's row.
+
+    `states`: (batch, tokens, hidden). What has the same name then lies in the same directions, where a dot product of
+    query and key can find it.
+    """
+    states = F.layer_norm(states, states.shape[-1:])
+    is_image = batch.owners >= 0
+    rows = rows_before(batch).nonzero()[::2]  # those that predict words, not end tokens
+    owners = F.cross_entropy(head(states[is_image]), batch.owners[is_image])
+    return owners + F.cross_entropy(head(states[rows[:, 0], rows[:, 1]]), batch.targets.flatten())
 
 
-def optimizer_for(parameters: list[nn.Parameter], rate: float, steps: int):
-    """AdamW and its schedule: a short rise, a long plateau (routing forms at the full rate or not), a linear fall."""
-    optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY)
-    rise, fall = max(1, round(WARMUP * steps)), max(1, round(COOLDOWN * steps))
-
-    def factor(step: int) -> float:
-        return min(1.0, (step + 1) / rise, max(0.02, (steps - step) / fall))
-
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-
-
-def update(loss: torch.Tensor, optimizer, schedule) -> None:
-    """One optimizer step."""
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], MAX_GRAD_NORM)
-    optimizer.step()
-    schedule.step()
+def rows_before(batch: Batch) -> Tensor:
+    """(batch, tokens) bool: the rows that predict the answers."""
+    before = batch.answers.roll(-1, dims=1)
+    before[:, -1] = False
+    return before
 
 
 def save(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder: Path) -> None:

@@ -72,7 +72,7 @@ def tables(results: Mapping[str, Any]) -> list[Table]:
 
 def result_table(results: Mapping[str, Any]) -> Table:
     """The main table."""
-    rows = [_result_row(results, entry) for entry in entries(results, MAIN_GROUPS)]
+    rows = [result_row(results, entry) for entry in entries(results, MAIN_GROUPS)]
     return Table("Result", RESULT_NOTE, RESULT_HEAD, rows)
 
 
@@ -86,7 +86,8 @@ RESULT_NOTE = (
 )
 
 
-def _result_row(results: Mapping[str, Any], entry: Entry) -> list[str]:
+def result_row(results: Mapping[str, Any], entry: Entry) -> list[str]:
+    """Cells below RESULT_HEAD."""
     numbers, arm = entry.numbers, entry.arm
     rate = f"{arm['learning_rate']:g}" if arm["learning_rate"] else ABSENT
     against_base = find(results, ("base", PLAIN), entry.key)
@@ -178,7 +179,7 @@ def ablation_tables(results: Mapping[str, Any]) -> list[Table]:
         own = [entry for entry in entries(results, (*MAIN_GROUPS, group))
                if entry.arm["group"] == group or entry.key[0] in beside]  # fmt: skip
         note = "At the learning rate of the arm that is varied. Columns as of the result."
-        found.append(Table(f"Varied: {group}", note, RESULT_HEAD, [_result_row(results, entry) for entry in own]))
+        found.append(Table(f"Varied: {group}", note, RESULT_HEAD, [result_row(results, entry) for entry in own]))
         found.append(Table(f"Varied: {group}, paired comparisons", compared.note, compared.head, compared.rows))
     return found
 
@@ -231,9 +232,13 @@ def markdown(results: Mapping[str, Any]) -> str:
     """All tables in Markdown."""
     parts = [f"# Study\n\n{summary(results)}"]
     for table in tables(results):
-        lines = [_line(table.head), _line(["---", *["---:"] * (len(table.head) - 1)]), *map(_line, table.rows)]
-        parts.append(f"## {table.title}\n\n" + (f"{table.note}\n\n" if table.note else "") + "\n".join(lines))
+        parts.append(f"## {table.title}\n\n" + (f"{table.note}\n\n" if table.note else "") + as_markdown(table))
     return "\n\n".join(parts) + "\n"
+
+
+def as_markdown(table: Table) -> str:
+    """Head and rows, without title and note."""
+    return "\n".join([_line(table.head), _line(["---", *["---:"] * (len(table.head) - 1)]), *map(_line, table.rows)])
 
 
 def summary(results: Mapping[str, Any]) -> str:
