@@ -21,10 +21,10 @@ NPROC=1 SOURCE=$OUT/source/source.json IMAGES=$OUT/source/images OUTPUT=$OUT/ins
 [[ -f $OUT/test/run.json ]] || python -m data_gen.gen_instruction.test_set --source "$OUT/test_source/source.json" \
   --image_folder "$OUT/test_source/images" --output "$OUT/test" --num_per_format "$TESTS"
 
-echo "== 3/6  pairs: the base's own wrong answers" # its layer 2 was taught where to look, and looks there also when wrong
+echo "== 3/6  pairs: the base's own wrong answers"
 NPROC=${NPROC:-2} MODEL=$BASE INSTRUCTIONS=$OUT/instructions/instructions.jsonl IMAGES=$OUT/instructions/images \
   OUTPUT=$OUT/pairs BATCH=32 bash data_gen/gen_chosen_rejected/gen_chosen_rejected.sh --max_new_tokens 8 \
-  --attention_layers 3 --source "$OUT/source/source.json"
+  --source "$OUT/source/source.json"
 
 echo "== 4/6  one data set, ready to publish"
 python -m data_gen.mix --pairs "$OUT/pairs/pairs.json" --image_folder "$OUT/instructions/images" --output "$OUT/set" --zip \
