@@ -156,29 +156,24 @@ def tree_attention(
     Two calls per tree: prompt with the first branch is plain causal attention (the fast kernels take it); the later
     branches are a few rows under an explicit mask. No S x S mask exists.
     """
-    key, value = _repeat_heads(query, key), _repeat_heads(query, value)
+    rows = (_by_tree(states, trees) for states in (query, _repeat_heads(query, key), _repeat_heads(query, value)))
     parts = []
-    for tree in trees:
-        begin, middle, end = tree.prompt[0], tree.branches[0][1], tree.branches[-1][1]
-        head, whole = slice(begin, middle), slice(begin, end)
-        parts.append(
-            F.scaled_dot_product_attention(
-                query[:, :, head],
-                key[:, :, head],
-                value[:, :, head],
-                is_causal=True,
-                scale=scaling,
-                dropout_p=dropout,
-            )
-        )
+    for tree, q, k, v in zip(trees, *rows, strict=True):
+        first = tree.branches[0][1] - tree.prompt[0]  # rows of the prompt and the first branch
+        head = q[:, :, :first], k[:, :, :first], v[:, :, :first]
+        parts.append(F.scaled_dot_product_attention(*head, is_causal=True, scale=scaling, dropout_p=dropout))
         if tree.mask is not None:
             parts.append(
                 F.scaled_dot_product_attention(
-                    query[:, :, middle:end], key[:, :, whole], value[:, :, whole], attn_mask=tree.mask,
-                    scale=scaling, dropout_p=dropout,
+                    q[:, :, first:], k, v, attn_mask=tree.mask, scale=scaling, dropout_p=dropout
                 )
-            )  # fmt: skip
+            )
     return torch.cat(parts, dim=2)
+
+
+def _by_tree(states: Tensor, trees: Sequence[Tree]) -> tuple[Tensor, ...]:
+    """The row cut into its trees. One cut: a slice for each tree has a gradient as long as the whole row for each."""
+    return states.split([tree.branches[-1][1] - tree.prompt[0] for tree in trees], dim=2)
 
 
 def region_mass(
@@ -223,18 +218,12 @@ def _probed(query: Tensor, key: Tensor, attention_mask: Tensor | None, scaling: 
     if not plan.trees:
         return _mass_of(_last_scores(query, key, attention_mask, scaling).softmax(dim=-1), regions)
     masses = []
-    for tree in plan.trees:
-        (begin, _), (start, stop) = tree.prompt, tree.branches[0]
-        visible = torch.ones(stop - start, stop - begin, dtype=torch.bool, device=query.device).tril(start - begin)
-        masses.append(
-            region_mass(
-                query[:, :, start:stop],
-                key[:, :, begin:stop],
-                regions[:, begin:stop],
-                visible[None, None],
-                scaling,
-            )
-        )
+    for tree, q, k in zip(plan.trees, _by_tree(query, plan.trees), _by_tree(key, plan.trees), strict=True):
+        begin = tree.prompt[0]
+        start, stop = (end - begin for end in tree.branches[0])
+        visible = torch.ones(stop - start, stop, dtype=torch.bool, device=query.device).tril(start)
+        own = regions[:, begin : begin + stop]
+        masses.append(region_mass(q[:, :, start:stop], k[:, :, :stop], own, visible[None, None], scaling))
     return torch.cat(masses, dim=2)
 
 

@@ -208,9 +208,7 @@ def target_weights(record: Prompt, sizes: Sequence[tuple[int, int]], grid: Patch
     return weights.flatten()
 
 
-def prompt_regions(
-    record: Prompt, sizes: Sequence[tuple[int, int]], grid: PatchGrid
-) -> Float[Tensor, "R tokens"]:
+def prompt_regions(record: Prompt, sizes: Sequence[tuple[int, int]], grid: PatchGrid) -> Float[Tensor, "R tokens"]:
     """What is measured of a prompt: target, all images, then the parts. Raises ValueError like `target_weights`."""
     parts = part_weights(record, sizes, grid)
     target = parts[record.target] if len(parts) and record.target is not None else target_weights(record, sizes, grid)
