@@ -132,7 +132,7 @@ def offline_wandb(report_to: list[str] | str | None) -> None:
     logging.getLogger(__name__).info("wandb: no login found, logging offline (send it later with `wandb sync`)")
 
 
-def leave() -> None:
+def leave(code: int = 0) -> None:
     """End a process of a distributed CPU job without running destructors.
 
     gloo's worker threads may abort a Python that is shutting down, after all files are written: some percent of
@@ -144,4 +144,4 @@ def leave() -> None:
     torch.distributed.destroy_process_group()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(code)

@@ -314,5 +314,5 @@ def test_one_launcher_of_several_nodes(launch):
 def test_launch_scripts_hold_no_site_fact():
     """Account, partition and mail come from the environment (design §10)."""
     text = TRAIN_SCRIPT.read_text(encoding="utf-8")
-    assert not re.search(r"#SBATCH.*(account|partition|mail|-A |-p )|@", re.sub(r'"\$@"|\[@\]', "", text))
+    assert not re.search(r"#SBATCH.*(account|partition|mail|-A |-p )|@", re.sub(r'"\$@"|\[@\]|USR1@\d+', "", text))
     assert len(text.splitlines()) <= 40

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from tests.conftest import SIDE, kill_with_workers, preference
-from train.llava_hound_dpo.trainer import COMPLETE
+from train.llava_hound_dpo.checkpoints import COMPLETE
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "train/llava_hound_dpo/train_dpo_multi_hpc_a100.sh"
@@ -165,11 +165,15 @@ def test_the_adapter_loads_in_plain_peft_with_the_same_logits(checkpoint, zero2)
     torch.testing.assert_close(logits(ours, probe), logits(plain, probe), atol=1e-5, rtol=0)
 
 
-def test_another_number_of_processes_is_refused_before_loading(data_set, checkpoint, zero2):
-    words = [*flags(data_set, checkpoint, zero2), "--gradient_accumulation_steps", "4"]
-    code, _, errors = run([sys.executable, "-m", "train.llava_hound_dpo.run_dpo", *words])
+def test_other_pairs_per_step_are_refused_before_loading_with_the_flags_that_keep_them(data_set, checkpoint, zero2):
+    words = [*flags(data_set, checkpoint, zero2), "--gradient_accumulation_steps", "2"]
+    command = [sys.executable, "-m", "train.llava_hound_dpo.run_dpo", *words, "--deepspeed", "scripts/zero2.json"]
+    code, _, errors = run([*command, "--dry_run"])
     assert code == 2
-    assert "world_size 2 there, 1 here" in errors
+    assert "8 pairs per step, these flags make 4: go on with --gradient_accumulation_steps 4" in errors
+    code, output, errors = run([*command, "--dry_run", "--gradient_accumulation_steps", "4"])
+    assert code == 0 and "continuing from" in output, errors
+    assert "4 rows per step = 4 accumulated x 1 processes" in output
 
 
 def test_full_fine_tuning_under_zero3(data_set, checkpoint, tmp_path):

@@ -15,10 +15,11 @@ from llava.conversation import render
 from llava.records import read_preferences
 from tests.conftest import SIDE, tiny_model
 from train.llava_hound_dpo.arguments import ModelArguments, parse
+from train.llava_hound_dpo.checkpoints import COMPLETE, latest_checkpoint
 from train.llava_hound_dpo.losses import Weights
 from train.llava_hound_dpo.model import make_trainable, parameter_table
 from train.llava_hound_dpo.run_dpo import build_trainer, describe_run, read_inputs
-from train.llava_hound_dpo.trainer import COMPLETE, METRICS, AttentionAwareDPOTrainer, latest_checkpoint
+from train.llava_hound_dpo.trainer import METRICS, AttentionAwareDPOTrainer
 
 
 @pytest.fixture

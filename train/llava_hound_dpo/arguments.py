@@ -42,6 +42,14 @@ RETIRED = {
     "tok_beta": "it had no effect",
 }
 
+# Flags of transformers.TrainingArguments that would change which pairs a step has.
+FIXED = {
+    "dataloader_drop_last": False,
+    "train_sampling_strategy": "random",
+    "ignore_data_skip": False,
+    "auto_find_batch_size": False,
+}
+
 
 @dataclass
 class ModelArguments:
@@ -184,6 +192,11 @@ class TrainArguments(TrainingArguments):
         default=None, metadata={"help": "Learning rate of the projector, if trained; default: learning_rate."}
     )
     dry_run: bool = field(default=False, metadata={"help": "Check everything, print the plan, load no weights, stop."})
+    tokens_per_batch: int = field(
+        default=0,
+        metadata={"help": "Pack rows of up to so many tokens, as few as a step needs; 0: per_device_train_batch_size "
+                  "pairs a row. A step has per_device * accumulation * processes pairs either way."},
+    )  # fmt: skip
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay False: batches are packed rows."})
     logging_steps: float = field(default=1, metadata={"help": "Log every so many optimiser steps."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Off: a non-finite loss ends the run."})
@@ -191,6 +204,9 @@ class TrainArguments(TrainingArguments):
     def __post_init__(self):
         if self.remove_unused_columns:
             raise ValueError("--remove_unused_columns must stay False: a batch is a packed row, not columns")
+        for name, only in FIXED.items():
+            if getattr(self, name) != only:
+                raise ValueError(f"--{name} must stay {only}: which pairs form which step is fixed before the start")
         self.use_cpu = self.use_cpu or not torch.cuda.is_available()
         if not self.deepspeed:  # the flag's empty string, as a script passes it
             self.deepspeed = None
@@ -207,6 +223,14 @@ class TrainArguments(TrainingArguments):
                 "use_reentrant=true cuts the attention term off from the weights, so that it would train nothing: "
                 "leave it out of the checkpointing arguments"
             )
+
+    def accumulate(self, rows: int) -> None:
+        """Make so many passes per process and step, also in DeepSpeed's config, which was made from the flags."""
+        self.gradient_accumulation_steps = rows
+        if self.deepspeed:
+            config = self.hf_deepspeed_config.config
+            config["gradient_accumulation_steps"] = rows
+            config["train_batch_size"] = self.world_size * self.per_device_train_batch_size * rows
 
 
 class Parser(HfArgumentParser):

@@ -133,10 +133,13 @@ class PairCollator:
         pairs = [item["pair"] for item in items]
         if not self.needs_rejected:
             pairs = [EncodedPair(pair.prompt, pair.chosen, [], pair.target) for pair in pairs]
-        return {
+        batch = {
             "index": torch.tensor([item["index"] for item in items]),  # first: the Trainer reads the batch size off it
             "format": torch.tensor([item["format"] for item in items]),
             "num_images": torch.tensor([item["num_images"] for item in items]),
             "row": pack(pairs, self.image_token),
             "pixel_values": torch.cat([item["pixel_values"] for item in items]),
         }
+        if "step_pairs" in items[0]:  # of a training step
+            batch["step_pairs"] = torch.tensor([item["step_pairs"] for item in items])
+        return batch

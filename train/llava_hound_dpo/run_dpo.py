@@ -6,6 +6,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ from train.llava_hound_dpo.arguments import (
     TrainArguments,
     parse,
 )
+from train.llava_hound_dpo.batches import BatchPlan, flags_for, make_plan
+from train.llava_hound_dpo.checkpoints import check_optim, latest_checkpoint
 from train.llava_hound_dpo.data import (
     Pair,
     PairDataset,
@@ -44,15 +47,15 @@ from train.llava_hound_dpo.data import (
     within_length,
 )
 from train.llava_hound_dpo.model import make_trainable, parameter_table
-from train.llava_hound_dpo.plan import plan, world_size
+from train.llava_hound_dpo.plan import packed_tokens, plan, world_size
 from train.llava_hound_dpo.reference import ReferenceCache, fingerprint
-from train.llava_hound_dpo.trainer import AttentionAwareDPOTrainer, latest_checkpoint
+from train.llava_hound_dpo.stopping import one_line_errors
+from train.llava_hound_dpo.trainer import AttentionAwareDPOTrainer
 
 logger = logging.getLogger(__name__)
 
 SCHEDULE = (
-    "learning_rate", "lr_scheduler_type", "warmup_steps", "num_train_epochs", "max_steps", "seed", "bf16",
-    "per_device_train_batch_size", "gradient_accumulation_steps",
+    "learning_rate", "lr_scheduler_type", "warmup_steps", "num_train_epochs", "max_steps", "seed", "data_seed", "bf16",
 )  # fmt: skip
 
 
@@ -69,21 +72,28 @@ class Inputs:
     train: list[Pair]
     evaluation: list[Pair]
     dropped: list[Pair]
+    batches: BatchPlan  # of the training pairs
 
     def dataset(self, pairs: Sequence[Pair]) -> PairDataset:
         """The pairs with their pictures."""
         return PairDataset(pairs, self.store, self.processor.image_processor, self.grid, self.config.image_token_id)
 
 
-def main() -> None:
-    """Check, plan, train, save. Bad input ends it with one line and exit code 2 before any weight is loaded."""
+def main() -> int:
+    """Check, plan, train, save; the exit code is `stopping.STOPPED` if it was asked to stop before the end.
+
+    Bad input ends it with one line and exit code 2 before any weight is loaded.
+    """
     setup_logging()
     without_compiler()
     with user_errors():
         model_args, data_args, loss_args, args = parse()
         inputs = read_inputs(model_args, data_args, loss_args, args)
         identity = describe_run(model_args, data_args, loss_args, args, inputs)
-        checkpoint = latest_checkpoint(args.output_dir, identity)
+        if args.deepspeed_file:
+            check_optim(args.optim)
+        size = {"pairs_per_row": args.per_device_train_batch_size, "world_size": inputs.batches.world_size}
+        checkpoint = latest_checkpoint(args.output_dir, identity, partial(flags_for, **size))
     if checkpoint:
         logger.info("continuing from %s", checkpoint)
     if args.dry_run:
@@ -97,17 +107,21 @@ def main() -> None:
             inputs.dropped,
         )
         logger.info(plan(*arguments, inputs.grid.num_tokens))
-        return
+        logger.info("  %-15s%s", "rows", inputs.batches)
+        return 0
     with user_errors():
         refuse_data_parallel(args)
         policy = load_policy(model_args, args)
     trainer = build_trainer(policy, model_args, loss_args, args, inputs, identity)
     record_run(model_args, data_args, loss_args, args, inputs)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    trainer.save_model()
-    trainer.save_state()
-    logger.info("saved %s", args.output_dir)
-    leave()
+    with one_line_errors():
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if not trainer.stop.stopped:
+            trainer.save_model()
+            trainer.save_state()
+            logger.info("saved %s", args.output_dir)
+    leave(trainer.stop.exit_code)
+    return trainer.stop.exit_code
 
 
 def read_inputs(model: ModelArguments, data: DataArguments, loss: LossArguments, args: TrainArguments) -> Inputs:
@@ -134,7 +148,27 @@ def read_inputs(model: ModelArguments, data: DataArguments, loss: LossArguments,
         raise ValueError("--eval_strategy needs something to evaluate on: give --eval_split or --eval_data_path")
     if is_main_process():  # if it finds something it ends, and the launcher ends the others
         check_pictures([pair.record for pair in (*train, *evaluation)], store, grid, data.check_images)
-    return Inputs(config, processor, grid, store, layers, heads, train, evaluation, dropped)
+    batches = plan_batches(train, grid.num_tokens, loss, args)
+    return Inputs(config, processor, grid, store, layers, heads, train, evaluation, dropped, batches)
+
+
+def plan_batches(pairs: Sequence[Pair], tokens_per_image: int, loss: LossArguments, args: TrainArguments) -> BatchPlan:
+    """Steps and rows of the run. Raises ValueError for a pair longer than --tokens_per_batch."""
+    lengths = [packed_tokens(pair, tokens_per_image, loss.dpo_alpha > 0) for pair in pairs]
+    limit = args.tokens_per_batch
+    if limit < 0:
+        raise ValueError(f"--tokens_per_batch {limit}: a number of tokens, or 0 for rows of so many pairs")
+    if limit and max(lengths) > limit:
+        longest = pairs[lengths.index(max(lengths))]
+        raise ValueError(
+            f"{longest.record.where}: {max(lengths):,} tokens in its row (prompt, images and answers), above "
+            f"--tokens_per_batch {limit:,}, as are {sum(n > limit for n in lengths):,} pairs in all: raise it"
+        )
+    return make_plan(
+        lengths, args.per_device_train_batch_size, args.gradient_accumulation_steps,
+        world_size() if args.dry_run else args.world_size,
+        args.seed if args.data_seed is None else args.data_seed, args.num_train_epochs, args.max_steps, limit,
+    )  # fmt: skip
 
 
 def _probed(loss: LossArguments, model: str, config: LlavaConfig) -> tuple[frozenset[int], Heads | None]:
@@ -186,7 +220,9 @@ def build_trainer(policy, model, loss, args, inputs: Inputs, identity: dict[str,
         commit = getattr(policy.config, "_commit_hash", None)
         key = fingerprint(model.model_name_or_path, commit, str(policy.dtype), *settings)
         reference = ReferenceCache(Path(args.output_dir) / "reference", key)
+    args.accumulate(inputs.batches.accumulation)  # before the Trainer and DeepSpeed take it from there
     logger.info("%s", parameter_table(policy))
+    logger.info("%d pairs per step in %s", inputs.batches.pairs_per_step, inputs.batches)
     return AttentionAwareDPOTrainer(
         model=policy,
         args=args,
@@ -200,6 +236,7 @@ def build_trainer(policy, model, loss, args, inputs: Inputs, identity: dict[str,
         image_token=inputs.config.image_token_id,
         reference=reference,
         identity=identity,
+        batches=inputs.batches,
     )
 
 
@@ -212,7 +249,7 @@ def describe_run(model, data, loss, args, inputs: Inputs) -> dict[str, Any]:
         "attention_heads": inputs.heads and inputs.heads.to_json(),  # wherever their file lies
         **{name: getattr(args, name) for name in SCHEDULE},
         "image_aspect_ratio": data.image_aspect_ratio,
-        "world_size": world_size(),
+        "pairs_per_step": inputs.batches.pairs_per_step,
         "deepspeed": args.deepspeed_file if isinstance(args.deepspeed_file, str) else None,
         "train_pairs": f"{len(inputs.train)} ({content})",
     }
@@ -234,6 +271,7 @@ def record_run(model, data, loss, args, inputs: Inputs) -> None:
         attention_heads=inputs.heads and inputs.heads.to_json(),
         training=args.to_dict(),
         counts=counts,
+        batches=inputs.batches.describe(),
     )
 
 

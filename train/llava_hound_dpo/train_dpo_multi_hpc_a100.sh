@@ -5,6 +5,7 @@
 #SBATCH --mem=64GB
 #SBATCH --time=2-00:00:00
 #SBATCH --requeue
+#SBATCH --signal=B:USR1@300
 # Account and partition: export SBATCH_ACCOUNT and SBATCH_PARTITION. Without Slurm: bash this file. --help lists all flags.
 set -euo pipefail
 
@@ -25,7 +26,7 @@ for start in "$(dirname "${BASH_SOURCE[0]}")" "${SLURM_SUBMIT_DIR:-}" "$PWD"; do
   [[ -f $root/scripts/cluster.sh ]] && cd "$root" && break
 done
 [[ -f scripts/cluster.sh ]] || { echo "repository not found: submit from inside it" >&2; exit 2; }
-source scripts/cluster.sh
+source scripts/cluster.sh && source scripts/stoppable.sh
 
 flags=(--model_name_or_path "$MODEL" --data_path "$DATA" --image_folder "$IMAGES" --output_dir "$OUTPUT"
   --dpo_alpha "$dpo_alpha" --gamma "$gamma" --beta 0.1 --lora_enable True --lora_r 128 --lora_alpha 256
@@ -36,4 +37,4 @@ flags=(--model_name_or_path "$MODEL" --data_path "$DATA" --image_folder "$IMAGES
 
 python -m train.llava_hound_dpo.run_dpo "${flags[@]}" "$@" --dry_run True # a bad flag or record ends the job here
 [[ " $* " =~ \ (--help|-h|--dry_run(=|\ +)?(True|true|1)?)\  ]] && exit
-exec "${LAUNCH[@]}" -m train.llava_hound_dpo.run_dpo "${flags[@]}" --check_images exists "$@"
+run_stoppable "${LAUNCH[@]}" -m train.llava_hound_dpo.run_dpo "${flags[@]}" --check_images exists "$@"

@@ -1,9 +1,9 @@
 """`AttentionAwareDPOTrainer`: transformers' Trainer with the loss of design §5 on packed rows."""
 
-import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,27 @@ from peft import PeftModel
 from torch import Tensor
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback
+from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from llava.attention import attention_ratio, mean_over_layers
 from llava.checkpoints import PROJECTOR
 from llava.records import FORMATS
-from llava.runtime import is_main_process, write_text
+from llava.runtime import is_main_process
+from train.llava_hound_dpo.batches import BatchPlan, RowLoader
+from train.llava_hound_dpo.checkpoints import (
+    STATE,
+    MarkComplete,
+    check_engine,
+    load_state,
+    remove_interrupted,
+    save_state,
+)
 from train.llava_hound_dpo.data import PairCollator, PairDataset
 from train.llava_hound_dpo.losses import Weights, logits_margin, total_loss
 from train.llava_hound_dpo.reference import ReferenceCache
 from train.llava_hound_dpo.scoring import Scores, score
+from train.llava_hound_dpo.stopping import StopOnRequest, start_loader
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +43,6 @@ METRICS = (
     "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
     "logps/chosen", "logps/rejected",
 )  # fmt: skip
-COMPLETE = "complete.json"  # written last into a checkpoint: without it a kill interrupted the saving
 
 
 class AttentionAwareDPOTrainer(Trainer):
@@ -41,7 +51,7 @@ class AttentionAwareDPOTrainer(Trainer):
     `layers` are the probed layers of the language model, `heads` (L, H) has a 1 for those of their heads that count
     (None: all), with `carries` by what they carry. `reference` is needed for full fine-tuning with a DPO share
     and must be None with LoRA, where the reference is the model with its adapter off. `identity` describes the
-    experiment; a checkpoint of another one is not resumed.
+    experiment; a checkpoint of another one is not resumed. `batches` says which pairs form which step and row.
     """
 
     def __init__(
@@ -50,6 +60,7 @@ class AttentionAwareDPOTrainer(Trainer):
         weights: Weights,
         layers: frozenset[int],
         image_token: int,
+        batches: BatchPlan,
         heads: Tensor | None = None,
         carries: bool = False,
         reference: ReferenceCache | None = None,
@@ -59,13 +70,20 @@ class AttentionAwareDPOTrainer(Trainer):
         super().__init__(*args, data_collator=PairCollator(image_token, weights.needs_rejected), **kwargs)
         self.weights, self.layers, self.reference = weights, layers, reference
         self.heads, self.carries = heads, carries
+        self.batches, self._saved_step = batches, None
+        assert (batches.accumulation, batches.world_size) == (
+            self.args.gradient_accumulation_steps,
+            self.args.world_size,
+        )
         self.model_accepts_loss_kwargs = False  # our loss is a mean over pairs: let the Trainer average micro-batches
         self.compute_metrics = _mean_metrics
         self._sums = torch.zeros(2, len(METRICS), dtype=torch.float64)
         self.shares_images = not any(p.requires_grad for n, p in self.model.named_parameters() if PROJECTOR in n)
         is_lora = isinstance(self.model, PeftModel)
         assert not weights.needs_rejected or is_lora != (reference is not None), "one source of reference log-probs"
-        self.add_callback(_MarkComplete(identity or {}))
+        self.add_callback(MarkComplete(identity or {}))
+        self.stop = StopOnRequest()
+        self.add_callback(self.stop)
         for standard in (ProgressCallback, PrinterCallback):
             self.remove_callback(standard)
         self.add_callback(_StepLines())
@@ -75,7 +93,9 @@ class AttentionAwareDPOTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Mean loss of a batch of pairs; with `return_outputs` also the (N, metrics) matrix, NaN where undefined.
 
-        Raises FloatingPointError, before any update, if the loss of a pair is not finite.
+        Of a row of a step it is what the row adds to the mean over the step's pairs, times the rows of the step: the
+        Trainer averages over micro-batches, and the processes average their gradients. Raises FloatingPointError,
+        before any update, if the loss of a pair is not finite.
         """
         row, pictures = inputs["row"], self._pictures(inputs["pixel_values"])
         dataset = self.train_dataset if model.training else self.eval_dataset
@@ -90,6 +110,10 @@ class AttentionAwareDPOTrainer(Trainer):
             names = ", ".join(dataset.pairs[i].record.where for i in bad)
             raise FloatingPointError(f"the loss is not finite at step {self.state.global_step + 1}: {names}")
         metrics = self._metrics(parts, policy, reference, ratio, inputs["format"], weights)
+        step_pairs = inputs.get("step_pairs")
+        if step_pairs is not None:
+            share = torch.where(step_pairs > 0, self.batches.rows_per_step / step_pairs, 0)
+            loss, metrics = (parts["total"] * share).sum(), metrics[step_pairs > 0]
         if model.training:
             self._remember(metrics)
         return (loss, metrics) if return_outputs else loss
@@ -100,6 +124,23 @@ class AttentionAwareDPOTrainer(Trainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             _, metrics = self.compute_loss(model, inputs, return_outputs=True)
         return None, metrics, inputs["index"]
+
+    def get_train_dataloader(self) -> RowLoader:
+        """This process's rows, decoded ahead of the step by `dataloader_num_workers` processes."""
+        args = self.args
+        return RowLoader(
+            self.train_dataset,
+            self.batches,
+            args.process_index,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            in_order=args.dataloader_in_order,
+            worker_init_fn=partial(start_loader, num_workers=args.dataloader_num_workers, rank=args.process_index),
+        )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means of all metrics since the last log, over all processes, to a training step's log."""
@@ -122,6 +163,44 @@ class AttentionAwareDPOTrainer(Trainer):
                 group["params"] = [p for p in group["params"] if id(p) not in projector]
                 optimizer.add_param_group({**group, "params": moved, "lr": rate})
         return optimizer
+
+    def _prepare_inputs(self, inputs):
+        inputs = super()._prepare_inputs(inputs)
+        return {**inputs, "row": inputs["row"].to(self.args.device)}
+
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        """As the Trainer's, but DeepSpeed's state comes from our own files."""
+        if not self.is_deepspeed_enabled:
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        check_engine(self.deepspeed)
+        if resume_from_checkpoint:
+            load_state(self.deepspeed, Path(resume_from_checkpoint) / STATE)
+            self._load_optimizer_and_scheduler(resume_from_checkpoint)  # of DeepSpeed's runs the scheduler only
+        return prepared
+
+    def _save_checkpoint(self, model, trial):
+        if self._saved_step == self.state.global_step:
+            return  # nothing has changed since, and rewriting it would make a kill leave half of it
+        if self.args.should_save:
+            remove_interrupted(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
+        self.accelerator.wait_for_everyone()
+        super()._save_checkpoint(model, trial)
+        self._saved_step = self.state.global_step
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        if not self.is_deepspeed_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        save_state(self.deepspeed, Path(output_dir) / STATE, self.args.process_index, self.args.world_size)
+        if self.args.should_save and self.deepspeed.lr_scheduler is None:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_best_model(self):
+        if not self.is_deepspeed_enabled:
+            super()._load_best_model()
+            return
+        load_state(self.deepspeed, Path(self.state.best_model_checkpoint) / STATE)
 
     def fill_reference(self, dataset: PairDataset, missing: Sequence[int]) -> None:
         """Compute and store the reference log-probs of the missing pairs, shared out over the processes."""
@@ -215,43 +294,6 @@ def _mean_metrics(predictions) -> dict[str, float]:
     return {"loss": means["losses/total"], **means}
 
 
-def latest_checkpoint(output_dir: str | Path, identity: Mapping[str, Any]) -> Path | None:
-    """The newest complete checkpoint of this experiment, or None.
-
-    A checkpoint that a kill interrupted is passed over with a line that says so. Raises ValueError if the folder holds
-    another experiment's checkpoints, or this one's with other processes: its optimiser state cannot be read then.
-    """
-    folders = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.split("-")[-1].isdigit()]
-    for folder in sorted(folders, key=lambda path: int(path.name.split("-")[-1]), reverse=True):
-        marker = folder / COMPLETE
-        if not marker.is_file():
-            logger.info("%s was interrupted while it was written: passed over", folder)
-            continue
-        theirs = json.loads(marker.read_text(encoding="utf-8"))
-        differing = [k for k in {**theirs, **identity} if theirs.get(k) != json.loads(json.dumps(identity.get(k)))]
-        if differing:
-            listed = ", ".join(f"{k} {theirs.get(k)} there, {identity.get(k)} here" for k in differing)
-            raise ValueError(
-                f"{folder} is of another run ({listed}): choose another --output_dir, or remove the old one"
-            )
-        return folder
-    return None
-
-
-class _MarkComplete(TrainerCallback):
-    """Writes the marker that makes a checkpoint resumable, once every process has written its part."""
-
-    def __init__(self, identity: Mapping[str, Any]):
-        self.identity = dict(identity)
-
-    def on_save(self, args, state, control, **kwargs):
-        if torch.distributed.is_initialized():
-            torch.distributed.barrier()
-        if state.is_world_process_zero:
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            write_text(folder / COMPLETE, json.dumps(self.identity, indent=2))
-
-
 class _StepLines(TrainerCallback):
     """A progress bar with the time left, and one line per logged step in a fixed order."""
 
@@ -298,6 +340,8 @@ class _ComputeReference(TrainerCallback):
         cache.load()
         for dataset in filter(None, (self.trainer.train_dataset, self.trainer.eval_dataset)):
             missing = cache.missing(dataset)
+            if torch.distributed.is_initialized():
+                torch.distributed.barrier()  # all share out the same pairs: none has written any before all have looked
             if missing and state.global_step:
                 cache.lookup(dataset, missing, "cpu")  # raises: the weights are no longer the reference's
             self.trainer.fill_reference(dataset, missing)

@@ -1,0 +1,247 @@
+"""Checkpoints that go on with any number of processes: which one to continue from, and DeepSpeed's state in them.
+
+DeepSpeed's own checkpoint holds one pickled partition of the optimiser per process and is read by as many processes
+only. Here every trained parameter is stored whole and by name: its fp32 value and its optimiser states, in safetensors,
+shared out over the files of the processes that wrote them. Without DeepSpeed the Trainer's own files already are so.
+"""
+
+import json
+import logging
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import TrainerCallback
+
+from llava.runtime import write_text
+
+logger = logging.getLogger(__name__)
+
+COMPLETE = "complete.json"  # written last into a checkpoint: without it a kill interrupted the saving
+STATE = "deepspeed_state"  # folder of a checkpoint: tensors by parameter, and numbers.json
+NUMBERS = "numbers.json"
+MASTER = "fp32"  # the parameter itself, beside the names of the optimiser's states
+SHARD_BYTES = 2 * 1024**3  # a process holds so much of other processes' partitions at a time
+COUNTERS = ("global_steps", "global_samples", "skipped_steps")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be written or read as these flags want it."""
+
+
+def latest_checkpoint(
+    output_dir: str | Path, identity: Mapping[str, Any], flags_for: Callable[[int], str] | None = None
+) -> Path | None:
+    """The newest complete checkpoint of this experiment, or None.
+
+    A checkpoint that a kill interrupted is passed over with a line that says so. Raises ValueError if the folder holds
+    another experiment's checkpoints. `flags_for` says which flags make so many pairs per step: what to change where
+    that alone differs, as it does with the same flags on another number of processes.
+    """
+    for folder in sorted(_folders(output_dir), key=_step, reverse=True):
+        marker = folder / COMPLETE
+        if not marker.is_file():
+            logger.info("%s was interrupted while it was written: passed over", folder)
+            continue
+        theirs = json.loads(marker.read_text(encoding="utf-8"))
+        differing = [k for k in {**theirs, **identity} if theirs.get(k) != json.loads(json.dumps(identity.get(k)))]
+        if differing == ["pairs_per_step"] and flags_for:
+            raise ValueError(
+                f"{folder} has {theirs['pairs_per_step']} pairs per step, these flags make "
+                f"{identity['pairs_per_step']}: go on with {flags_for(theirs['pairs_per_step'])}"
+            )
+        if differing:
+            listed = ", ".join(f"{k} {theirs.get(k)} there, {identity.get(k)} here" for k in differing)
+            raise ValueError(
+                f"{folder} is of another run ({listed}): choose another --output_dir, or remove the old one"
+            )
+        return folder
+    return None
+
+
+def remove_interrupted(folder: Path) -> None:
+    """Delete what a kill left of a checkpoint, before the same step is saved again, perhaps by other processes."""
+    if folder.is_dir() and not (folder / COMPLETE).is_file():
+        shutil.rmtree(folder)
+
+
+class MarkComplete(TrainerCallback):
+    """Writes the marker that makes a checkpoint resumable, once every process has written its part."""
+
+    def __init__(self, identity: Mapping[str, Any]):
+        self.identity = dict(identity)
+
+    def on_save(self, args, state, control, **kwargs):
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            write_text(folder / COMPLETE, json.dumps(self.identity, indent=2))
+
+
+def check_optim(optim: str) -> None:
+    """Raises ValueError for optimisers whose state under DeepSpeed cannot be stored by parameter."""
+    if "8bit" in optim or "4bit" in optim:
+        raise ValueError(
+            f"--optim {optim} has states per block of a process's partition, which no other number of processes could "
+            "read: choose adamw_torch, or train without --deepspeed"
+        )
+
+
+def check_engine(engine) -> None:
+    """Raises CheckpointError, before the first step, for a DeepSpeed optimiser that `save_state` does not know."""
+    if _partitions(engine.optimizer) is None:
+        raise CheckpointError("--deepspeed: checkpoints are of ZeRO stages 1 to 3; scripts/zero2.json is one")
+
+
+def save_state(engine, folder: Path, rank: int, world_size: int) -> None:
+    """Write the fp32 parameters and optimiser states of a DeepSpeed engine; all processes call it together."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _link(engine.optimizer)
+    partition = _partitions(engine.optimizer)[0]
+    state = engine.optimizer.optimizer.state[partition]
+    keys = [key for key, value in state.items() if torch.is_tensor(value) and value.shape == partition.shape]
+    shard, size, count = {}, 0, 0
+    for number, (name, parameter) in enumerate(_trained(engine)):
+        for key in (MASTER, *keys):
+            whole = _read(parameter, key)  # collective
+            if number % world_size == rank:
+                shard[f"{key}/{name}"] = whole.cpu().contiguous()
+                size += whole.numel() * whole.element_size()
+        if size > SHARD_BYTES:
+            save_file(shard, folder / f"{rank:05}-{count:05}.safetensors")
+            shard, size, count = {}, 0, count + 1
+    if shard:
+        save_file(shard, folder / f"{rank:05}-{count:05}.safetensors")
+    if rank == 0:
+        write_text(folder / NUMBERS, json.dumps(_numbers(engine, state, keys, partition), indent=2))
+
+
+def load_state(engine, folder: Path) -> None:
+    """Put what `save_state` wrote into an engine of any number of processes.
+
+    Raises CheckpointError if something is missing.
+    """
+    if not (folder / NUMBERS).is_file():
+        raise CheckpointError(f"{folder}: no state of the optimiser; was the checkpoint made with --save_only_model?")
+    numbers = json.loads((folder / NUMBERS).read_text(encoding="utf-8"))
+    _create_states(engine.optimizer, numbers)
+    files = [safe_open(path, framework="pt") for path in sorted(folder.glob("*.safetensors"))]
+    where = {key: file for file in files for key in file.keys()}
+    for name, parameter in _trained(engine):
+        for key in (MASTER, *numbers["states"]):
+            if f"{key}/{name}" not in where:
+                raise CheckpointError(f"{folder}: no {key} of {name}; remove it to go on from an older checkpoint")
+            _write(parameter, key, where[f"{key}/{name}"].get_tensor(f"{key}/{name}"))
+    for group, saved in zip(engine.optimizer.optimizer.param_groups, numbers["groups"], strict=True):
+        group.update({name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()})
+    for name in COUNTERS:
+        setattr(engine, name, numbers["engine"][name])
+    vars(engine.optimizer.loss_scaler).update(numbers["loss_scaler"])
+    if engine.lr_scheduler is not None:
+        engine.lr_scheduler.load_state_dict(numbers["lr_scheduler"])
+
+
+def _folders(output_dir: str | Path) -> list[Path]:
+    return [path for path in Path(output_dir).glob("checkpoint-*") if path.name.split("-")[-1].isdigit()]
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.split("-")[-1])
+
+
+def _trained(engine) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    return ((name, p) for name, p in engine.module.named_parameters() if p.requires_grad)
+
+
+def _partitions(optimizer) -> list[Tensor] | None:
+    """This process's flat fp32 partitions, which the wrapped optimiser has its states for; None: another class."""
+    for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups"):  # ZeRO-3; ZeRO-1 and 2
+        if hasattr(optimizer, name):
+            return getattr(optimizer, name)
+    return None
+
+
+def _read(parameter, key: str) -> Tensor:
+    """The whole fp32 value or state of a parameter, on every process."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    return safe_get_full_fp32_param(parameter) if key == MASTER else safe_get_full_optimizer_state(parameter, key)
+
+
+def _write(parameter, key: str, whole: Tensor) -> None:
+    """Set this process's part of it, and the parameter in the training precision where it is the value."""
+    import deepspeed
+    from deepspeed import utils
+
+    if key == MASTER:
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
+            parameter.data.copy_(whole)
+    if not hasattr(parameter, "ds_id"):  # ZeRO-1 and 2
+        whole = whole.to(parameter.device)
+        if key == MASTER:
+            utils.safe_set_full_fp32_param(parameter, whole)
+        else:
+            utils.safe_set_full_optimizer_state(parameter, whole, key)
+        return
+    # ZeRO-3 pads the last partition, for which safe_set_full_fp32_param would read past the end.
+    own, rank = parameter.ds_tensor.numel(), parameter._z3_optimizer._get_param_partition_rank(parameter)
+    flat = F.pad(whole.flatten()[own * rank : own * (rank + 1)], (0, max(0, own * (rank + 1) - whole.numel())))[:own]
+    if key == MASTER:
+        utils.safe_set_local_fp32_param(parameter, flat)
+    else:
+        utils.safe_set_local_optimizer_state(parameter, flat, key)
+
+
+def _numbers(engine, state: Mapping[str, Any], keys: list[str], partition: Tensor) -> dict[str, Any]:
+    """What is not per parameter: step counts, hyperparameters of the groups, counters, the scale of the loss."""
+    scalars = {}
+    for name, value in state.items():
+        if name not in keys:
+            is_tensor = torch.is_tensor(value)
+            scalars[name] = {
+                "value": value.item() if is_tensor else value,
+                "dtype": str(value.dtype).removeprefix("torch.") if is_tensor else None,
+                "beside_partition": is_tensor and value.device == partition.device,
+            }
+    groups = [{k: v for k, v in group.items() if k != "params"} for group in engine.optimizer.optimizer.param_groups]
+    scaler = {k: v for k, v in vars(engine.optimizer.loss_scaler).items() if isinstance(v, int | float)}
+    scheduler = engine.lr_scheduler.state_dict() if engine.lr_scheduler is not None else None
+    counters = {name: getattr(engine, name) for name in COUNTERS}
+    return {
+        "states": keys,
+        "scalars": scalars,
+        "groups": groups,
+        "engine": counters,
+        "loss_scaler": scaler,
+        "lr_scheduler": scheduler,
+    }
+
+
+def _create_states(optimizer, numbers: Mapping[str, Any]) -> None:
+    """The optimiser's states as after a first step, which DeepSpeed leaves it to create them."""
+    for partition in _partitions(optimizer):
+        state = optimizer.optimizer.state[partition]
+        for key in numbers["states"]:
+            state[key] = torch.zeros_like(partition)
+        for name, saved in numbers["scalars"].items():
+            device = partition.device if saved["beside_partition"] else "cpu"
+            dtype = saved["dtype"] and getattr(torch, saved["dtype"])
+            state[name] = torch.tensor(saved["value"], dtype=dtype, device=device) if dtype else saved["value"]
+    _link(optimizer)
+
+
+def _link(optimizer) -> None:
+    """Let ZeRO-1 and 2 find the states of every parameter.
+
+    They do so in their first step, but before the states of the second group of parameters exist.
+    """
+    if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
+        optimizer._hp_optimizer_states_linked = False
+        optimizer._lazy_init_hp_params_optimizer_state()
