@@ -20,6 +20,7 @@ from llava.runtime import ArgumentParser, setup_logging, stop, user_errors
 logger = logging.getLogger("scripts.export")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CLIP = "clip_vision_model"
 PUBLISHED = (
     ("model.language_model.", "language_model.model."),
     ("lm_head.", "language_model.lm_head."),
@@ -81,14 +82,17 @@ def write(model, processor, folder: Path, layout: str, source: str) -> None:
     model.config.architectures, model.config.dtype = [type(model).__name__], model.dtype
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
-    save_torch_state_dict({published_name(name): t for name, t in model.state_dict().items()}, folder)
+    tower = model.config.vision_config.model_type
+    save_torch_state_dict({published_name(name, tower): t for name, t in model.state_dict().items()}, folder)
 
 
-def published_name(name: str) -> str:
+def published_name(name: str, tower: str = CLIP) -> str:
     """A tensor's name as llava-hf/llava-1.5-7b-hf has it, which every reader of that format knows.
 
-    transformers 5 itself saves the vision tower under shorter names.
+    transformers 5 itself saves the vision tower under shorter names, and reads a tower other than CLIP by these only.
     """
+    if tower != CLIP and name.startswith("model.vision_tower."):
+        return name.removeprefix("model.")
     for ours, theirs in PUBLISHED:
         if name.startswith(ours):
             return theirs + name.removeprefix(ours)

@@ -41,13 +41,14 @@ class Course:
     file: Path
     identity: dict  # of the recipe: another one's file is refused
     finished: dict[str, int] = field(default_factory=dict)  # steps by stage
+    save_every: int | None = None  # steps; None: SAVE_EVERY
     _unread: dict | None = None  # state inside a stage
 
     def open(self) -> None:
         """Takes up the file's state, if there is one. Raises ValueError if it is of another recipe."""
         if not self.file.is_file():
             return
-        state = torch.load(self.file, weights_only=True)
+        state = torch.load(self.file, map_location="cpu", weights_only=True)
         if json.loads(state["identity"]) != json.loads(json.dumps(self.identity)):
             raise ValueError(f"{self.file} is of another recipe or seed: choose another --output, or remove it")
         self.model.load_state_dict(state["model"])
@@ -72,7 +73,7 @@ class Course:
             progress.set_postfix(loss=f"{loss.item():.2f}", **shown)
             if stage.is_over(step):
                 break
-            if step % SAVE_EVERY == 0 and step < stage.steps:
+            if step % (self.save_every or SAVE_EVERY) == 0 and step < stage.steps:
                 parts = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
                 head = stage.head.state_dict() if stage.head else {}
                 self._save({"stage": stage.name, "step": step, "head": head, **parts})

@@ -9,6 +9,7 @@ On demand also training questions without pairs (instructions.json, for data_gen
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,6 @@ from PIL import Image
 from tqdm import tqdm
 
 from scripts.miniature.prompts import MULTI_IMAGE_TYPES, Prompt, sample_prompt
-from scripts.miniature.world import ATTRIBUTES
 
 OTHER_IMAGE, RANDOM = "other_image", "random"
 EVERY_TYPE = (*MULTI_IMAGE_TYPES, "single")
@@ -24,8 +24,15 @@ ON_DEMAND = ("instructions", "single", "validation_questions")
 
 
 def main() -> None:
-    """Writes the files of one data set; the seed of each is its own, so that one more changes no other."""
-    args = parse_args()
+    """Writes the miniature's."""
+    write(parser_of(__doc__).parse_args(), sample_prompt)
+
+
+def write(args: argparse.Namespace, sample: Callable[[np.random.Generator, str, str], Prompt]) -> None:
+    """The files of one data set; the seed of each is its own, so that one more changes no other.
+
+    `sample` draws a prompt of a split and format.
+    """
     num_validation = args.num_test if args.num_validation is None else args.num_validation
     files = [
         ("train", "train", args.num_train, MULTI_IMAGE_TYPES, args.rejected),
@@ -41,7 +48,7 @@ def main() -> None:
         rng = np.random.default_rng([args.seed, number])
         records = []
         for index in tqdm(range(size), desc=name, unit="record"):
-            prompt = sample_prompt(rng, split, image_types[index % len(image_types)])
+            prompt = sample(rng, split, image_types[index % len(image_types)])
             record_id = f"{name}_{index:06d}"
             images = save_pictures(prompt.pictures(), args.output / "images", name, record_id)
             fields = preference(prompt, rejected, rng) if rejected else question(prompt)
@@ -50,9 +57,9 @@ def main() -> None:
         (args.output / f"{name}.json").write_text(f"[\n{lines}\n]\n", encoding="utf-8")
 
 
-def parse_args() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+def parser_of(description: str) -> argparse.ArgumentParser:
+    """The command line of every world's data."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder of the data set")
     parser.add_argument("--num_train", type=int, default=1800, help="preference pairs for training")
     parser.add_argument("--num_validation", type=int, help="held-out preference pairs (default: num_test)")
@@ -66,14 +73,13 @@ def parse_args() -> argparse.Namespace:
         default=OTHER_IMAGE,
         help="of train.json: true of another image, or any other value of the attribute",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the draw; the held-out combinations stay the same")
-    return parser.parse_args()
+    parser.add_argument("--seed", type=int, default=0, help="of the draw; what is held out stays the same")
+    return parser
 
 
 def preference(prompt: Prompt, rejected_from: str, rng: np.random.Generator) -> dict:
     """The fields of a preference pair; the rejected answer is that of another image, or any wrong one, at random."""
-    wrong = [value for value in ATTRIBUTES[prompt.attribute] if value != prompt.answer]
-    rejected = str(rng.choice(prompt.others if rejected_from == OTHER_IMAGE else wrong))
+    rejected = str(rng.choice(prompt.others if rejected_from == OTHER_IMAGE else prompt.wrong))
     pair = {"prompt": prompt.text, "chosen": prompt.answer, "rejected": rejected}
     return pair | where(prompt) | {"rejected_from": rejected_from}
 

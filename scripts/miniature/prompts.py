@@ -1,6 +1,8 @@
 """Prompts about scenes of the miniature world in the formats of the project, with the truth known."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from PIL import Image
@@ -28,7 +30,15 @@ GRID = (2, 2)
 
 @dataclass(frozen=True)
 class Prompt:
-    """A question about one of several scenes. `target` counts from 0; for pip, 0 is the inner picture."""
+    """A question about one of several scenes. `target` counts from 0; for pip, 0 is the inner picture.
+
+    Another world's prompts have other values of the class and their own pictures.
+    """
+
+    attributes: ClassVar[Mapping[str, tuple[str, ...]]] = ATTRIBUTES
+    questions: ClassVar[Mapping[str, str]] = QUESTIONS  # by attribute
+    side: ClassVar[int] = draw.SIDE  # of a picture, in px
+    inner_side: ClassVar[int] = draw.INNER_SIDE
 
     image_type: str  # sequence, collage, pip or single
     scenes: tuple[Scene, ...]
@@ -49,7 +59,7 @@ class Prompt:
     @property
     def question(self) -> str:
         """The question with the words that say which picture it is about."""
-        question = QUESTIONS[self.attribute]
+        question = self.questions[self.attribute]
         if self.image_type == "single":
             return question
         where = self.centre_phrase if self.image_type == "pip" else f"In Image{self.target + 1}"
@@ -66,11 +76,16 @@ class Prompt:
         return [getattr(s, self.attribute) for index, s in enumerate(self.scenes) if index != self.target]
 
     @property
+    def wrong(self) -> list[str]:
+        """The other values of what is asked, whether or not a picture of the prompt has them."""
+        return [value for value in self.attributes[self.attribute] if value != self.answer]
+
+    @property
     def target_box(self) -> list[int]:
         """Box [x0, y0, x1, y1] of the target in the stored picture that holds it."""
         if self.image_type == "collage":
-            return draw.cell_box(self.grid, self.target)
-        return draw.inner_box() if self.image_type == "pip" else [0, 0, draw.SIDE, draw.SIDE]
+            return draw.cell_box(self.grid, self.target, self.side)
+        return draw.inner_box(self.side, self.inner_side) if self.image_type == "pip" else [0, 0, self.side, self.side]
 
     def pictures(self) -> list[Image.Image]:
         """The pictures in the order of the prompt's `<image>`s."""
@@ -81,16 +96,25 @@ class Prompt:
         return [draw.draw_single(scene) for scene in self.scenes]
 
 
+def sample_scene(rng: np.random.Generator, split: str) -> Scene:
+    """A random scene of the split."""
+    pool = combinations(split)
+    return Scene(*pool[rng.integers(len(pool))], seed=int(rng.integers(2**31)))
+
+
 def sample_prompt(
     rng: np.random.Generator,
     split: str,
     image_type: str,
     num_scenes: int | None = None,
     target: int | None = None,
+    prompt_class: type[Prompt] = Prompt,
+    sample_scene: Callable = sample_scene,
 ) -> Prompt:
     """A random prompt of the split; every other scene differs from the target on the asked attribute.
 
-    `num_scenes` matters for sequences only, 2 to 5 at random unless given; the target is random unless given.
+    `num_scenes` matters for sequences only, 2 to 5 at random unless given; the target is random unless given. The last
+    two make it another world's.
     """
     if image_type == "sequence":
         num_scenes = num_scenes or int(rng.choice(SEQUENCE_LENGTHS))
@@ -100,24 +124,11 @@ def sample_prompt(
         target = 0
     elif target is None:
         target = int(rng.integers(num_scenes))
-    attribute = str(rng.choice(list(ATTRIBUTES)))
-    scenes = _sample_scenes(rng, split, num_scenes, target, attribute)
-    return Prompt(image_type, scenes, target, attribute, str(rng.choice(CENTRE_PHRASES)))
-
-
-def _sample_scenes(
-    rng: np.random.Generator, split: str, num_scenes: int, target: int, attribute: str
-) -> tuple[Scene, ...]:
-    wanted = _sample_scene(rng, split)
-    scenes = []
+    attribute = str(rng.choice(list(prompt_class.attributes)))
+    wanted, scenes = sample_scene(rng, split), []
     while len(scenes) < num_scenes - 1:
-        scene = _sample_scene(rng, split)
+        scene = sample_scene(rng, split)
         if getattr(scene, attribute) != getattr(wanted, attribute):
             scenes.append(scene)
     scenes.insert(target, wanted)
-    return tuple(scenes)
-
-
-def _sample_scene(rng: np.random.Generator, split: str) -> Scene:
-    pool = combinations(split)
-    return Scene(*pool[rng.integers(len(pool))], seed=int(rng.integers(2**31)))
+    return prompt_class(image_type, tuple(scenes), target, attribute, str(rng.choice(CENTRE_PHRASES)))

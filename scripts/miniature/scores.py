@@ -1,6 +1,6 @@
 """Held-out accuracy of a miniature model on one-question prompts, by format, and what its errors are."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -9,20 +9,24 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 from llava.conversation import render
 from scripts.miniature.lessons import encode
 from scripts.miniature.prompts import SEQUENCE_LENGTHS, Prompt, sample_prompt
-from scripts.miniature.world import ATTRIBUTES
 
 BATCH = 50
 SETS = [("single", None), *(("sequence", n) for n in SEQUENCE_LENGTHS), ("collage", None), ("pip", None)]
 
 
 def score_base(
-    model: LlavaForConditionalGeneration, processor: LlavaProcessor, num_test: int, split: str = "test", seed: int = 0
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    num_test: int,
+    split: str = "test",
+    seed: int = 0,
+    sample: Callable[..., Prompt] = sample_prompt,
 ) -> dict:
-    """Scores of every format; `split` names the held-out combinations."""
+    """Scores of every format; `split` names what is held out, `sample` draws another world's prompts."""
     scores = {}
     for number, (image_type, num_scenes) in enumerate(SETS):
         rng = np.random.default_rng([seed, number])
-        prompts = [sample_prompt(rng, split, image_type, num_scenes) for _ in range(num_test)]
+        prompts = [sample(rng, split, image_type, num_scenes) for _ in range(num_test)]
         name = f"{image_type}_{num_scenes}" if num_scenes else image_type
         scores[name] = summarize(prompts, answer(model, processor, prompts))
     return scores
@@ -38,6 +42,7 @@ def answer(model: LlavaForConditionalGeneration, processor: LlavaProcessor, prom
         part = prompts[start : start + BATCH]
         texts = [render([(prompt.text, prompt.answer)]) for prompt in part]
         batch = encode(processor, texts, [picture for prompt in part for picture in prompt.pictures()])
+        batch = batch.to(model.device)
         before = batch.answers.roll(-1, dims=1)
         before[:, -1] = False
         with torch.inference_mode():
@@ -60,7 +65,7 @@ def summarize(prompts: list[Prompt], words: list[str]) -> dict:
         "accuracy": _percent(right),
         "num_prompts": len(prompts),
         "confusion_share": _percent(confused),
-        "by_attribute": {name: _percent(right[attributes == name]) for name in ATTRIBUTES},
+        "by_attribute": {name: _percent(right[attributes == name]) for name in prompts[0].attributes},
         "by_target": {int(target): _percent(right[targets == target]) for target in np.unique(targets)},
     }
 

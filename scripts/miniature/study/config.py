@@ -12,6 +12,8 @@ from train.llava_hound_dpo.arguments import DataArguments, LossArguments, ModelA
 
 SIZES = ("seed", "num_pairs", "num_instructions", "num_single", "num_validation", "num_test")
 SOURCES = ("other_image", "random", "own_mistakes", "selected", "steered")  # of a pair set
+MAKE_DATA = "scripts.miniature.make_data"
+TITLE = "Study: attention-aware training and steering on the miniature world"
 AGAINST = ("base", "sft", "dpo")  # what an arm after them is compared with, unless it says otherwise
 
 
@@ -46,6 +48,7 @@ class Config:
     """The study. `raw` is the file as it was read, the quick sizes applied."""
 
     base: str
+    make_data: str  # the module that writes the world's data
     data: Mapping[str, int]
     steps: int
     batch: int
@@ -69,12 +72,7 @@ class Config:
 
 def read_config(path: Path, is_quick: bool = False) -> Config:
     """The study of a JSON file. Raises FileNotFoundError, ValueError naming the entry."""
-    if not path.is_file():
-        raise FileNotFoundError(f"--config {path}: no such file; scripts/miniature/study.json is one")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: broken JSON at line {error.lineno}: {error.msg}") from error
+    raw = _read_raw(path)
     quick = raw.pop("quick", {})
     try:
         return parse_config(_merged(raw, quick) if is_quick else raw)
@@ -82,6 +80,18 @@ def read_config(path: Path, is_quick: bool = False) -> Config:
         raise ValueError(f"{path}: the entry {error} is missing") from error
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def _read_raw(path: Path) -> dict[str, Any]:
+    """The file's object; of one that `extends` another, a path beside it, the other's with its changes."""
+    if not path.is_file():
+        raise FileNotFoundError(f"--config {path}: no such file; scripts/miniature/study.json is one")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: broken JSON at line {error.lineno}: {error.msg}") from error
+    other = raw.pop("extends", None)
+    return _merged(_read_raw(path.parent / other), raw) if other else raw
 
 
 def _merged(raw: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -105,7 +115,8 @@ def parse_config(raw: Mapping[str, Any]) -> Config:
     arms = _arms(raw, pair_sets)
     left_out = _without_flags(arms)
     config = Config(
-        base=raw["base"], data=raw["data"], steps=raw["steps"], batch=raw["batch"], training=raw["training"],
+        base=raw["base"], make_data=raw.get("make_data", MAKE_DATA), data=raw["data"], steps=raw["steps"],
+        batch=raw["batch"], training=raw["training"],
         answering=raw["answering"], tune=raw.get("tune"), selection=raw["selection"],
         learning_rates=tuple(raw["learning_rates"]), seeds=tuple(raw["seeds"]), pair_sets=pair_sets,
         arms={name: arm for name, arm in arms.items() if name not in left_out}, heads=raw["heads"],

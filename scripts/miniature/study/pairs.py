@@ -12,7 +12,6 @@ import numpy as np
 
 from llava.records import read_json
 from llava.runtime import ArgumentParser, user_errors, write_text
-from scripts.miniature.draw import SIDE, cell_box, inner_box
 
 
 def main() -> None:
@@ -55,18 +54,27 @@ def first_of(records: list[dict], count: int, path: Path) -> list[dict]:
 def with_another_target(record: dict, rng: np.random.Generator) -> dict:
     """The record with its target, and the box of it, on another image at random; a single image stays.
 
-    Of a picture in a picture, the strip of the outer one above the inner one is the other target: a box can hold that.
+    Of a picture in a picture, the strip of the outer one above the inner one, which is in its centre, is the other
+    target: a box can hold that. Cells of a collage are all of the target's size.
     """
     image_type = record["image_type"]
     if image_type == "single":
         return record
     if image_type == "pip":
-        return record | {"target_box": [0, 0, SIDE, inner_box()[1]]}
+        x0, y0, x1, _ = record["target_box"]
+        return record | {"target_box": [0, 0, x0 + x1, y0]}
     count = len(record["image"]) if image_type == "sequence" else record["grid"][0] * record["grid"][1]
     others = [place for place in range(count) if place != record["target"] - 1]
     target = int(rng.choice(others))
     moved = {"target": target + 1}
-    return record | moved | ({"target_box": cell_box(tuple(record["grid"]), target)} if image_type == "collage" else {})
+    return record | moved | ({"target_box": _moved_cell(record, target)} if image_type == "collage" else {})
+
+
+def _moved_cell(record: dict, target: int) -> list[int]:
+    (x0, y0, x1, y1), columns = record["target_box"], record["grid"][1]
+    before, after = divmod(record["target"] - 1, columns), divmod(target, columns)
+    down, across = ((after[i] - before[i]) * size for i, size in enumerate((y1 - y0, x1 - x0)))
+    return [x0 + across, y0 + down, x1 + across, y1 + down]
 
 
 if __name__ == "__main__":

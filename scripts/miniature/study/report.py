@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from llava.runtime import write_text
+from scripts.miniature.study.config import TITLE
 from scripts.miniature.study.results import HOW
 from scripts.miniature.study.tables import MAIN_GROUPS, Entry, entries, markdown, summary, tables
 
@@ -50,7 +51,8 @@ def page(results: Mapping[str, Any], figures: Mapping[str, bytes]) -> str:
     shown = [{"title": TITLES[name], **_shown(picture)} for name, picture in figures.items()]
     config = json.dumps(results["config"], indent=1)
     template = environment.get_template(TEMPLATE)
-    return template.render(summary=summary(results), tables=tables(results), figures=shown, config=config)
+    title = results["config"].get("title", TITLE)
+    return template.render(title=title, summary=summary(results), tables=tables(results), figures=shown, config=config)
 
 
 def draw_all(results: Mapping[str, Any]) -> dict[str, bytes]:

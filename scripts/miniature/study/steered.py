@@ -6,13 +6,13 @@ where that is another answer, else what is true of another image of the prompt.
 
 import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
 from llava.records import DataError, read_answers, read_json
 from llava.runtime import ArgumentParser, user_errors, write_text
-from scripts.miniature.world import ATTRIBUTES
 
 
 def main() -> None:
@@ -45,6 +45,7 @@ def make_pairs(
 
     Raises DataError naming the first record that was not answered.
     """
+    alike = answers_alike(records)
     pairs, counts = [], {"pairs": len(records), "changed": 0, "chosen_true": 0, "rejected_true": 0}
     for record in records:
         own = record["id"]
@@ -52,7 +53,7 @@ def make_pairs(
             raise DataError([f"{own}: no answer to it; answer the same instructions with and without AdaptViz"])
         chosen, rejected = steered[own], plain[own]
         if rejected == chosen:
-            rejected = str(rng.choice(another(chosen, record["others"])))
+            rejected = str(rng.choice(another(chosen, record["others"], alike)))
         else:
             counts["changed"] += 1
         counts["chosen_true"] += chosen == record["answer"]
@@ -62,10 +63,19 @@ def make_pairs(
     return pairs, counts
 
 
-def another(chosen: str, others: list[str]) -> list[str]:
-    """What is true of the other images but `chosen`; if nothing is, the other values of its attribute."""
-    alike = [value for values in ATTRIBUTES.values() if chosen in values for value in values]
-    return [text for text in others if text != chosen] or [text for text in alike if text != chosen] or ["nothing"]
+def another(chosen: str, others: list[str], alike: Mapping[str, set[str]]) -> list[str]:
+    """What is true of the other images but `chosen`; if nothing is, what else is answered where `chosen` is."""
+    return [text for text in others if text != chosen] or sorted(alike.get(chosen, ())) or ["nothing"]
+
+
+def answers_alike(records: list[dict]) -> dict[str, set[str]]:
+    """For every answer those that stand beside it in some record: other values of the same attribute."""
+    alike: dict[str, set[str]] = {}
+    for record in records:
+        texts = {record["answer"], *record["others"]}
+        for text in texts:
+            alike.setdefault(text, set()).update(texts - {text})
+    return alike
 
 
 if __name__ == "__main__":

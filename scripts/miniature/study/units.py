@@ -99,7 +99,7 @@ def data(config: Config) -> Unit:
         "num_instructions": sizes["num_instructions"], "num_single": sizes["num_single"],
         "num_validation_questions": sizes["num_validation"], "seed": sizes["seed"],
     }  # fmt: skip
-    return Unit("data", "data", (command("scripts.miniature.make_data", output=OWN, **flags),))
+    return Unit("data", "data", (command(config.make_data, output=OWN, **flags),))
 
 
 def pairs(config: Config, name: str) -> list[Unit]:
