@@ -1,6 +1,7 @@
 """What the benchmarks share: models by size, prompts, interleaved timing, and the table of results."""
 
 import argparse
+import gc
 import os
 import platform
 import statistics
@@ -20,32 +21,39 @@ from scripts.miniature.model import build_processor
 RESULTS = Path(__file__).parent / "RESULTS.md"
 SIDE, PATCH = 336, 14  # of LLaVA-1.5: real images of 576 tokens
 SIZES = {  # language model: hidden, layers, heads, feed-forward; vision tower: hidden, layers
+    "tiny": (64, 4, 2, 128, 64, 2),
     "small": (256, 8, 8, 688, 128, 3),
+    "shallow": (256, 4, 8, 688, 128, 2),
+    "shallow_128": (256, 4, 2, 688, 128, 2),  # heads as large as those of 7b
     "medium": (768, 12, 12, 2048, 384, 6),
     "7b": (4096, 32, 32, 11008, 1024, 24),
 }
 
 
-def build(size: str, device: torch.device, dtype: torch.dtype) -> LlavaForConditionalGeneration:
-    """A LLaVA-1.5 of random weights with 336 px images of 576 tokens; attention far from uniform."""
+def config_of(size: str, vocabulary: int = 32064, image_token: int = 32000) -> LlavaConfig:
+    """A LLaVA-1.5's shape with 336 px images of 576 tokens."""
     hidden, layers, heads, feed_forward, vision_hidden, vision_layers = SIZES[size]
     ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     text = {
         "model_type": "llama", "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads,
-        "intermediate_size": feed_forward, "vocab_size": 32064, "max_position_embeddings": 4096, **ids,
+        "intermediate_size": feed_forward, "vocab_size": vocabulary, "max_position_embeddings": 4096, **ids,
     }  # fmt: skip
     vision = {
         "model_type": "clip_vision_model", "hidden_size": vision_hidden, "num_hidden_layers": vision_layers,
         "num_attention_heads": vision_hidden // 64, "intermediate_size": 4 * vision_hidden, "image_size": SIDE,
         "patch_size": PATCH, "projection_dim": vision_hidden,
     }  # fmt: skip
-    config = LlavaConfig(
-        text_config=text, vision_config=vision, image_token_index=32000, vision_feature_layer=-2,
+    return LlavaConfig(
+        text_config=text, vision_config=vision, image_token_index=image_token, vision_feature_layer=-2,
         vision_feature_select_strategy="default", **ids,
     )  # fmt: skip
+
+
+def build(size: str, device: torch.device, dtype: torch.dtype, **config: int) -> LlavaForConditionalGeneration:
+    """A model of random weights; `config` as of `config_of`."""
     torch.manual_seed(0)
     with torch.device(device):
-        model = LlavaForConditionalGeneration(config).to(dtype)
+        model = LlavaForConditionalGeneration(config_of(size, **config)).to(dtype)
     return model.eval()
 
 
@@ -77,10 +85,10 @@ def batch_of(counts: Sequence[int], words: int, seed: int, kind: Pictures = Pict
     return batch_prompts(prompts, regions, pixels, kind.image_token, 0, ["sequence"] * len(counts))
 
 
-def alternate(runs: dict[str, Callable[[int], None]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of every run in every repeat, the runs in turn (A B C, A B C, ...) after one of each for warm-up."""
+def alternate(runs: dict[str, Callable[[int], object]], repeats: int, warm_up: int = 1) -> dict[str, list[float]]:
+    """Seconds of every run in every repeat, the runs in turn (A B C, A B C, ...) after `warm_up` of each."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for repeat in range(-1, repeats):
+    for repeat in range(-warm_up, repeats):
         for name, run in runs.items():
             _wait()
             start = time.perf_counter()
@@ -89,6 +97,13 @@ def alternate(runs: dict[str, Callable[[int], None]], repeats: int) -> dict[str,
             if repeat >= 0:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
+
+
+def release() -> None:
+    """Give back what dropped models held; trainers are cycles, which only the collector finds."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _wait() -> None:
@@ -115,11 +130,11 @@ def record(title: str, command: str, lines: Sequence[str]) -> None:
     RESULTS.write_text(f"{before}\n{text}", encoding="utf-8")
 
 
-def parser(description: str | None) -> argparse.ArgumentParser:
-    """The flags of every benchmark."""
+def parser(description: str | None, size: str = "small", repeats: int = 5) -> argparse.ArgumentParser:
+    """The flags of every benchmark, with their defaults."""
     parser = ArgumentParser(description=description, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, default="small", help="of the random model; 7b needs a GPU")
-    parser.add_argument("--repeats", type=int, default=5, help="counted runs of each, in turn")
+    parser.add_argument("--size", choices=SIZES, default=size, help="of the random model; 7b needs a GPU")
+    parser.add_argument("--repeats", type=int, default=repeats, help="counted runs of each, in turn")
     return parser
 
 

@@ -1,0 +1,70 @@
+"""Floating-point operations of a training step from shapes, and the share of a GPU's peak that they are.
+
+A LoRA step with checkpointing runs every block forward for the reference and for the policy, once more in the backward
+pass, and then once for the gradients of its inputs (base weights have none): four times the linear layers, three with
+precomputed reference log-probs. Attention's backward pass is 2.5 of its forwards. The output layer is not recomputed.
+The vision tower runs forward only. LoRA's own operations are left out.
+"""
+
+from dataclasses import dataclass
+
+from scripts.bench.pairs import Shape
+
+PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12}  # dense bf16 of the SXM boards, per second
+TEXT = 60  # prompt tokens that are not of images
+
+
+@dataclass(frozen=True)
+class Forward:
+    """Operations of one forward of the language model over a batch, and of encoding its pictures once."""
+
+    linear: float
+    attention: float
+    output: float
+    vision: float
+
+    @property
+    def total(self) -> float:
+        """All of them, pictures included."""
+        return self.linear + self.attention + self.output + self.vision
+
+
+def forward(config, shape: Shape, text: int = TEXT, packed: bool = True, every_row: bool = False) -> Forward:
+    """Of a pair: packed, or as two rows with every prompt token and picture twice; `every_row`: logits of all rows."""
+    language, vision = config.text_config, config.vision_config
+    hidden, layers = language.hidden_size, language.num_hidden_layers
+    patches = (vision.image_size // vision.patch_size) ** 2
+    prompt = patches * shape.images + text
+    answers = (shape.chosen, shape.rejected)
+    lengths = [prompt + sum(answers)] if packed else [prompt + answer for answer in answers]
+    weights = layers * (4 * hidden**2 + 3 * hidden * language.intermediate_size)
+    rows = sum(lengths) if every_row else sum(answers)
+    return Forward(
+        linear=2 * weights * sum(lengths),
+        attention=sum(2 * length**2 * hidden * layers for length in lengths),  # causal: half of 4·S²·h
+        output=2 * hidden * language.vocab_size * rows,
+        vision=shape.images * _encode(vision, hidden, patches) * len(lengths),
+    )
+
+
+def _encode(vision, hidden: int, patches: int) -> float:
+    """A picture through the tower (its last layer too: it runs, though nothing reads it) and the projector."""
+    width, tokens, layers = vision.hidden_size, patches + 1, vision.num_hidden_layers
+    weights = layers * (4 * width**2 + 2 * width * vision.intermediate_size)
+    return 2 * weights * tokens + 4 * tokens**2 * width * layers + 2 * patches * (width * hidden + hidden**2)
+
+
+def step(one: Forward, encodings: int, cached: bool = False) -> float:
+    """Operations of a LoRA step with checkpointing; `encodings`: how often the pictures are encoded in it."""
+    references = 0 if cached else 1
+    return (
+        (3 + references) * one.linear
+        + (4.5 + references) * one.attention
+        + (2 + references) * one.output
+        + encodings * one.vision
+    )
+
+
+def peak(device: str) -> float | None:
+    """Peak of a GPU by its name, operations per second; None if it is not in the table."""
+    return next((value for name, value in PEAK.items() if name in device), None)
