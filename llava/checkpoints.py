@@ -122,14 +122,15 @@ def load_processor(path: str, image_tower: str | None = None):
 
 
 def load_model(
-    path: str, dtype: torch.dtype = torch.float32, image_tower: str | None = None
+    path: str, dtype: torch.dtype = torch.float32, image_tower: str | None = None, **settings
 ) -> LlavaForConditionalGeneration | PeftModel:
     """The model with our attention function installed; with its adapter where `path` is one.
 
-    Raises ValueError naming missing, unexpected and mis-shaped tensors.
+    `settings` go to transformers' `from_pretrained` (a quantisation). Raises ValueError naming missing, unexpected and
+    mis-shaped tensors.
     """
     source = find_source(path, image_tower)
-    model = _load_whole(source.root, load_config(path, image_tower), dtype)
+    model = _load_whole(source.root, load_config(path, image_tower), dtype, **settings)
     install(model)
     logger.info("loaded %s: %s parameters in %s", source, f"{model.num_parameters():,}", dtype)
     return _with_adapters(model, source)

@@ -154,6 +154,9 @@ def test_a_missing_required_flag_is_named(name):
         ("--eval_split 0.1 --eval_data_path e.json", "--eval_data_path"),
         ("--deepspeed nowhere.json", "scripts/zero2.json"),
         ("--learning_rate", "--learning_rate"),
+        ("--bits 5", "--bits"),
+        ("--flop_utilization 0", "--flop_utilization"),
+        ("--flop_utilization 1.5", "--flop_utilization"),
     ],
 )
 def test_bad_values_are_one_line(flags, reason):

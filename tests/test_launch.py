@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -109,21 +110,35 @@ def test_step_0_is_ln_2_and_run_json_tells_everything(zero2):
 
 
 @pytest.mark.parametrize(
-    ("processes", "accumulation", "config"),
-    [(1, 4, None), (2, 2, "scripts/zero3.json")],
-    ids=["one process", "zero3 on two"],
+    ("processes", "accumulation", "config", "more"),
+    [
+        (1, 4, None, []),
+        (2, 2, "scripts/zero3.json", []),
+        (2, 2, "scripts/zero2.json", ["--reference_cache", "cache", "--per_device_eval_batch_size", "3"]),
+    ],
+    ids=["one process", "zero3 on two", "cached reference"],
 )
 def test_losses_agree_with_zero2_on_the_same_global_batch(
-    data_set, checkpoint, tmp_path, zero2, processes, accumulation, config
+    data_set, checkpoint, tmp_path, zero2, processes, accumulation, config, more
 ):
     """To 2e-4 over six steps in fp32; the first step, before any update, to 1e-5."""
     words = [*flags(data_set, checkpoint, tmp_path / "out"), "--gradient_accumulation_steps", str(accumulation)]
     words += ["--deepspeed", config] if config else []
+    words += [str(tmp_path / word) if word == "cache" else word for word in more]
     code, _, errors = run(torchrun(processes, *words))
     assert code == 0, errors[-3000:]
+    if more:
+        check_shared(tmp_path / "cache")
     for step, (ours, theirs) in enumerate(zip(history(tmp_path / "out"), history(zero2), strict=True)):
         for name in ("losses/total", "losses/dpo", "losses/attention", "attention/ratio", "grad_norm"):
             assert ours[name] == pytest.approx(theirs[name], abs=2e-4 if step else 1e-5), (step, name)
+
+
+def check_shared(cache):
+    """Both processes have written their part of the 24 pairs' reference log-probs, none twice."""
+    parts = [path.read_text().splitlines() for path in sorted(cache.glob("part-*.jsonl"))]
+    keys = [json.loads(line)["key"] for lines in parts for line in lines]
+    assert len(parts) == 2 and all(parts) and len(keys) == len(set(keys)) == 24
 
 
 def test_killed_and_resumed_ends_with_the_same_weights(data_set, checkpoint, tmp_path, zero2):
@@ -180,11 +195,26 @@ def test_full_fine_tuning_under_zero3(data_set, checkpoint, tmp_path):
     words = [*flags(data_set, checkpoint, tmp_path / "out"), "--lora_enable", "False", "--save_strategy", "no"]
     code, _, errors = run(torchrun(2, *words, "--deepspeed", "scripts/zero3.json"))
     assert code == 0, errors[-3000:]
+    check_shared(tmp_path / "out" / "reference")
     logs = history(tmp_path / "out")
     assert logs[0]["losses/dpo"] == pytest.approx(np.log(2), abs=1e-5)
     assert logs[-1]["losses/dpo"] < 0.68
     saved = load_file(tmp_path / "out" / "model.safetensors")
     assert all(tensor.numel() for tensor in saved.values())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="DeepSpeed compiles its optimiser for the CPU, needs g++")
+def test_offloading_to_the_cpu_changes_no_loss(data_set, checkpoint, tmp_path):
+    """Compiling takes over a minute the first time. Without offloading the optimiser is torch's."""
+    logs = {}
+    for name in ("zero3", "zero3_offload"):
+        words = [*flags(data_set, checkpoint, tmp_path / name), "--lora_enable", "False", "--save_strategy", "no"]
+        code, _, errors = run(torchrun(2, *words, "--deepspeed", f"scripts/{name}.json"))
+        assert code == 0, errors[-3000:]
+        logs[name] = [log["losses/total"] for log in history(tmp_path / name)]
+    assert logs["zero3_offload"] == pytest.approx(logs["zero3"], abs=1e-4)
+    assert logs["zero3"][-1] < logs["zero3"][0] - 0.1
 
 
 class TestScript:

@@ -7,12 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
 from tests.conftest import preference
+from tests.test_flops import config_7b  # noqa: F401  a fixture
 from train.llava_hound_dpo.arguments import DataArguments, LossArguments, ModelArguments, TrainArguments
 from train.llava_hound_dpo.model import build_on_meta, count_parameters, parameter_table
-from train.llava_hound_dpo.plan import Memory, packed_tokens, plan, steps_per_epoch, world_size, zero_stage
+from train.llava_hound_dpo.plan import plan, shape_of, steps_per_epoch, world_size
 from train.llava_hound_dpo.run_dpo import read_inputs
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,16 +29,6 @@ ALL = LANGUAGE_MODEL + HEAD + PROJECTOR + VISION
 LORA_128 = 32 * 128 * (4 * (4096 + 4096) + 3 * (4096 + 11008))  # A and B of seven layers a block
 
 
-@pytest.fixture(scope="module")
-def config_7b():
-    vision = CLIPVisionConfig(
-        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336,
-        patch_size=14, projection_dim=768,
-    )  # fmt: skip
-    text = LlamaConfig(vocab_size=32064, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32)
-    return LlavaConfig(vision_config=vision, text_config=text, image_token_index=32000, vision_feature_layer=-2)
-
-
 # ---- parameters
 
 
@@ -53,14 +43,14 @@ def config_7b():
     ],
     ids=["default", "rank 16", "projector", "full", "full and projector"],
 )
-def test_parameters_of_7b(config_7b, settings, added, trained):
+def test_parameters_of_7b(config_7b, settings, added, trained):  # noqa: F811
     assert round(ALL / 1e9, 2) == 7.06 and LORA_128 == 319_815_680
     model = build_on_meta(config_7b, ModelArguments("m", **settings))
     assert count_parameters(model) == (ALL + added, trained)
     assert all(p.device.type == "meta" for p in model.parameters())
 
 
-def test_table_of_7b(config_7b):
+def test_table_of_7b(config_7b):  # noqa: F811
     """LoRA of the language model only; the vision tower and the head train nothing."""
     rows = {
         line.split()[0]: [int(word.replace(",", "")) for word in line.split()[1:3]]
@@ -90,13 +80,14 @@ def test_steps_per_epoch(pairs, per_device, accumulation, world, steps):
 
 
 @pytest.mark.parametrize(("with_rejected", "tokens"), [(True, 1203), (False, 1193)])
-def test_packed_tokens(with_rejected, tokens):
+def test_tokens_of_a_packed_row(with_rejected, tokens):
     """Prompt of 40 ids, two of them images of 576: 38 + 1152 = 1190. Branches repeat its last token and feed all but
     the last token of their answers, so an answer of n tokens takes n rows: 1189 + 4 (+ 10)."""
     pair = SimpleNamespace(
         prompt=[1] * 40, chosen=[1] * 4, rejected=[1] * 10, record=SimpleNamespace(images=("a", "b"))
     )
-    assert packed_tokens(pair, 576, with_rejected) == tokens
+    shape = shape_of(pair, 576, with_rejected)
+    assert shape.tokens == tokens and shape.images == 2 and shape.answers == tokens - 1189
 
 
 def test_world_size(monkeypatch):
@@ -109,15 +100,6 @@ def test_world_size(monkeypatch):
     assert world_size() == 12
     monkeypatch.setenv("WORLD_SIZE", "2")  # a launcher knows best
     assert world_size() == 2
-
-
-def test_zero_stage():
-    found = [zero_stage(f) for f in (None, "", str(ROOT / "scripts/zero2.json"), str(ROOT / "scripts/zero3.json"))]
-    assert found == [0, 0, 2, 3]
-
-
-def test_memory_adds_up():
-    assert str(Memory(2 * 1024**3, 1024**3, 512 * 1024**2, 0)).startswith("3.50 GiB (weights 2.00, ")
 
 
 # ---- the text
@@ -138,9 +120,8 @@ def dry(checkpoint, data, **settings):
 
 def text_of(arguments, inputs):
     model, _, loss, args = arguments
-    text = plan(
-        model, loss, args, inputs.config, inputs.train, inputs.evaluation, inputs.dropped, inputs.grid.num_tokens
-    )
+    pairs = inputs.train, inputs.evaluation, inputs.dropped
+    text = plan(model, loss, args, inputs.config, *pairs, inputs.grid.num_tokens, inputs.reference)
     return {line.split()[0]: re.sub(r"\s+", " ", line.strip()) for line in text.splitlines()}
 
 
@@ -183,7 +164,30 @@ def test_max_steps_overrides_epochs(checkpoint, data, one_process):
 def test_the_zero_stage_is_in_the_plan(checkpoint, data, one_process):
     data([preference(n) for n in range(4)])
     rows = text_of(*dry(checkpoint, data, deepspeed=str(ROOT / "scripts/zero3.json")))
-    assert rows["memory"].endswith("ZeRO 3")
+    assert rows["memory"].endswith("ZeRO 3") and "of the CPU's" not in rows["memory"]
+    rows = text_of(*dry(checkpoint, data, deepspeed=str(ROOT / "scripts/zero3_offload.json")))
+    assert rows["memory"].endswith("ZeRO 3") and "of the CPU's" in rows["memory"]
+
+
+def test_the_reference_and_what_of_it_is_cached(checkpoint, data, one_process, tmp_path):
+    data([preference(n) for n in range(4)])
+    assert "at every step" in text_of(*dry(checkpoint, data))["reference"]
+    cached = dry(checkpoint, data, reference_cache=str(tmp_path / "cache"))
+    row = text_of(*cached)["reference"]
+    assert "from a cache, filled before the first step" in row
+    assert row.endswith(f"0 of 4 pairs in {tmp_path / 'cache'}, 4 to compute (4 never computed)")
+    assert not (tmp_path / "cache").exists()  # a plan writes nothing
+    assert "none" in text_of(*dry(checkpoint, data, dpo_alpha=0.0, gamma=1.0))["reference"]
+
+
+def test_hours_and_money_of_a_run(checkpoint, data, one_process):
+    """Hours are those of `flops` for the steps that will be made; money only with a price."""
+    data([preference(n) for n in range(6)])
+    rows = text_of(*dry(checkpoint, data, gpu_hour_price=3.0, flop_utilization=0.5))
+    assert "at 3 per GPU-hour" in rows["64"] and "50% of an A100" in rows["assumed"]
+    assert "per GPU-hour" not in text_of(*dry(checkpoint, data))["64"]
+    tokens = sum(shape_of(pair, 36, True).tokens for pair in dry(checkpoint, data)[1].train)
+    assert rows["tokens"].startswith(f"tokens {tokens:,} per epoch")
 
 
 def test_no_weights_are_needed(checkpoint, data, one_process, tmp_path):

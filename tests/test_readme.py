@@ -32,7 +32,7 @@ def test_flags_exist():
 
     groups = (ModelArguments, DataArguments, LossArguments, TrainArguments)
     known = {field.name for group in groups for field in fields(group)} | {"help"}
-    for folder in ("inference", "inference_optimization", "data_gen", "scripts", "llava"):
+    for folder in ("train", "inference", "inference_optimization", "data_gen", "scripts", "llava"):
         for path in (ROOT / folder).rglob("*.py"):
             known |= set(re.findall(r'"--([a-z][\w-]*)"', path.read_text(encoding="utf-8")))
     flags = re.findall(r"(?<![\w-])--([a-z][\w-]*)", README)

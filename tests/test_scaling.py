@@ -124,9 +124,7 @@ def test_batch_with_own_factors_equals_naive_prompts_alone(models, processor, ru
     recorder = Recorder()
     steer = steering(factors, region, rule=rule, every_step=every_step)
     batch = batch_of(ours, processor, prompts)
-    answers = generate(
-        ours, processor.tokenizer, batch, [1], steer, max_new_tokens=STEPS, logits_processor=[recorder]
-    )
+    answers = generate(ours, processor.tokenizer, batch, [1], steer, max_new_tokens=STEPS, logits_processor=[recorder])
     for row, (answer, factor, (prompt, target, pixels)) in enumerate(zip(answers, factors, prompts, strict=True)):
         settings = {"alpha": factor, "rule": rule, "every_step": every_step, "keeps_mass": False}
         tokens, scores = naive_answer(other, naive, prompt, target, pixels, region, **settings)

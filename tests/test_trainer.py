@@ -260,45 +260,6 @@ def test_a_trained_projector_is_in_the_adapter_and_not_in_the_reference(make_tra
     assert 1e-2 in rates and len(rates) == 2
 
 
-def test_full_fine_tuning_takes_its_reference_from_the_start(make_trainer, tmp_path):
-    trainer = make_trainer(
-        "--lora_enable", "False", "--attention_weight", "0", "--max_steps", "3", "--learning_rate", "1e-3"
-    )
-    assert trainer.reference is not None
-    trainer.model.eval()
-    adapter = make_trainer("--attention_weight", "0")
-    expected = adapter._reference(
-        adapter.model, one_batch(adapter), {"pixel_values": one_batch(adapter)["pixel_values"]}, None
-    )
-    trainer.train()
-    logs = [log for log in trainer.state.log_history if "losses/dpo" in log]
-    assert logs[0]["losses/dpo"] == pytest.approx(math.log(2), abs=1e-5)
-    assert logs[-1]["losses/dpo"] < math.log(2) - 0.01
-    chosen, rejected = trainer.reference.lookup(trainer.train_dataset, range(9), "cpu")
-    torch.testing.assert_close(chosen, expected.chosen, atol=1e-4, rtol=1e-5)
-    torch.testing.assert_close(rejected, expected.rejected, atol=1e-4, rtol=1e-5)
-
-
-def test_a_reference_cache_of_another_model_is_not_read(make_trainer, tmp_path):
-    trainer = make_trainer("--lora_enable", "False", "--max_steps", "1", "--save_strategy", "no")
-    trainer.train()
-    assert not trainer.reference.missing(trainer.train_dataset)
-    other = make_trainer("--lora_enable", "False")
-    other.reference.fingerprint = "of another model"
-    other.reference.load()
-    assert len(other.reference.missing(other.train_dataset)) == 9
-
-
-def test_a_half_written_line_of_the_reference_cache_is_computed_again(make_trainer, tmp_path):
-    trainer = make_trainer("--lora_enable", "False", "--max_steps", "1", "--save_strategy", "no")
-    trainer.train()
-    (file,) = (tmp_path / "out" / "reference").glob("*.jsonl")
-    file.write_text(file.read_text()[:-20])
-    again = make_trainer("--lora_enable", "False")
-    again.reference.load()
-    assert len(again.reference.missing(again.train_dataset)) == 1
-
-
 class TestLatestCheckpoint:
     def make(self, folder: Path, step: int, identity: dict | None):
         path = folder / f"checkpoint-{step}"

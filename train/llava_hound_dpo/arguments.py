@@ -38,7 +38,8 @@ RETIRED = {
     "lazy_preprocess": "pictures are always read when they are needed",
     "group_by_modality_length": "rows hold no padding, so nothing is gained by sorting",
     "evaluation_strategy": "it is called --eval_strategy",
-    "bits": "quantised bases are not supported yet",
+    "double_quant": "always on with --bits 4",
+    "quant_type": "always nf4 with --bits 4",
     "tok_beta": "it had no effect",
 }
 
@@ -66,6 +67,11 @@ class ModelArguments:
         default=0.0, metadata={"help": "LoRA dropout; above 0 the step-0 DPO loss is not ln 2."}
     )
     freeze_mm_mlp_adapter: bool = field(default=True, metadata={"help": "False trains the projector as well."})
+    bits: int = field(
+        default=16,
+        metadata={"help": "Bits of the frozen language model below LoRA: 4 (nf4) and 8 need bitsandbytes and CUDA.",
+                  "choices": [4, 8, 16]},
+    )  # fmt: skip
 
 
 @dataclass
@@ -197,6 +203,17 @@ class TrainArguments(TrainingArguments):
         metadata={"help": "Pack rows of up to so many tokens, as few as a step needs; 0: per_device_train_batch_size "
                   "pairs a row. A step has per_device * accumulation * processes pairs either way."},
     )  # fmt: skip
+    reference_cache: str | None = field(
+        default=None,
+        metadata={"help": "Folder of reference log-probs, filled before the first step; runs on the same weights share "
+                  "it. Default: with LoRA none, they are computed at every step; else OUTPUT_DIR/reference."},
+    )  # fmt: skip
+    flop_utilization: float = field(
+        default=0.4, metadata={"help": "Share (0..1) of a GPU's peak that the plan assumes; nothing else reads it."}
+    )
+    gpu_hour_price: float | None = field(
+        default=None, metadata={"help": "Price of a GPU-hour, for the plan; nothing else reads it."}
+    )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay False: batches are packed rows."})
     logging_steps: float = field(default=1, metadata={"help": "Log every so many optimiser steps."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Off: a non-finite loss ends the run."})
@@ -207,6 +224,8 @@ class TrainArguments(TrainingArguments):
         for name, only in FIXED.items():
             if getattr(self, name) != only:
                 raise ValueError(f"--{name} must stay {only}: which pairs form which step is fixed before the start")
+        if not 0 < self.flop_utilization <= 1:
+            raise ValueError(f"--flop_utilization {self.flop_utilization}: a share above 0, at most 1")
         self.use_cpu = self.use_cpu or not torch.cuda.is_available()
         if not self.deepspeed:  # the flag's empty string, as a script passes it
             self.deepspeed = None

@@ -1,13 +1,50 @@
 """The policy: a LLaVA with LoRA or with a trainable language model, and a table of what is trained."""
 
+import torch
 from accelerate import init_empty_weights
-from peft import LoraConfig, get_peft_model
-from transformers import LlavaConfig, LlavaForConditionalGeneration
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from transformers import BitsAndBytesConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers.utils import is_bitsandbytes_available
 
 from llava.checkpoints import LORA_TARGETS, PROJECTOR
 from train.llava_hound_dpo.arguments import ModelArguments
 
 PARTS = ("vision_tower", PROJECTOR, "language_model", "lm_head")
+NOT_QUANTISED = ["model.vision_tower", f"model.{PROJECTOR}", "lm_head"]
+
+
+def refuse_quantised(arguments: ModelArguments, zero_stage: int) -> None:
+    """Raises ValueError where a base of fewer than 16 bits cannot be trained on, or not on this machine."""
+    bits = f"--bits {arguments.bits}"
+    if arguments.bits == 16:
+        return
+    if not arguments.lora_enable:
+        raise ValueError(f"{bits} with --lora_enable False: quantised weights cannot be trained: use LoRA or --bits 16")
+    if zero_stage == 3:
+        raise ValueError(
+            f"{bits} with ZeRO-3: quantised weights cannot be shared out over processes; use --deepspeed "
+            "scripts/zero2.json, or --bits 16"
+        )
+    if not is_bitsandbytes_available():
+        raise ValueError(f"{bits} needs bitsandbytes, which is not installed: pip install bitsandbytes, or --bits 16")
+    if not torch.cuda.is_available():
+        raise ValueError(f"{bits} needs a CUDA device, and there is none here: use --bits 16")
+
+
+def quantisation(bits: int, dtype: torch.dtype, device: str | torch.device) -> dict:
+    """What transformers' `from_pretrained` takes for a language model of this many bits; nothing for 16.
+
+    Linear layers of the language model only: the vision tower, the projector and the head stay as they are. QLoRA's
+    choice of nf4 with quantised constants, computing in `dtype`. Source: arXiv 2305.14314.
+    """
+    if bits == 16:
+        return {}
+    kind = {"load_in_8bit": True} if bits == 8 else {
+        "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": dtype,
+    }  # fmt: skip
+    settings = BitsAndBytesConfig(**kind, llm_int8_skip_modules=NOT_QUANTISED)
+    return {"quantization_config": settings, "device_map": {"": str(device)}}
 
 
 def build_on_meta(config: LlavaConfig, arguments: ModelArguments):
@@ -21,6 +58,9 @@ def make_trainable(model, arguments: ModelArguments, fp32_adapter: bool = False)
 
     `fp32_adapter` keeps LoRA in fp32 on a reduced-precision base: needed where the optimiser has no master copy.
     """
+    if getattr(model, "is_quantized", False):
+        # Freezes, and keeps in fp32 what is not quantised. The Trainer turns checkpointing on, non-reentrant.
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     if arguments.lora_enable:
         settings = LoraConfig(
             r=arguments.lora_r,
@@ -44,13 +84,20 @@ def parameter_table(model) -> str:
     rows = {part: [0, 0, set()] for part in PARTS}
     for name, parameter in model.named_parameters():
         row = rows[next(part for part in PARTS if part in name)]
-        count = getattr(parameter, "ds_numel", parameter.numel())  # ZeRO-3 leaves an empty tensor behind
+        count = _size(parameter)
         row[0] += count
         row[1] += count if parameter.requires_grad else 0
         row[2].add(str(parameter.dtype).removeprefix("torch."))
     lines = [f"{'module':<24}{'parameters':>16}{'trained':>16}  dtype"]
     lines += [f"{part:<24}{n:>16,}{t:>16,}  {', '.join(sorted(d))}" for part, (n, t, d) in rows.items()]
     return "\n".join(lines)
+
+
+def _size(parameter) -> int:
+    """Numbers in a parameter: ZeRO-3 leaves an empty tensor behind, 4 bits are packed two to a byte."""
+    if getattr(parameter, "quant_state", None) is not None:
+        return parameter.quant_state.shape.numel()
+    return getattr(parameter, "ds_numel", parameter.numel())
 
 
 def count_parameters(model) -> tuple[int, int]:

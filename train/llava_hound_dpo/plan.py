@@ -1,35 +1,46 @@
-"""What `--dry_run` prints: the run's size in tokens, parameters, steps and memory, without loading a weight."""
+"""What `--dry_run` prints: a run's size in tokens, parameters, steps, memory, FLOPs and hours, without any weight.
 
-import json
+`python -m train.llava_hound_dpo.plan --pairs 27000 --images 3` prints FLOPs and hours of a data set that is not there.
+"""
+
+import argparse
+import logging
 import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from transformers import LlavaConfig
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
+from llava.checkpoints import load_config
+from llava.runtime import ArgumentParser, setup_logging, user_errors
 from train.llava_hound_dpo.arguments import LossArguments, ModelArguments, TrainArguments
 from train.llava_hound_dpo.data import Pair, describe
+from train.llava_hound_dpo.flops import A100_PEAK, PairShape, Recipe, epoch_work, filling_flops, hours
+from train.llava_hound_dpo.memory import Zero, estimate_memory
 from train.llava_hound_dpo.model import build_on_meta, count_parameters, parameter_table
+from train.llava_hound_dpo.reference import ReferenceCache
 
-GIB = 1024**3
+logger = logging.getLogger(__name__)
+
+TERA = 1e12
+UNITS = {"GFLOP": 1e9, "TFLOP": 1e12, "PFLOP": 1e15, "EFLOP": 1e18}
+CLUSTERS = (1, 2, 8, 64)  # GPUs that the plan compares
+SIZES = {"7b": (4096, 11008, 32, 32), "13b": (5120, 13824, 40, 40)}  # width, feed-forward, blocks, heads
 
 
 @dataclass(frozen=True)
-class Memory:
-    """Estimated bytes per process at the longest batch. Formulas in `estimate_memory`."""
+class Job:
+    """What decides the hours: the pairs of an epoch and what is done with them."""
 
-    weights: float
-    gradients_and_optimizer: float
-    activations: float
-    logits: float
-
-    def __str__(self) -> str:
-        parts = {name.replace("_", " "): size / GIB for name, size in vars(self).items()}
-        listed = ", ".join(f"{name} {size:.2f}" for name, size in parts.items())
-        return f"{sum(parts.values()):.2f} GiB ({listed})"
+    shapes: Sequence[PairShape]
+    recipe: Recipe
+    epochs: float
+    batch: int  # pairs of an optimiser step, over all processes
+    per_device: int
+    utilization: float
+    price: float | None = None
 
 
 def world_size() -> int:
@@ -40,17 +51,11 @@ def world_size() -> int:
     return int(per_node) * int(os.environ.get("SLURM_NNODES", "1"))
 
 
-def zero_stage(deepspeed_file: str | None) -> int:
-    """ZeRO stage of a DeepSpeed config, 0 without one."""
-    if not deepspeed_file:
-        return 0
-    return json.loads(Path(deepspeed_file).read_text(encoding="utf-8")).get("zero_optimization", {}).get("stage", 0)
-
-
-def packed_tokens(pair: Pair, tokens_per_image: int, with_rejected: bool) -> int:
-    """Tokens of a pair's packed row: prompt once, and both answers."""
-    prompt = len(pair.prompt) - 1 + (tokens_per_image - 1) * len(pair.record.images)
-    return prompt + len(pair.chosen) + (len(pair.rejected) if with_rejected else 0)
+def shape_of(pair: Pair, tokens_per_image: int, with_rejected: bool) -> PairShape:
+    """A pair's packed row: prompt once, and both answers."""
+    images = len(pair.record.images)
+    shared = len(pair.prompt) - 1 + (tokens_per_image - 1) * images
+    return PairShape(shared, len(pair.chosen), len(pair.rejected) if with_rejected else 0, images)
 
 
 def steps_per_epoch(num_pairs: int, per_device: int, accumulation: int, world: int) -> int:
@@ -59,48 +64,36 @@ def steps_per_epoch(num_pairs: int, per_device: int, accumulation: int, world: i
     return max(1, math.ceil(micro_batches / accumulation))
 
 
-def estimate_memory(
-    config: LlavaConfig, num_all: int, num_trained: int, tokens: int, answers: int, dtype_bytes: int, stage: int,
-    world: int, checkpointing: bool,
-) -> Memory:  # fmt: skip
-    """Bytes per process; an estimate from shapes, to compare settings by, not a measurement.
-
-    weights: all parameters, shared out under ZeRO-3. Gradients in the training dtype, Adam's two moments and (below
-    fp32) a master copy in fp32 for trained ones, shared out from ZeRO-2 on. Activations per token: the inputs of every
-    block when checkpointing plus one block in full, else every block in full; a block keeps about 12 hidden and 3
-    feed-forward vectors. Logits at answer rows only, in the training dtype and twice in fp32.
-    """
-    text = config.text_config
-    moments = 8 + (4 if dtype_bytes < 4 else 0)
-    shared = world if stage >= 2 else 1
-    block = 12 * text.hidden_size + 3 * text.intermediate_size
-    layers = text.num_hidden_layers
-    kept = layers * text.hidden_size + block if checkpointing else layers * block
-    return Memory(
-        weights=num_all * dtype_bytes / (world if stage == 3 else 1),
-        gradients_and_optimizer=num_trained * (dtype_bytes + moments) / shared,
-        activations=tokens * kept * dtype_bytes,
-        logits=answers * text.vocab_size * (dtype_bytes + 8),
+def recipe_of(model: ModelArguments, loss: LossArguments, args: TrainArguments, num_lora: int) -> Recipe:
+    """What a run computes for every pair."""
+    is_cached = bool(args.reference_cache) or not model.lora_enable
+    return Recipe(
+        reference="none" if loss.dpo_alpha == 0 else "cache" if is_cached else "step",
+        lora_parameters=num_lora,
+        is_lora=model.lora_enable,
+        checkpointing=bool(args.activation_checkpointing),
+        trains_projector=not model.freeze_mm_mlp_adapter,
     )
 
 
 def plan(
     model_arguments: ModelArguments, loss: LossArguments, args: TrainArguments, config: LlavaConfig,
     pairs: Sequence[Pair], held_out: Sequence[Pair], dropped: Sequence[Pair], tokens_per_image: int,
+    reference: ReferenceCache | None = None,
 ) -> str:  # fmt: skip
     """The text of the plan."""
-    world, stage = world_size(), zero_stage(getattr(args, "deepspeed_file", None))
+    world, zero = world_size(), Zero.read(getattr(args, "deepspeed_file", None))
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     model = build_on_meta(config, model_arguments).to(dtype)
     num_all, num_trained = count_parameters(model)
-    with_rejected = loss.dpo_alpha > 0
-    longest = sorted(pairs, key=lambda pair: packed_tokens(pair, tokens_per_image, with_rejected))
-    batch = longest[-args.per_device_train_batch_size :]
-    tokens = sum(packed_tokens(pair, tokens_per_image, with_rejected) for pair in batch)
-    answers = sum(len(pair.chosen) + (len(pair.rejected) if with_rejected else 0) for pair in batch)
+    num_lora = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
+    shapes = [shape_of(pair, tokens_per_image, loss.dpo_alpha > 0) for pair in pairs]
+    batch = sorted(shapes, key=lambda shape: shape.tokens)[-args.per_device_train_batch_size :]
+    tokens = args.tokens_per_batch or sum(shape.tokens for shape in batch)  # a row holds so many at most
+    answers = sum(shape.answers for shape in batch)
     memory = estimate_memory(
-        config, num_all, num_trained, tokens, answers, dtype.itemsize, stage, world,
-        bool(args.activation_checkpointing),
+        config, num_all, num_trained, tokens, answers, dtype.itemsize, zero, world,
+        bool(args.activation_checkpointing), model_arguments.bits,
     )  # fmt: skip
     counts = describe(pairs)
     lengths = counts["tokens"]
@@ -108,6 +101,8 @@ def plan(
     steps = steps_per_epoch(len(pairs), per_device, accumulation, world)
     total = args.max_steps if args.max_steps > 0 else math.ceil(steps * args.num_train_epochs)
     effective = per_device * accumulation * world
+    recipe = recipe_of(model_arguments, loss, args, num_lora)
+    job = Job(shapes, recipe, total / steps, effective, per_device, args.flop_utilization, args.gpu_hour_price)
     weight = f"{loss.attention_weight:g} x attention"
     rows = {
         "pairs": f"{len(pairs):,} to train on, {len(held_out):,} held out, {len(dropped):,} dropped as too long",
@@ -117,13 +112,145 @@ def plan(
         "loss": f"{loss.dpo_alpha:g} x (dpo + {weight}) + {loss.gamma:g} x (sft + {weight})",
         "batch": f"{effective} pairs = {per_device} x {accumulation} accumulated x {world} processes",
         "steps": f"{steps:,} per epoch, {total:,} in all",
-        "memory": f"about {memory} per process at the longest batch ({tokens:,} tokens), estimated for ZeRO {stage}",
+        "memory": f"about {memory} per process at the longest batch ({tokens:,} tokens), estimated for ZeRO "
+        f"{zero.stage}",
+        **cost(config, job),
         "output": args.output_dir,
     }
+    if reference is not None:
+        rows["reference"] += f"; {reference.status([*pairs, *held_out])}"
     table = ["    " + line for line in parameter_table(model).splitlines()]
     head = ["plan (no weights are loaded)", f"  {'model':<15}{model_arguments.model_name_or_path}", *table]
     return "\n".join(head + [f"  {name:<15}{text}" for name, text in rows.items()])
 
 
+def cost(config: LlavaConfig, job: Job, clusters: Sequence[int] = CLUSTERS) -> dict[str, str]:
+    """Rows of the plan on tokens, FLOPs, hours and, with a price, money. Formulas in `flops`."""
+    count = len(job.shapes)
+    epoch = epoch_work(config, job.shapes, job.recipe)
+    filling = sum(filling_flops(config, shape) for shape in job.shapes) if job.recipe.reference == "cache" else 0
+    total = job.epochs * epoch.total + filling
+    tokens = sum(shape.tokens for shape in job.shapes)
+    parts = ", ".join(f"{name} {flops / count / TERA:.4g}" for name, flops in vars(epoch).items() if flops)
+    rows = {
+        "tokens": f"{tokens:,} per epoch, {tokens / count:,.0f} a pair (packed rows: prompt once, both answers)",
+        "reference": _reference(job, epoch.reference, filling),
+        "FLOPs": f"{epoch.total / count / TERA:.4g} TFLOP a pair ({parts}), {_flops(job.batch * epoch.total / count)} "
+        f"a step, {_flops(total)} in {job.epochs:.3g} epochs",
+        "assumed": f"a GPU does {job.utilization:.0%} of an A100's {A100_PEAK / TERA:.0f} TFLOP/s, recomputation "
+        "counted, waiting not: --flop_utilization, not measured",
+    }
+    for gpus in clusters:
+        taken = hours(total, gpus, job.utilization)
+        money = f", {taken * gpus * job.price:,.2f} at {job.price:g} per GPU-hour" if job.price is not None else ""
+        name = f"{gpus} A100{'s' if gpus > 1 else ''}"
+        rows[name] = f"{taken:,.3g} hours, {taken * gpus:,.4g} GPU-hours{money}; {_accumulation(job, gpus)}"
+    return rows
+
+
+def _reference(job: Job, at_every_step: float, filling: float) -> str:
+    if job.recipe.reference == "none":
+        return "none: without DPO there is nothing to compare with"
+    if job.recipe.reference == "cache":
+        return f"from a cache, filled before the first step with {_flops(filling)}"
+    return f"at every step, {_flops(at_every_step)} per epoch (--reference_cache: once)"
+
+
+def _accumulation(job: Job, gpus: int) -> str:
+    """How the same batch is spread over so many GPUs."""
+    accumulation, rest = divmod(job.batch, job.per_device * gpus)
+    if not accumulation or rest:
+        return f"a batch of {job.batch} pairs has no equal shares there"
+    return f"--gradient_accumulation_steps {accumulation} keeps the batch"
+
+
+def _flops(number: float) -> str:
+    """In a unit that leaves at most three digits before the point."""
+    unit, size = next(((unit, size) for unit, size in UNITS.items() if number < 1e3 * size), ("EFLOP", 1e18))
+    return f"{number / size:.4g} {unit}"
+
+
 def _counts(counts: dict) -> str:
     return ", ".join(f"{name}: {count:,}" for name, count in counts.items())
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print what a data set of given size would cost."""
+    setup_logging()
+    with user_errors():
+        args = parse_args(argv)
+        config = _config(args.model)
+        text = "\n".join(f"  {name:<15}{row}" for name, row in cost(config, _job(args, config), args.gpus).items())
+    trained = f"LoRA of rank {args.lora_r}" if args.lora_r else "full fine-tuning"
+    logger.info("plan of %s pairs on a LLaVA-1.5 %s, %s\n%s", f"{args.pairs:,}", args.model, trained, text)
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--model", default="7b", help=f"{' or '.join(SIZES)}, or a checkpoint whose config is read")
+    add("--pairs", type=int, required=True, help="preference pairs of an epoch")
+    add("--images", default="1", help="pictures of a prompt; or several numbers with weights, as 1:2,3:1")
+    add("--prompt_tokens", type=int, default=60, help="tokens of a prompt beside its pictures")
+    add("--answer_tokens", type=int, default=75, help="tokens of each answer")
+    add("--epochs", type=float, default=3, help="passes over the pairs")
+    add("--lora_r", type=int, default=128, help="rank of LoRA; 0 trains the whole language model")
+    add("--reference", choices=("step", "cache", "none"), help="default: step with LoRA, else cache; none is SFT")
+    add("--no_checkpointing", action="store_true", help="keep all activations instead of computing them again")
+    add("--batch", type=int, default=64, help="pairs of an optimiser step")
+    add("--gpus", type=int, nargs="+", default=list(CLUSTERS), help="A100s to compare")
+    add("--flop_utilization", type=float, default=0.4, help="share of the peak that a GPU does, an assumption")
+    add("--gpu_hour_price", type=float, help="price of a GPU-hour")
+    args = parser.parse_args(argv)
+    if min(args.pairs, args.epochs, args.batch, *args.gpus) <= 0 or not 0 < args.flop_utilization <= 1:
+        parser.error("--pairs, --epochs, --batch and --gpus must be above 0, --flop_utilization above 0 and at most 1")
+    return args
+
+
+def _config(model: str) -> LlavaConfig:
+    """LLaVA-1.5's shape by its size, or of a checkpoint."""
+    if model not in SIZES:
+        return load_config(model)
+    width, feed_forward, blocks, heads = SIZES[model]
+    text = LlamaConfig(vocab_size=32064, hidden_size=width, intermediate_size=feed_forward, num_hidden_layers=blocks,
+                       num_attention_heads=heads)  # fmt: skip
+    vision = CLIPVisionConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
+                              image_size=336, patch_size=14)  # fmt: skip
+    return LlavaConfig(vision_config=vision, text_config=text, image_token_index=32000, vision_feature_layer=-2)
+
+
+def _job(args: argparse.Namespace, config: LlavaConfig) -> Job:
+    reference = args.reference or ("step" if args.lora_r else "cache")
+    if reference == "step" and not args.lora_r:
+        raise ValueError("--reference step needs LoRA: full fine-tuning changes the only copy of the weights")
+    tokens = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
+    rejected = 0 if reference == "none" else args.answer_tokens
+    shapes = [PairShape(args.prompt_tokens - 1 + tokens * n, args.answer_tokens, rejected, n)
+              for n in _spread(args.images, args.pairs)]  # fmt: skip
+    lora = 0
+    if args.lora_r:
+        model = build_on_meta(config, ModelArguments(args.model, lora_r=args.lora_r))
+        lora = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
+    recipe = Recipe(reference, lora, bool(args.lora_r), not args.no_checkpointing)
+    return Job(shapes, recipe, args.epochs, args.batch, 1, args.flop_utilization, args.gpu_hour_price)
+
+
+def _spread(images: str, pairs: int) -> list[int]:
+    """Pictures of every pair, in the shares of the weights. Raises ValueError."""
+    try:
+        words = [word.split(":") if ":" in word else (word, "1") for word in images.split(",")]
+        weights = {int(number): float(weight) for number, weight in words}
+    except ValueError:
+        weights = {}
+    if not weights or min(weights) < 1 or min(weights.values()) < 0 or not sum(weights.values()):
+        raise ValueError(f"--images {images}: write a number, or numbers with weights as 1:2,3:1")
+    total, wanted, spread = sum(weights.values()), 0.0, []
+    for number, weight in weights.items():
+        wanted += weight / total * pairs
+        spread += [number] * (round(wanted) - len(spread))
+    return spread
+
+
+if __name__ == "__main__":
+    main()

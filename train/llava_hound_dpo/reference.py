@@ -1,89 +1,212 @@
-"""Reference log-probs: from the model with its adapter off, or from a file computed before training.
+"""Reference log-probs on disk, for runs that do not compute them with every step.
 
-With LoRA the reference is the policy without its adapter, computed on the same packed row. Full fine-tuning changes
-the only copy of the weights, so there the log-probs of all pairs are computed once, before the first step.
+With LoRA the reference is the policy without its adapter, computed on the same packed row at every step; from a cache
+it costs a forward pass per pair once, which pays from the second epoch on or when several runs share the cache. Full
+fine-tuning changes the only copy of the weights, so there the cache is needed, and filled before the first step.
 """
 
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Sequence
+import math
+import os
+import uuid
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
 from llava.checkpoints import weight_digest
+from llava.image import ImageStore
 from llava.records import DataError
-from train.llava_hound_dpo.data import Pair, PairDataset
+from llava.runtime import write_text
+from train.llava_hound_dpo.data import Pair
 
 logger = logging.getLogger(__name__)
 
 LAYOUT_VERSION = 1  # raise it when `layout.pack` or the template changes what a pair's log-probs are
+HEADER = "reference.json"  # what the log-probs beside it were made from
+PARTS = "part-*.jsonl"
+LABELS = {"layout": "row layout", "commit": "hub commit", "image_processor": "picture settings",
+          "image_aspect_ratio": "picture settings: image_aspect_ratio", "image_tower": "vision tower"}  # fmt: skip
 
 
 class ReferenceCache:
-    """Log-probs (chosen, rejected) of pairs on disk, one JSONL file per process, keyed by content.
+    """Log-probs (chosen, rejected) of pairs in a folder, keyed by the pair's tokens and pictures.
 
-    A key is a hash of the pair's tokens and pictures together with the model's fingerprint, so that a file of another
-    model, data set or layout is never read as this one's. Safe to kill: a half-written last line is ignored.
+    `made_from` says what decides the log-probs apart from the pair (`describe_reference`); a folder made from anything
+    else is refused. Every process that fills the cache writes a file of its own, so that processes of one run or of
+    several runs may do so at once. Safe to kill: a half-written last line is computed again.
     """
 
-    def __init__(self, folder: Path, fingerprint: str):
-        self.folder, self.fingerprint = folder, fingerprint
-        self._known: dict[str, tuple[float, float]] = {}
-        self._keys: dict[int, list[str]] = {}
-
-    def keys(self, dataset: PairDataset) -> list[str]:
-        """One key per pair of the data set."""
-        if id(dataset) not in self._keys:
-            self._keys[id(dataset)] = [self._key(dataset, pair) for pair in dataset.pairs]
-        return self._keys[id(dataset)]
+    def __init__(self, folder: Path, made_from: Mapping[str, Any], store: ImageStore):
+        self.folder, self.made_from, self.store = folder, json.loads(json.dumps(made_from, default=str)), store
+        self._known: dict[str, dict] = {}  # entries by key
+        self._by_id: dict[str, dict] = {}  # the latest entry by the record's id, to say what has changed
+        self._own: dict[str, dict] = {}  # written by this process in this run
+        self._keys: dict[int, tuple[Pair, dict]] = {}
+        self._file: Path | None = None
 
     def load(self) -> None:
-        """Read what all processes have written so far."""
-        for path in sorted(self.folder.glob("reference-*.jsonl")):
-            for line in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    entry = json.loads(line)
-                except json.JSONDecodeError:
-                    continue  # cut short by a kill; the pair is computed again
-                self._known[entry["key"]] = (entry["chosen"], entry["rejected"])
+        """Read what is on disk. Raises ValueError if it was made from something else, or is damaged."""
+        parts = sorted(self.folder.glob(PARTS))
+        self._check_header(bool(parts) or any(self.folder.glob("reference-*.jsonl")))
+        for path in parts:
+            self._remember(_read_part(path))
 
-    def missing(self, dataset: PairDataset) -> list[int]:
+    def missing(self, pairs: Sequence[Pair]) -> list[int]:
         """Indices of pairs whose log-probs are not known yet."""
-        return [index for index, key in enumerate(self.keys(dataset)) if key not in self._known]
+        return [index for index, pair in enumerate(pairs) if self._identify(pair)["key"] not in self._known]
 
-    def append(self, rank: int, keys: Sequence[str], chosen: Tensor, rejected: Tensor) -> None:
-        """Add log-probs to this process's file."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        rows = zip(keys, chosen.tolist(), rejected.tolist(), strict=True)
-        with (self.folder / f"reference-{rank}.jsonl").open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps({"key": k, "chosen": c, "rejected": r}) + "\n" for k, c, r in rows)
+    def require(self, pairs: Sequence[Pair]) -> None:
+        """Raises DataError listing the pairs whose log-probs are not known, each with the reason."""
+        problems = [self._hole(pairs[index]) for index in self.missing(pairs)]
+        if problems:
+            raise DataError(problems)
 
-    def lookup(self, dataset: PairDataset, indices: Iterable[int], device) -> tuple[Tensor, Tensor]:
-        """(chosen, rejected) log-probs of pairs. Raises DataError naming the first pair that has none."""
-        keys = self.keys(dataset)
-        try:
-            found = [self._known[keys[index]] for index in indices]
-        except KeyError as error:
-            where = dataset.pairs[keys.index(error.args[0])].record.where
-            raise DataError(
-                [f"{self.folder}: no reference log-probs of {where}; delete the folder and start again"]
-            ) from error
-        chosen, rejected = torch.tensor(found, device=device).unbind(dim=-1)
+    def append(self, pairs: Sequence[Pair], chosen: Tensor, rejected: Tensor) -> None:
+        """Add log-probs. Raises FloatingPointError naming a pair whose log-probs are not finite."""
+        entries = []
+        for pair, c, r in zip(pairs, chosen.tolist(), rejected.tolist(), strict=True):
+            if not (math.isfinite(c) and math.isfinite(r)):
+                raise FloatingPointError(f"the reference log-probs of {pair.record.where} are not finite: {c}, {r}")
+            entries.append({**self._identify(pair), "chosen": c, "rejected": r})
+        if self._file is None:
+            self._begin()
+        with self._file.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(entry) + "\n" for entry in entries)
+        self._remember(entries)
+        self._own |= {entry["key"]: entry for entry in entries}
+
+    def share(self) -> None:
+        """Let all processes know the same: what the first one knows, and what any has written in this run.
+
+        By messages, not by the disk: files of another node may take a while to appear on a network file system.
+        """
+        (known,) = broadcast_object_list([self._known])
+        self._known = {}
+        self._remember(known.values())
+        self._remember(entry for _, entry in gather_object(list(self._own.items())))
+
+    def lookup(self, pairs: Sequence[Pair], device) -> tuple[Tensor, Tensor]:
+        """(chosen, rejected) log-probs of pairs. Raises DataError like `require`."""
+        found = [self._known.get(self._identify(pair)["key"]) for pair in pairs]
+        if None in found:
+            self.require(pairs)
+        values = [(entry["chosen"], entry["rejected"]) for entry in found]
+        chosen, rejected = torch.tensor(values, device=device).unbind(dim=-1)
         return chosen, rejected
 
-    def _key(self, dataset: PairDataset, pair: Pair) -> str:
-        stamps = [dataset.store.stamp(name) for name in pair.record.images]
-        return _digest(self.fingerprint, pair.prompt, pair.chosen, pair.rejected, pair.record.images, stamps)
+    def status(self, pairs: Sequence[Pair]) -> str:
+        """How many of the pairs are there, and why others are not, in words."""
+        missing = self.missing(pairs)
+        reasons = [self._reason(pairs[index]) for index in missing]
+        counts = ", ".join(f"{reasons.count(reason):,} {reason}" for reason in dict.fromkeys(reasons))
+        listed = f", {len(missing):,} to compute ({counts})" if missing else ""
+        return f"{len(pairs) - len(missing):,} of {len(pairs):,} pairs in {self.folder}{listed}"
+
+    def _begin(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not (self.folder / HEADER).is_file():
+            write_text(self.folder / HEADER, json.dumps(self.made_from, indent=2) + "\n")
+        rank = os.environ.get("RANK", "0")
+        self._file = self.folder / PARTS.replace("*", f"{rank}-{uuid.uuid4().hex[:12]}")
+
+    def _check_header(self, has_parts: bool) -> None:
+        header = self.folder / HEADER
+        if not header.is_file():
+            if has_parts:
+                raise ValueError(
+                    f"{self.folder}: reference log-probs without a {HEADER} that says what they were made from; "
+                    "delete the folder"
+                )
+            return
+        try:
+            theirs = dict(json.loads(header.read_text(encoding="utf-8")))
+        except ValueError as error:
+            raise ValueError(f"{header}: broken JSON ({error}); delete the folder {self.folder}") from error
+        differing = list(_differences(theirs, self.made_from))
+        if differing:
+            raise ValueError(
+                f"{self.folder}: the reference log-probs there were made from something else: {'; '.join(differing)}; "
+                "delete the folder or choose another --reference_cache"
+            )
+
+    def _identify(self, pair: Pair) -> dict[str, str]:
+        """Key of a pair, and what tells later which part of it has changed."""
+        if id(pair) not in self._keys:
+            record = pair.record
+            text = _digest(pair.prompt, pair.chosen, pair.rejected)
+            pictures = _digest(record.images, [self.store.stamp(name) for name in record.images])
+            found = {"key": _digest(text, pictures), "id": record.id, "text": text[:16]}
+            self._keys[id(pair)] = (pair, found)  # the pair is kept, so that its id stays its own
+        return self._keys[id(pair)][1]
+
+    def _remember(self, entries) -> None:
+        for entry in entries:
+            self._known[entry["key"]] = self._by_id[entry["id"]] = entry
+
+    def _reason(self, pair: Pair) -> str:
+        entry = self._by_id.get(pair.record.id)
+        if entry is None:
+            return "never computed"
+        is_same_text = entry["text"] == self._identify(pair)["text"]
+        return "whose pictures have changed since" if is_same_text else "whose prompt or answers have changed since"
+
+    def _hole(self, pair: Pair) -> str:
+        reason = self._reason(pair)
+        return (
+            f"{pair.record.where}: no reference log-probs in {self.folder} ({reason}), and the weights are no longer "
+            "the reference's; restore the data, or start again in another --output_dir"
+        )
 
 
-def fingerprint(model_path: str, commit: str | None, dtype: str, image_processor, pad: bool) -> str:
-    """Hash of what decides reference log-probs apart from the pair: weights, precision, picture processing, layout.
-    """
-    settings = json.dumps(image_processor.to_dict(), sort_keys=True, default=str)
-    return _digest(LAYOUT_VERSION, weight_digest(model_path), commit, dtype, settings, pad)
+def describe_reference(
+    model_path: str, image_tower: str | None, commit: str | None, precision: str, image_processor, aspect_ratio: str
+) -> dict[str, Any]:
+    """What decides reference log-probs apart from the pair: weights, precision, picture settings, layout."""
+    return {
+        "layout": LAYOUT_VERSION,
+        "weights": weight_digest(model_path)[:16],
+        "image_tower": image_tower,
+        "commit": commit,
+        "precision": precision,
+        "image_processor": image_processor.to_dict(),
+        "image_aspect_ratio": aspect_ratio,
+    }
+
+
+def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]):
+    """One phrase for every entry that is not the same."""
+    for name in {**ours, **theirs}:
+        there, here = theirs.get(name), ours.get(name)
+        if isinstance(there, Mapping) and isinstance(here, Mapping):
+            for phrase in _differences(there, here):
+                yield f"{LABELS.get(name, name)}: {phrase}"
+        elif there != here:
+            yield f"{LABELS.get(name, name)} ({there} there, {here} here)"
+
+
+def _read_part(path: Path) -> list[dict]:
+    """Entries of one process's file; a last line that a kill cut short is left out. Raises ValueError."""
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    entries = []
+    for number, line in enumerate(lines[:-1], 1):
+        try:
+            entry = json.loads(line)
+            is_whole = all(isinstance(entry[name], str) for name in ("key", "id", "text"))
+            is_whole = is_whole and math.isfinite(entry["chosen"]) and math.isfinite(entry["rejected"])
+        except (ValueError, KeyError, TypeError):
+            is_whole = False
+        if not is_whole:
+            raise ValueError(
+                f"{path} line {number}: a damaged entry; delete the file, and its pairs will be computed again"
+            )
+        entries.append(entry)
+    return entries
 
 
 def _digest(*parts: object) -> str:

@@ -23,6 +23,7 @@ from llava.records import read_preferences
 from llava.runtime import (
     is_main_process,
     leave,
+    lost_peers,
     offline_wandb,
     setup_logging,
     user_errors,
@@ -46,9 +47,10 @@ from train.llava_hound_dpo.data import (
     tokenize,
     within_length,
 )
-from train.llava_hound_dpo.model import make_trainable, parameter_table
-from train.llava_hound_dpo.plan import packed_tokens, plan, world_size
-from train.llava_hound_dpo.reference import ReferenceCache, fingerprint
+from train.llava_hound_dpo.memory import Zero
+from train.llava_hound_dpo.model import make_trainable, parameter_table, quantisation, refuse_quantised
+from train.llava_hound_dpo.plan import plan, shape_of, world_size
+from train.llava_hound_dpo.reference import ReferenceCache, describe_reference
 from train.llava_hound_dpo.stopping import one_line_errors
 from train.llava_hound_dpo.trainer import AttentionAwareDPOTrainer
 
@@ -73,12 +75,14 @@ class Inputs:
     evaluation: list[Pair]
     dropped: list[Pair]
     batches: BatchPlan  # of the training pairs
+    reference: ReferenceCache | None = None  # None: computed at every step, or not needed
 
     def dataset(self, pairs: Sequence[Pair]) -> PairDataset:
         """The pairs with their pictures."""
         return PairDataset(pairs, self.store, self.processor.image_processor, self.grid, self.config.image_token_id)
 
 
+@lost_peers()
 def main() -> int:
     """Check, plan, train, save; the exit code is `stopping.STOPPED` if it was asked to stop before the end.
 
@@ -88,12 +92,15 @@ def main() -> int:
     without_compiler()
     with user_errors():
         model_args, data_args, loss_args, args = parse()
+        refuse_quantised(model_args, Zero.read(args.deepspeed_file).stage)
         inputs = read_inputs(model_args, data_args, loss_args, args)
         identity = describe_run(model_args, data_args, loss_args, args, inputs)
         if args.deepspeed_file:
             check_optim(args.optim)
         size = {"pairs_per_row": args.per_device_train_batch_size, "world_size": inputs.batches.world_size}
         checkpoint = latest_checkpoint(args.output_dir, identity, partial(flags_for, **size))
+        if checkpoint and inputs.reference and not model_args.lora_enable:
+            inputs.reference.require([*inputs.train, *inputs.evaluation])
     if checkpoint:
         logger.info("continuing from %s", checkpoint)
     if args.dry_run:
@@ -106,7 +113,7 @@ def main() -> int:
             inputs.evaluation,
             inputs.dropped,
         )
-        logger.info(plan(*arguments, inputs.grid.num_tokens))
+        logger.info(plan(*arguments, inputs.grid.num_tokens, inputs.reference))
         logger.info("  %-15s%s", "rows", inputs.batches)
         return 0
     with user_errors():
@@ -149,12 +156,13 @@ def read_inputs(model: ModelArguments, data: DataArguments, loss: LossArguments,
     if is_main_process():  # if it finds something it ends, and the launcher ends the others
         check_pictures([pair.record for pair in (*train, *evaluation)], store, grid, data.check_images)
     batches = plan_batches(train, grid.num_tokens, loss, args)
-    return Inputs(config, processor, grid, store, layers, heads, train, evaluation, dropped, batches)
+    reference = open_reference(model, data, loss, args, config, processor.image_processor, store)
+    return Inputs(config, processor, grid, store, layers, heads, train, evaluation, dropped, batches, reference)
 
 
 def plan_batches(pairs: Sequence[Pair], tokens_per_image: int, loss: LossArguments, args: TrainArguments) -> BatchPlan:
     """Steps and rows of the run. Raises ValueError for a pair longer than --tokens_per_batch."""
-    lengths = [packed_tokens(pair, tokens_per_image, loss.dpo_alpha > 0) for pair in pairs]
+    lengths = [shape_of(pair, tokens_per_image, loss.dpo_alpha > 0).tokens for pair in pairs]
     limit = args.tokens_per_batch
     if limit < 0:
         raise ValueError(f"--tokens_per_batch {limit}: a number of tokens, or 0 for rows of so many pairs")
@@ -169,6 +177,28 @@ def plan_batches(pairs: Sequence[Pair], tokens_per_image: int, loss: LossArgumen
         world_size() if args.dry_run else args.world_size,
         args.seed if args.data_seed is None else args.data_seed, args.num_train_epochs, args.max_steps, limit,
     )  # fmt: skip
+
+
+def open_reference(model, data, loss, args, config, image_processor, store: ImageStore) -> ReferenceCache | None:
+    """The cache of reference log-probs, read; None where they are computed at every step, or not needed.
+
+    Raises ValueError if it was made from something else, or is damaged.
+    """
+    if loss.dpo_alpha == 0:
+        if args.reference_cache:
+            logger.info("--reference_cache %s is not used: without DPO there is no reference", args.reference_cache)
+        return None
+    if model.lora_enable and not args.reference_cache:
+        return None
+    dtypes = " computed in ".join(str(dtype).removeprefix("torch.") for dtype in precision(model, args))
+    exact = dtypes if model.bits == 16 else f"{model.bits} bits and {dtypes}"
+    made_from = describe_reference(
+        model.model_name_or_path, model.image_tower, getattr(config, "_commit_hash", None), exact, image_processor,
+        data.image_aspect_ratio,
+    )  # fmt: skip
+    cache = ReferenceCache(Path(args.reference_cache or Path(args.output_dir) / "reference"), made_from, store)
+    cache.load()
+    return cache
 
 
 def _probed(loss: LossArguments, model: str, config: LlavaConfig) -> tuple[frozenset[int], Heads | None]:
@@ -201,25 +231,24 @@ def load_policy(model: ModelArguments, args: TrainArguments):
 
         # Without it DeepSpeed believes in one process while the weights are partitioned.
         deepspeed.init_distributed(dist_backend="gloo")
+    dtype, computed = precision(model, args)
+    settings = quantisation(model.bits, computed, args.device)
+    policy = load_model(model.model_name_or_path, dtype, model.image_tower, **settings)
+    set_seed(args.seed)  # after loading, which draws differently under ZeRO-3: LoRA starts the same everywhere
+    return make_trainable(policy, model, fp32_adapter=not args.deepspeed)
+
+
+def precision(model: ModelArguments, args: TrainArguments) -> tuple[torch.dtype, torch.dtype]:
+    """(dtype of the weights, dtype that they compute in)."""
     reduced = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     # Without DeepSpeed's fp32 master copy, weights that are trained themselves must be fp32 (autocast reduces them).
     trains_base = not (model.lora_enable and model.freeze_mm_mlp_adapter) or args.fp16
-    dtype = torch.float32 if trains_base and not args.deepspeed else reduced
-    policy = load_model(model.model_name_or_path, dtype, model.image_tower)
-    set_seed(args.seed)  # after loading, which draws differently under ZeRO-3: LoRA starts the same everywhere
-    return make_trainable(policy, model, fp32_adapter=not args.deepspeed)
+    return torch.float32 if trains_base and not args.deepspeed_file else reduced, reduced
 
 
 def build_trainer(policy, model, loss, args, inputs: Inputs, identity: dict[str, Any]) -> AttentionAwareDPOTrainer:
     """The trainer with its data, loss and source of reference log-probs."""
     offline_wandb(args.report_to)
-    weights = loss.weights()
-    reference = None
-    if weights.needs_rejected and not model.lora_enable:
-        settings = inputs.processor.image_processor, inputs.grid.pad
-        commit = getattr(policy.config, "_commit_hash", None)
-        key = fingerprint(model.model_name_or_path, commit, str(policy.dtype), *settings)
-        reference = ReferenceCache(Path(args.output_dir) / "reference", key)
     args.accumulate(inputs.batches.accumulation)  # before the Trainer and DeepSpeed take it from there
     logger.info("%s", parameter_table(policy))
     logger.info("%d pairs per step in %s", inputs.batches.pairs_per_step, inputs.batches)
@@ -229,12 +258,12 @@ def build_trainer(policy, model, loss, args, inputs: Inputs, identity: dict[str,
         train_dataset=inputs.dataset(inputs.train),
         eval_dataset=inputs.dataset(inputs.evaluation) if inputs.evaluation else None,
         processing_class=inputs.processor,
-        weights=weights,
+        weights=loss.weights(),
         layers=inputs.layers,
         heads=inputs.heads and inputs.heads.chosen(inputs.config.text_config.num_attention_heads),
         carries=loss.attention_carry,
         image_token=inputs.config.image_token_id,
-        reference=reference,
+        reference=inputs.reference,
         identity=identity,
         batches=inputs.batches,
     )

@@ -87,9 +87,7 @@ def head_weights(
     return chosen if carried is None else chosen * carried
 
 
-def _masses(
-    attentions: tuple[Tensor, ...], row: PackedRow, layers: frozenset[int], heads: Tensor | None
-) -> Tensor:
+def _masses(attentions: tuple[Tensor, ...], row: PackedRow, layers: frozenset[int], heads: Tensor | None) -> Tensor:
     if len(attentions or ()) != len(layers):
         raise RuntimeError(f"{len(layers)} layers were probed but {len(attentions or ())} masses came back")
     if torch.is_grad_enabled() and not attentions[0].requires_grad:

@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,8 +50,8 @@ class AttentionAwareDPOTrainer(Trainer):
     """Trains a LLaVA, with or without LoRA, on packed preference pairs.
 
     `layers` are the probed layers of the language model, `heads` (L, H) has a 1 for those of their heads that count
-    (None: all), with `carries` by what they carry. `reference` is needed for full fine-tuning with a DPO share
-    and must be None with LoRA, where the reference is the model with its adapter off. `identity` describes the
+    (None: all), with `carries` by what they carry. `reference` is needed for full fine-tuning with a DPO share; without
+    it the reference is the model with its LoRA adapter off, computed at every step. `identity` describes the
     experiment; a checkpoint of another one is not resumed. `batches` says which pairs form which step and row.
     """
 
@@ -80,7 +81,7 @@ class AttentionAwareDPOTrainer(Trainer):
         self._sums = torch.zeros(2, len(METRICS), dtype=torch.float64)
         self.shares_images = not any(p.requires_grad for n, p in self.model.named_parameters() if PROJECTOR in n)
         is_lora = isinstance(self.model, PeftModel)
-        assert not weights.needs_rejected or is_lora != (reference is not None), "one source of reference log-probs"
+        assert not weights.needs_rejected or is_lora or reference is not None, "no source of reference log-probs"
         self.add_callback(MarkComplete(identity or {}))
         self.stop = StopOnRequest()
         self.add_callback(self.stop)
@@ -216,15 +217,12 @@ class AttentionAwareDPOTrainer(Trainer):
             indices = batches[own] if own < len(batches) else batches[0]
             inputs = self.data_collator([dataset[index] for index in indices])
             row, pixels = inputs["row"].to(args.device), inputs["pixel_values"].to(args.device)
-            with torch.no_grad(), self.compute_loss_context_manager():
+            with torch.no_grad(), self._adapter_off(model), self.compute_loss_context_manager():
                 scores = score(model, row, **self._pictures(pixels))
             if own < len(batches):
-                keys = self.reference.keys(dataset)
-                self.reference.append(args.process_index, [keys[i] for i in indices], scores.chosen, scores.rejected)
+                self.reference.append([dataset.pairs[i] for i in indices], scores.chosen, scores.rejected)
         model.train(was_training)
-        if torch.distributed.is_initialized():
-            torch.distributed.barrier()
-        self.reference.load()
+        self.reference.share()
 
     def _pictures(self, pixel_values: Tensor) -> dict[str, Any]:
         """Pictures encoded once for policy and reference, unless the two see them through different projectors."""
@@ -240,11 +238,17 @@ class AttentionAwareDPOTrainer(Trainer):
     ) -> Scores | tuple[Tensor, Tensor]:
         if self.reference is not None:
             row = inputs["row"]
-            chosen, rejected = self.reference.lookup(dataset, inputs["index"].tolist(), row.labels.device)
+            pairs = [dataset.pairs[index] for index in inputs["index"].tolist()]
+            chosen, rejected = self.reference.lookup(pairs, row.labels.device)
             tokens = torch.bincount(row.branch, minlength=2 * row.num_pairs).to(chosen.dtype)
             return Scores(chosen, rejected, tokens[0::2], tokens[1::2], None)
-        with torch.no_grad(), self.accelerator.unwrap_model(model).disable_adapter():
+        with torch.no_grad(), self._adapter_off(model):
             return score(model, inputs["row"], **pictures)
+
+    def _adapter_off(self, model):
+        """A context in which the model is the reference; full fine-tuning has no adapter to turn off."""
+        model = self.accelerator.unwrap_model(model)
+        return model.disable_adapter() if isinstance(model, PeftModel) else nullcontext()
 
     def _weights(self, is_training: bool) -> Weights:
         """λ as of this step; in evaluations what it is at most, so that they can be compared with each other."""
@@ -330,18 +334,16 @@ class _StepLines(TrainerCallback):
 
 
 class _ComputeReference(TrainerCallback):
-    """Fills the reference cache before the first step, while the policy still is the reference."""
+    """Fills the reference cache before the first step, while the policy, its adapter off, is the reference."""
 
     def __init__(self, trainer: AttentionAwareDPOTrainer):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
         cache = self.trainer.reference
-        cache.load()
+        cache.share()  # all processes must agree on what is missing, or they would wait for each other forever
         for dataset in filter(None, (self.trainer.train_dataset, self.trainer.eval_dataset)):
-            missing = cache.missing(dataset)
-            if torch.distributed.is_initialized():
-                torch.distributed.barrier()  # all share out the same pairs: none has written any before all have looked
-            if missing and state.global_step:
-                cache.lookup(dataset, missing, "cpu")  # raises: the weights are no longer the reference's
-            self.trainer.fill_reference(dataset, missing)
+            if state.global_step and not isinstance(self.trainer.model, PeftModel):
+                cache.require(dataset.pairs)  # the weights are no longer the reference's
+            logger.info("reference log-probs: %s", cache.status(dataset.pairs))
+            self.trainer.fill_reference(dataset, cache.missing(dataset.pairs))

@@ -64,10 +64,11 @@ def block(results: Mapping[str, Any]) -> str:
     """What was run, the main table, the comparisons that the question is about, and two plots."""
     rows = [result_row(results, entry) for entry in entries(results, MAIN_GROUPS, tuple(HOW))]
     compared = comparison_table(results, MAIN_GROUPS)
+    without = Table("", "", compared.head, [row for row in compared.rows if "AdaptViz" not in row[0]])
     found = [
         summary(results),
         as_markdown(_columns(Table("", "", RESULT_HEAD, rows), SHOWN)),
-        as_markdown(_columns(compared, COMPARED)),
+        as_markdown(_columns(without, COMPARED)),
     ]
     same = sanity_table(results)
     if same.rows:

@@ -1,0 +1,244 @@
+"""FLOPs, hours and memory of training: against hand computation, and against the published analysis of packed rows."""
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+
+from train.llava_hound_dpo.flops import (
+    PairShape,
+    Recipe,
+    attended_pairs,
+    block_parameters,
+    epoch_work,
+    filling_flops,
+    forward_flops,
+    hours,
+    pair_work,
+    projector_flops,
+    tower_flops,
+)
+from train.llava_hound_dpo.memory import GIB, Memory, Zero, estimate_memory
+from train.llava_hound_dpo.plan import Job, cost, main
+
+ROOT = Path(__file__).resolve().parent.parent
+BLOCKS = 32 * (4 * 4096**2 + 3 * 4096 * 11008)  # linear weights of LLaVA-1.5-7B's language model
+LORA_128 = 319_815_680
+
+
+@pytest.fixture(scope="module")
+def config_7b():
+    vision = CLIPVisionConfig(
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336,
+        patch_size=14, projection_dim=768,
+    )  # fmt: skip
+    text = LlamaConfig(vocab_size=32064, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32)
+    return LlavaConfig(vision_config=vision, text_config=text, image_token_index=32000, vision_feature_layer=-2)
+
+
+def pair_of(images):
+    """Answers of 75 tokens after a prompt of 60 beside its pictures, as in the published analysis."""
+    return PairShape(576 * images + 60, 75, 75, images)
+
+
+# ---- the formulas
+
+
+@pytest.mark.parametrize(
+    ("images", "tokens", "forward", "at_every_step", "cached"),
+    [
+        (1, 786, 10.8, 42.1, 31.7),
+        (2, 1362, 19.0, 74.2, 56.0),
+        (3, 1938, 27.3, 107.1, 81.0),
+        (4, 2514, 35.9, 141.1, 106.8),
+        (5, 3090, 44.6, 176.0, 133.4),
+    ],
+)
+def test_the_table_of_the_analysis(config_7b, images, tokens, forward, at_every_step, cached):
+    """TFLOP of a LoRA step with checkpointing, the adapter itself not counted."""
+    shape = pair_of(images)
+    fly, stored = (pair_work(config_7b, shape, Recipe(reference)) for reference in ("step", "cache"))
+    assert shape.tokens == tokens
+    assert round((fly.pictures + fly.forward) / 1e12, 1) == forward
+    assert round(fly.total / 1e12, 1) == at_every_step and round(stored.total / 1e12, 1) == cached
+
+
+def test_parts_by_hand(config_7b):
+    """One picture, answers of 10 and 20 tokens after 700 shared ones."""
+    shape = PairShape(700, 10, 20, 1)
+    attended = 700**2 / 2 + 10 * 700 + 50 + 20 * 700 + 200
+    assert attended_pairs(shape) == attended and block_parameters(config_7b) == BLOCKS
+    linear, attention, head = 2 * BLOCKS * 730, 4 * 4096 * 32 * attended, 2 * 4096 * 32064 * 30
+    assert forward_flops(config_7b, shape) == linear + attention + head
+    tower = 24 * (2 * 577 * (4 * 1024**2 + 2 * 1024 * 4096) + 4 * 577**2 * 1024) + 2 * 576 * 588 * 1024
+    projector = 2 * 576 * (1024 * 4096 + 4096**2)
+    assert (tower_flops(config_7b), projector_flops(config_7b)) == (tower, projector)
+    adapter = 2 * LORA_128 * 730
+    lora = pair_work(config_7b, shape, Recipe("step", LORA_128))
+    assert vars(lora) == pytest.approx({
+        "pictures": tower + projector,
+        "forward": linear + attention + head + adapter,
+        "recomputed": linear + attention + adapter,
+        "backward": linear + head + 2 * adapter + 2.5 * attention,
+        "reference": linear + attention + head,
+    })  # fmt: skip
+    full = pair_work(config_7b, shape, Recipe("cache", 0, is_lora=False, checkpointing=False))
+    assert full.backward == pytest.approx(2 * (linear + head) + 2.5 * attention)
+    assert full.recomputed == full.reference == 0
+    assert filling_flops(config_7b, shape) == pytest.approx(tower + projector + linear + attention + head)
+
+
+def test_a_trained_projector_sees_the_pictures_twice_unless_the_reference_is_cached(config_7b):
+    shape = pair_of(2)
+    frozen, fly, cached = (
+        pair_work(config_7b, shape, Recipe(reference, trains_projector=trains)).pictures
+        for reference, trains in (("step", False), ("step", True), ("cache", True))
+    )
+    assert fly == 2 * frozen and cached == frozen
+
+
+def test_grouped_keys_count_as_they_are(config_7b):
+    """Two key heads of four: key and value projections are half as large."""
+    text = LlamaConfig(hidden_size=8, intermediate_size=16, num_hidden_layers=3, num_attention_heads=4,
+                       num_key_value_heads=2, vocab_size=10)  # fmt: skip
+    config = LlavaConfig(vision_config=config_7b.vision_config, text_config=text, image_token_index=9)
+    assert block_parameters(config) == 3 * (8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 16)
+
+
+def test_an_epoch_is_the_sum_of_its_pairs(config_7b):
+    shapes = [pair_of(1), pair_of(3), PairShape(30, 4, 0, 0)]
+    total = epoch_work(config_7b, shapes, Recipe())
+    assert total.total == pytest.approx(sum(pair_work(config_7b, shape, Recipe()).total for shape in shapes))
+
+
+def test_hours_by_hand():
+    assert hours(3600 * 312e12, 1, 1.0) == 1 and hours(3600 * 312e12, 8, 0.4) == pytest.approx(1 / 3.2)
+
+
+# ---- the rows of the plan
+
+
+def rows(config, **changes):
+    settings = {"shapes": [pair_of(3)] * 1000, "recipe": Recipe(), "epochs": 3, "batch": 64, "per_device": 1,
+                "utilization": 0.4}  # fmt: skip
+    return cost(config, Job(**settings | changes))
+
+
+def test_rows_by_hand(config_7b):
+    """1,000 pairs of 107.1 TFLOP in three epochs at 0.4 x 312 TFLOP/s: 0.715 hours of one GPU."""
+    found = rows(config_7b, price=2.0)
+    assert found["tokens"].startswith("1,938,000 per epoch, 1,938 a pair")
+    assert found["FLOPs"].startswith("107.1 TFLOP a pair") and "6.857 PFLOP a step" in found["FLOPs"]
+    assert found["1 A100"].startswith("0.715 hours, 0.7154 GPU-hours, 1.43 at 2 per GPU-hour; ")
+    assert found["8 A100s"].startswith("0.0894 hours, 0.7154 GPU-hours, 1.43 at 2")
+    assert found["64 A100s"].endswith("--gradient_accumulation_steps 1 keeps the batch")
+    assert "not measured" in found["assumed"]
+
+
+def test_no_price_unless_it_is_given(config_7b):
+    assert not any("per GPU-hour" in row for row in rows(config_7b).values())
+
+
+def test_filling_the_cache_is_paid_once(config_7b):
+    """It takes a forward pass more in the first epoch, and so pays from the second on."""
+    fly, cached = (
+        [float(rows(config_7b, recipe=Recipe(reference), epochs=epochs)["1 A100"].split()[0]) for epochs in (1, 2, 3)]
+        for reference in ("step", "cache")
+    )
+    assert cached[0] > fly[0] and cached[1] < fly[1] and fly[2] - cached[2] > fly[1] - cached[1]
+
+
+@pytest.mark.parametrize(("batch", "shares"), [(48, [True, True, True, False]), (30, [True, True, False, False])])
+def test_a_batch_that_has_no_equal_shares_is_named(config_7b, batch, shares):
+    found = rows(config_7b, batch=batch)
+    names = ("1 A100", "2 A100s", "8 A100s", "64 A100s")
+    assert ["keeps the batch" in found[name] for name in names] == shares
+    assert all(("no equal shares" in found[name]) != has for name, has in zip(names, shares, strict=True))
+
+
+def test_the_command_without_data(capsys):
+    main("--pairs 270 --images 1:2,3:1 --gpus 2 --gpu_hour_price 2 --epochs 1".split())
+    found = {line[2:17].strip(): line[17:] for line in capsys.readouterr().out.splitlines()[1:]}
+    one, three = 59 + 576 + 150, 59 + 3 * 576 + 150
+    assert found["tokens"].startswith(f"{180 * one + 90 * three:,} per epoch")
+    assert "at 2 per GPU-hour" in found["2 A100s"] and "8 A100s" not in found
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["--pairs", "10", "--images", "x"], "--images x"),
+        (["--pairs", "10", "--images", "0"], "--images 0"),
+        (["--pairs", "0"], "--pairs"),
+        (["--pairs", "10", "--lora_r", "0", "--reference", "step"], "needs LoRA"),
+        (["--pairs", "10", "--model", "nowhere"], "nowhere"),
+        ([], "--pairs"),
+    ],
+)
+def test_bad_numbers_end_in_one_line(words, reason, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    errors = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and len(errors) == 1 and reason in errors[0]
+
+
+# ---- memory
+
+
+def zero(name):
+    return Zero.read(str(ROOT / "scripts" / f"{name}.json"))
+
+
+def test_deepspeed_configs_are_read():
+    assert Zero.read(None) == Zero.read("") == Zero()
+    assert [zero(name).stage for name in ("zero2", "zero3", "zero3_offload")] == [2, 3, 3]
+    assert not (zero("zero3").offloads_parameters or zero("zero3").offloads_optimizer)
+    assert zero("zero3_offload").offloads_parameters and zero("zero3_offload").offloads_optimizer
+
+
+def test_the_offloading_config_is_zero3_but_for_the_offloading():
+    plain, offloading = (
+        json.loads((ROOT / "scripts" / f"{name}.json").read_text()) for name in ("zero3", "zero3_offload")
+    )
+    moved = {name: offloading["zero_optimization"].pop(name) for name in ("offload_param", "offload_optimizer")}
+    assert offloading == plain and {entry["device"] for entry in moved.values()} == {"cpu"}
+
+
+ALL, TRAINED = 7_060_000_000, 6_750_000_000
+
+
+def memory(config, zero, **changes):
+    settings = {"num_all": ALL, "num_trained": TRAINED, "tokens": 3090, "answers": 150, "dtype_bytes": 2,
+                "zero": zero, "world": 8, "checkpointing": True}  # fmt: skip
+    return estimate_memory(config, **settings | changes)
+
+
+def test_memory_of_full_fine_tuning_by_hand(config_7b):
+    """Per trained weight: 2 bytes of gradient, 4 of master copy, 8 of moments, in bf16."""
+    alone, two, three, offloaded = (
+        memory(config_7b, setting) for setting in (Zero(), zero("zero2"), zero("zero3"), zero("zero3_offload"))
+    )
+    assert (alone.weights, alone.gradients_and_optimizer) == (2 * ALL, 14 * TRAINED)
+    assert (two.weights, two.gradients_and_optimizer) == (2 * ALL, 14 * TRAINED / 8)
+    assert (three.weights, three.gradients_and_optimizer) == (2 * ALL / 8, 14 * TRAINED / 8)
+    assert three.gathered == 2 * 1e9 and two.gathered == 0
+    assert (offloaded.weights, offloaded.gradients_and_optimizer) == (0, 0)
+    assert offloaded.host == three.weights + three.gradients_and_optimizer
+    assert offloaded.device == three.device - offloaded.host
+    assert len({m.activations + m.logits for m in (alone, two, three, offloaded)}) == 1
+    assert alone.host == two.host == three.host == 0
+
+
+@pytest.mark.parametrize(("bits", "per_weight"), [(16, 2.0), (8, 1.0), (4, 4.127 / 8)])
+def test_memory_of_a_quantised_base(config_7b, bits, per_weight):
+    """Only the blocks are quantised; nf4 with quantised constants is known to take 4.127 bits (arXiv 2305.14314)."""
+    found = memory(config_7b, Zero(), num_trained=LORA_128, bits=bits)
+    assert found.weights == pytest.approx((ALL - BLOCKS) * 2 + BLOCKS * per_weight, rel=1e-4)
+
+
+def test_memory_adds_up():
+    assert str(Memory(2 * GIB, GIB, GIB / 2, 0)) == (
+        "3.50 GiB (weights 2.00, gradients and optimizer 1.00, activations 0.50)"
+    )
+    assert str(Memory(0, 0, GIB, 0, gathered=GIB, host=3 * GIB)).endswith("and 3.00 GiB of the CPU's")
