@@ -204,7 +204,7 @@ class TestAnswers:
         for a in mapped:
             total = [sum(map(sum, image["mass"])) for image in a["attention_map"]]
             assert [t / sum(total) for t in total] == pytest.approx(a["attention_by_image"], abs=5e-3)
-        assert mapped and np.mean([a["attention_ratio"] for a in mapped]) > 0.9
+        assert mapped and np.mean([a["attention_ratio"] for a in mapped]) > 0.8  # steered hard
 
     def test_settings_are_in_the_record_of_the_run(self, run, tmp_path):
         run(run_adaptive, "vg.jsonl", "--preset", "vg", "--scale_layers", "1-2")

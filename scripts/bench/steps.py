@@ -13,7 +13,9 @@ from torch import Tensor
 from llava.attention import NAME, install, layer_range
 from scripts.bench.pairs import Pairs
 from train.llava_hound_dpo.arguments import TrainArguments
+from train.llava_hound_dpo.batches import make_plan
 from train.llava_hound_dpo.losses import PREFERENCE_LOSSES, Weights
+from train.llava_hound_dpo.plan import shape_of
 from train.llava_hound_dpo.scoring import score
 from train.llava_hound_dpo.trainer import AttentionAwareDPOTrainer
 
@@ -94,8 +96,15 @@ def build_trainer(
     install(base)
     settings = {"bf16": torch.cuda.is_available(), "report_to": [], "save_strategy": "no", "disable_tqdm": True}
     settings |= {"gradient_checkpointing": True, "per_device_train_batch_size": 1, **arguments}
+    args = TrainArguments(output_dir=str(folder), **settings)
+    lengths = [shape_of(pair, pairs.dataset.grid.num_tokens, with_rejected=True).tokens for pair in pairs.dataset.pairs]
+    batches = make_plan(
+        lengths, args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size, args.seed,
+        args.num_train_epochs, args.max_steps,
+    )  # fmt: skip
+    args.accumulate(batches.accumulation)
     return kind(
-        model=policy, args=TrainArguments(output_dir=str(folder), **settings), train_dataset=pairs.dataset,
+        model=policy, args=args, train_dataset=pairs.dataset, batches=batches,
         processing_class=pairs.processor, weights=WEIGHTS,
         layers=layer_range(base.config.text_config.num_hidden_layers, "auto"), image_token=base.config.image_token_id,
     )  # fmt: skip

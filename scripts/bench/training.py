@@ -183,11 +183,10 @@ def reference(args, folder: Path) -> None:
 
 
 def precompute(step: Ours, folder: Path) -> None:
-    """Fill a cache and let the step read it. The trainer itself caches for full fine-tuning only."""
+    """Fill a cache and let the step read it."""
     trainer = step.trainer
-    trainer.reference = ReferenceCache(folder, "of this benchmark")
-    with step.policy.disable_adapter():
-        trainer.fill_reference(trainer.train_dataset, trainer.reference.missing(trainer.train_dataset))
+    trainer.reference = ReferenceCache(folder, {"model": "of this benchmark"}, trainer.train_dataset.store)
+    trainer.fill_reference(trainer.train_dataset, trainer.reference.missing(trainer.train_dataset.pairs))
 
 
 def expected_gain(config, shape: Shape) -> float:
