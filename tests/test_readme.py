@@ -31,7 +31,10 @@ def test_flags_exist():
     from train.llava_hound_dpo.arguments import DataArguments, LossArguments, ModelArguments, TrainArguments
 
     groups = (ModelArguments, DataArguments, LossArguments, TrainArguments)
-    known = {field.name for group in groups for field in fields(group)} | {"help"}
+    known = {field.name for group in groups for field in fields(group)} | {
+        "help",
+        "ntasks-per-node",
+    }  # the last of srun
     for folder in ("train", "inference", "inference_optimization", "data_gen", "scripts", "llava"):
         for path in (ROOT / folder).rglob("*.py"):
             known |= set(re.findall(r'"--([a-z][\w-]*)"', path.read_text(encoding="utf-8")))
