@@ -144,7 +144,12 @@ def test_the_loop_counts_its_pairs(tmp_path, monkeypatch, capsys, processor):
         "sys.argv", ["scaling", "--size", "tiny", "--images", "1", "--accumulation", "2", "--steps", "4"]
     )
     scaling.main()
-    assert float(capsys.readouterr().out.splitlines()[-1]) == 1.0  # two pairs a step
+    assert capsys.readouterr().out.splitlines()[-1] == "pairs per second: 1.0"  # two pairs a step
+
+
+def test_a_process_that_fails_is_not_a_rate():
+    with pytest.raises(RuntimeError, match="ended before it trained, with code 2"):
+        scaling.alone(1, "tiny", "--images", "none")
 
 
 @pytest.mark.slow

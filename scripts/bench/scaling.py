@@ -4,12 +4,12 @@ Started by `scripts.bench.training --only scaling`; as a program it is one of th
 has one thread. Two processes that know nothing of each other show what the machine itself gives for a second one.
 """
 
-import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ from scripts.bench.steps import build_trainer
 from train.llava_hound_dpo.trainer import AttentionAwareDPOTrainer
 
 WARM_UP = 1  # optimiser steps that do not count
-READY = "ready"
+READY, RATE = "ready", "pairs per second: "  # how lines begin that a process prints
 
 
 def main() -> None:
@@ -53,7 +53,7 @@ def main() -> None:
         trainer.train()
     counted = (len(clock.ends) - WARM_UP) * args.accumulation * world
     if int(os.environ.get("RANK", "0")) == 0:
-        print(json.dumps(counted / (clock.ends[-1] - clock.ends[WARM_UP - 1])))
+        print(RATE + str(counted / (clock.ends[-1] - clock.ends[WARM_UP - 1])), flush=True)
 
 
 class Clock(TrainerCallback):
@@ -80,23 +80,26 @@ def alone(count: int, size: str, *flags: object) -> float:
     for job in jobs:
         job.stdin.write("\n")
         job.stdin.flush()
-    return sum(_result(job.communicate()[0]) for job in jobs)
+    return sum(_result(command, job.communicate()[0], job.returncode) for job in jobs)
 
 
 def together(count: int, size: str, *flags: object) -> float:
     """Pairs per second of so many processes that share every batch (DDP)."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
     command = [*launcher, "-m", "scripts.bench.scaling", "--size", size, *map(str, flags)]
-    done = subprocess.run(command, env=_environment(), stdout=subprocess.PIPE, text=True, check=True)
-    return _result(done.stdout)
+    done = subprocess.run(command, env=_environment(), stdout=subprocess.PIPE, text=True, check=False)
+    return _result(command, done.stdout, done.returncode)
 
 
 def _environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
 
 
-def _result(output: str) -> float:
-    return json.loads(output.splitlines()[-1])
+def _result(command: Sequence[str], output: str, code: int) -> float:
+    found = [line.removeprefix(RATE) for line in output.splitlines() if line.startswith(RATE)]
+    if code or not found:
+        raise RuntimeError(f"{' '.join(command)} ended with code {code}; its last lines: {output.splitlines()[-3:]}")
+    return float(found[-1])
 
 
 if __name__ == "__main__":

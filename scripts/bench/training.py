@@ -1,4 +1,4 @@
-"""What a training step costs: `python -m scripts.bench.training` (about eight minutes on a CPU; --size 7b on a GPU)
+"""What a training step costs: `python -m scripts.bench.training` (about eleven minutes on a CPU; --size 7b on a GPU)
 
     --only step        ours, TRL's DPOTrainer, and the straight way (eager, whole attention maps), equality included
     --only attention   the attention term on and off
@@ -150,7 +150,7 @@ def attention(args, folder: Path) -> None:
     peaks = memories(("ours", "plain"), args, [("ours", "plain")])
     for images, cells in zip(args.images, peaks, strict=True):
         found, _ = arrange(("ours", "plain"), args.size, Shape(images), folder / str(images))
-        seconds = common.alternate(found, 4 * args.repeats)
+        seconds = common.alternate(found, 3 * args.repeats)
         lines.append(row([f"{images}", common.ratio(seconds["ours"], seconds["plain"]), *cells]))
     common.record("The attention term: time and peak memory of a step", command(args, "attention"), lines)
 
@@ -215,8 +215,11 @@ def scale(args, folder: Path) -> None:
     rates = {name: [found[name] for found in rounds] for name in runs}
     for name, own in rates.items():
         lines.append(row([name, f"{statistics.median(own):.2f}", common.ratio(own, rates["1 process"])]))
+    if "2 processes, DDP" in rates:
+        over = common.ratio(rates["2 processes, DDP"], rates["2 processes, apart"])
+        lines += ["", f"DDP over two processes that know nothing of each other: {over}"]
     lines += ["", *table(["tokens of both answers, 2 images", "ours, s", "ours, tokens/s", "TRL / ours"])]
-    for length in (10, 75, 150, 300):
+    for length in (10, 75, 300):
         found, pairs = arrange(("ours", "trl"), args.size, Shape(2, length, length), folder / str(length))
         seconds = common.alternate(found, args.repeats)
         median = statistics.median(seconds["ours"])

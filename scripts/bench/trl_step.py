@@ -1,8 +1,9 @@
 """TRL's DPOTrainer on the same pairs, at its best settings.
 
 That is: SDPA, no truncation, its fused output layer, reference by switching the adapter off, checkpointing without
-re-entry, bf16 on a GPU. It has no precomputed reference for pictures and no packing; where its trainer makes the inputs
-require gradients (LoRA with checkpointing), that stays: it is what a user of it gets.
+re-entry, bf16 on a GPU. It has no precomputed reference for pictures and no packing. With LoRA and checkpointing its
+trainer makes all embeddings require gradients, so that the frozen vision tower has a backward pass (two or three
+percent of its step at our small size); that stays, as every user of it has it.
 """
 
 from pathlib import Path
