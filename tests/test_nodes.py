@@ -103,10 +103,6 @@ def test_two_nodes_train_as_one_of_two_processes(jobs, data_set, checkpoint, tmp
             assert mine[name] == pytest.approx(other[name], abs=1e-6), name
 
 
-@pytest.mark.xfail(
-    reason="known fault: since SIGTERM only asks a training to stop after its step, the survivor may wait in a "
-    "collective until it is killed, and its last line is then the launcher's"
-)
 @pytest.mark.parametrize("node", [0, 1])
 def test_a_node_that_fails_ends_the_other_with_one_line_that_names_it(jobs, node):
     code, errors = jobs[1]["killed"][node]

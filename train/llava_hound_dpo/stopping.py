@@ -2,7 +2,6 @@
 
 import logging
 import os
-import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -24,7 +23,6 @@ STOPPED = 75  # exit code of a run that was asked to stop and goes on when start
 STOP_FILE = "STOP_FILE"  # environment variable of the launch script: a file that is there once a stop is wanted
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 READING_S = 5  # seconds for the rest of a step's pictures after a SIGTERM
-LOST_PEER = re.compile(r"gloo|nccl|connection (closed|reset|refused)|broken pipe", re.IGNORECASE)
 
 
 class StopOnRequest(TrainerCallback):
@@ -98,9 +96,10 @@ def start_loader(worker: int, num_workers: int, rank: int) -> None:
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """End the process with one line where training fails by bad data, memory, or the end of another process.
+    """End the process with one line where training fails by bad data or for want of memory.
 
-    An error of ours keeps its traceback. No destructors run: they may wait for the other processes.
+    An error of ours keeps its traceback; what the end of another process causes is `runtime.lost_peers`' to say. No
+    destructors run: they may wait for the other processes.
     """
     try:
         yield
@@ -110,11 +109,6 @@ def one_line_errors() -> Iterator[None]:
         _end(f"error: {error}" if is_main_process() else "", USER_ERROR)
     except (FloatingPointError, torch.cuda.OutOfMemoryError) as error:
         _end(f"error: {str(error).splitlines()[0]}", 1)
-    except RuntimeError as error:
-        if not torch.distributed.is_initialized() or not LOST_PEER.search(str(error)):
-            raise
-        others = "error: another process of this job ended, so this one does, too; its own message says why. "
-        _end(others + "The same command goes on from the newest checkpoint" if is_main_process() else "", 1)
 
 
 def _message(error: DataError) -> str:
