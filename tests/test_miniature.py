@@ -166,7 +166,7 @@ class TestTrainingTheBase:
         batch = conversation_batch(np.random.default_rng(0), load_processor(str(BASE)), "sequence", 3, 2, 4)
         states = torch.zeros(*batch.input_ids.shape, 3)
         states[batch.owners >= 0] = torch.eye(3)[batch.owners[batch.owners >= 0]]
-        rows = train_base.rows_before(batch).nonzero()[::2]
+        rows = batch.before.nonzero()[::2]
         states[rows[:, 0], rows[:, 1]] = torch.eye(3)[batch.targets.flatten()]
         head = torch.nn.Linear(3, 3)
         with torch.no_grad():

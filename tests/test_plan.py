@@ -11,8 +11,9 @@ import torch
 from tests.conftest import preference
 from tests.test_flops import config_7b  # noqa: F401  a fixture
 from train.llava_hound_dpo.arguments import DataArguments, LossArguments, ModelArguments, TrainArguments
+from train.llava_hound_dpo.batches import num_steps
 from train.llava_hound_dpo.model import build_on_meta, count_parameters, parameter_table
-from train.llava_hound_dpo.plan import plan, shape_of, steps_per_epoch, world_size
+from train.llava_hound_dpo.plan import plan, shape_of, world_size
 from train.llava_hound_dpo.run_dpo import read_inputs
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -76,7 +77,7 @@ def test_table_of_7b(config_7b):  # noqa: F811
     ],
 )
 def test_steps_per_epoch(pairs, per_device, accumulation, world, steps):
-    assert steps_per_epoch(pairs, per_device, accumulation, world) == steps
+    assert num_steps(pairs, per_device * accumulation * world) == steps
 
 
 @pytest.mark.parametrize(("with_rejected", "tokens"), [(True, 1203), (False, 1193)])
@@ -121,7 +122,7 @@ def dry(checkpoint, data, **settings):
 def text_of(arguments, inputs):
     model, _, loss, args = arguments
     pairs = inputs.train, inputs.evaluation, inputs.dropped
-    text = plan(model, loss, args, inputs.config, *pairs, inputs.grid.num_tokens, inputs.reference)
+    text = plan(model, loss, args, inputs.config, *pairs, inputs.grid.num_tokens, inputs.batches, inputs.reference)
     return {line.split()[0]: re.sub(r"\s+", " ", line.strip()) for line in text.splitlines()}
 
 

@@ -9,8 +9,9 @@ The vision tower runs forward only. LoRA's own operations are left out.
 from dataclasses import dataclass
 
 from scripts.bench.pairs import Shape
+from train.llava_hound_dpo.flops import A100_PEAK, block_parameters, projector_flops, tower_flops
 
-PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12}  # dense bf16 of the SXM boards, per second
+PEAK = {"H100": 989e12, "H200": 989e12, "A100": A100_PEAK, "L40S": 362e12}  # dense bf16 of the SXM boards, per second
 TEXT = 60  # prompt tokens that are not of images
 
 
@@ -32,26 +33,17 @@ class Forward:
 def forward(config, shape: Shape, text: int = TEXT, packed: bool = True, every_row: bool = False) -> Forward:
     """Of a pair: packed, or as two rows with every prompt token and picture twice; `every_row`: logits of all rows."""
     language, vision = config.text_config, config.vision_config
-    hidden, layers = language.hidden_size, language.num_hidden_layers
-    patches = (vision.image_size // vision.patch_size) ** 2
-    prompt = patches * shape.images + text
+    hidden = language.hidden_size
+    prompt = (vision.image_size // vision.patch_size) ** 2 * shape.images + text
     answers = (shape.chosen, shape.rejected)
     lengths = [prompt + sum(answers)] if packed else [prompt + answer for answer in answers]
-    weights = layers * (4 * hidden**2 + 3 * hidden * language.intermediate_size)
     rows = sum(lengths) if every_row else sum(answers)
     return Forward(
-        linear=2 * weights * sum(lengths),
-        attention=sum(2 * length**2 * hidden * layers for length in lengths),  # causal: half of 4·S²·h
+        linear=2 * block_parameters(config) * sum(lengths),
+        attention=sum(2 * length**2 * hidden * language.num_hidden_layers for length in lengths),  # causal: half
         output=2 * hidden * language.vocab_size * rows,
-        vision=shape.images * _encode(vision, hidden, patches) * len(lengths),
+        vision=shape.images * (tower_flops(config) + projector_flops(config)) * len(lengths),
     )
-
-
-def _encode(vision, hidden: int, patches: int) -> float:
-    """A picture through the tower (its last layer too: it runs, though nothing reads it) and the projector."""
-    width, tokens, layers = vision.hidden_size, patches + 1, vision.num_hidden_layers
-    weights = layers * (4 * width**2 + 2 * width * vision.intermediate_size)
-    return 2 * weights * tokens + 4 * tokens**2 * width * layers + 2 * patches * (width * hidden + hidden**2)
 
 
 def step(one: Forward, encodings: int, cached: bool = False) -> float:

@@ -3,6 +3,7 @@
 A step takes the loss of a batch, reference log-probs included, and its gradients. All have the same weights.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -23,19 +24,19 @@ WEIGHTS = Weights(dpo_alpha=1.0, gamma=0.0)
 NAMES = ("ours", "plain", "trl", "eager")
 
 
-class Step:
+class Step(ABC):
     """A way to train `policy`; `load` takes the batch, a call is a step and returns the loss."""
 
     def __init__(self, policy):
         self.policy = policy
 
+    @abstractmethod
     def load(self, pairs: Pairs) -> None:
         """Make all the pairs the batch of the next steps."""
-        raise NotImplementedError
 
+    @abstractmethod
     def forward_and_backward(self) -> Tensor:
         """The loss, its gradients added to the policy's."""
-        raise NotImplementedError
 
     def __call__(self, repeat: int = 0) -> Tensor:
         self.policy.zero_grad()

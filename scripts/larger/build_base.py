@@ -30,9 +30,9 @@ from scripts.larger.model import assemble, build_processor
 from scripts.larger.parts import parity, read_language_model, read_vision_tower
 from scripts.larger.prompts import EmojiPrompt, sampler
 from scripts.larger.world import ATTRIBUTES, read_emoji
-from scripts.miniature.course import Course, Stage
+from scripts.miniature.course import Course, Stage, until
 from scripts.miniature.lessons import conversation_batch
-from scripts.miniature.scores import answer, score_base, summarize
+from scripts.miniature.scores import score_base, validation_accuracy
 from scripts.miniature.train_base import answer_loss, behind_the_tower, naming_loss, save
 
 logger = logging.getLogger("scripts.larger.build_base")
@@ -81,9 +81,8 @@ class Lessons:
 
     def accuracy(self, kind: str, num_scenes: int | None, count: int) -> float:
         """Of the first `count` validation prompts of a format, in %; always the same ones."""
-        prompts = [self.sample(np.random.default_rng(n), "validation", kind, num_scenes) for n in range(count)]
         with precision(self.model.device):
-            return summarize(prompts, answer(self.model, self.processor, prompts))["accuracy"]
+            return validation_accuracy(self.model, self.processor, kind, num_scenes, count, self.sample)
 
 
 def main() -> None:
@@ -198,19 +197,6 @@ def all_but_the_tower(model: LlavaForConditionalGeneration) -> list[nn.Parameter
     """Their gradients switched on, whatever the stage before did."""
     model.requires_grad_(True)
     return behind_the_tower(model)
-
-
-def until(recipe: dict, accuracy: Callable[[], float]) -> Callable[[int], bool]:
-    """Whether a stage may end at a step: every `check_every` steps, if the check gives what is wanted."""
-
-    def is_over(step: int) -> bool:
-        if step % recipe["check_every"]:
-            return False
-        found = accuracy()
-        logger.info("step %d: %.1f %% of the held-out prompts are right, %.1f wanted", step, found, recipe["wanted"])
-        return found >= recipe["wanted"]
-
-    return is_over
 
 
 def scored(lessons: Lessons, num_test: int) -> dict:

@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
-from PIL import Image
-
 from scripts.larger import draw
 from scripts.larger.world import ATTRIBUTES, Emoji
 from scripts.miniature.prompts import Prompt, sample_prompt
@@ -20,16 +18,7 @@ class EmojiPrompt(Prompt):
 
     attributes: ClassVar = ATTRIBUTES
     questions: ClassVar = QUESTIONS
-    side: ClassVar = draw.SIDE
-    inner_side: ClassVar = draw.INNER_SIDE
-
-    def pictures(self) -> list[Image.Image]:
-        """The pictures in the order of the prompt's `<image>`s."""
-        if self.image_type == "collage":
-            return [draw.draw_collage(self.scenes, self.grid)]
-        if self.image_type == "pip":
-            return [draw.draw_pip(*self.scenes)]
-        return [draw.draw_single(scene) for scene in self.scenes]
+    drawing: ClassVar = draw
 
 
 def sampler(emoji: Emoji) -> Callable[..., EmojiPrompt]:

@@ -2,7 +2,8 @@
 
 import io
 import json
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from llava.runtime import write_bytes
+
+logger = logging.getLogger("scripts.miniature.course")
 
 SAVE_EVERY = 50  # steps
 WARMUP = 0.05  # share of a stage's steps over which the rate rises
@@ -98,6 +101,19 @@ class Course:
         content = io.BytesIO()
         torch.save(state, content)
         write_bytes(self.file, content.getvalue())
+
+
+def until(recipe: Mapping, accuracy: Callable[[], float]) -> Callable[[int], bool]:
+    """Whether a stage may end at a step: every `check_every` steps, if the check gives the `wanted` %."""
+
+    def is_over(step: int) -> bool:
+        if step % recipe["check_every"]:
+            return False
+        found = accuracy()
+        logger.info("step %d: %.1f %% of the held-out prompts are right, %.1f wanted", step, found, recipe["wanted"])
+        return found >= recipe["wanted"]
+
+    return is_over
 
 
 def optimizer_for(parameters: Sequence[nn.Parameter], rate: float, steps: int):

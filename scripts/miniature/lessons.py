@@ -31,6 +31,13 @@ class Batch:
     owners: torch.Tensor | None = None  # (batch, tokens), scene number of each image token, -1 elsewhere
     targets: torch.Tensor | None = None  # (batch, questions), scene number that each question asks about
 
+    @property
+    def before(self) -> torch.Tensor:
+        """(batch, tokens) bool: the rows that predict the answers."""
+        before = self.answers.roll(-1, dims=1)
+        before[:, -1] = False
+        return before
+
     def to(self, device: torch.device) -> "Batch":
         """The same batch on another device."""
         own = {field.name: getattr(self, field.name) for field in fields(self)}

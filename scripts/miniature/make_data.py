@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from llava.runtime import ArgumentParser
 from scripts.miniature.prompts import MULTI_IMAGE_TYPES, Prompt, sample_prompt
 
 OTHER_IMAGE, RANDOM = "other_image", "random"
@@ -59,7 +60,7 @@ def write(args: argparse.Namespace, sample: Callable[[np.random.Generator, str, 
 
 def parser_of(description: str) -> argparse.ArgumentParser:
     """The command line of every world's data."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawTextHelpFormatter)
+    parser = ArgumentParser(description=description, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder of the data set")
     parser.add_argument("--num_train", type=int, default=1800, help="preference pairs for training")
     parser.add_argument("--num_validation", type=int, help="held-out preference pairs (default: num_test)")

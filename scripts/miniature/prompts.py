@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import ModuleType
 from typing import ClassVar
 
 import numpy as np
@@ -32,13 +33,12 @@ GRID = (2, 2)
 class Prompt:
     """A question about one of several scenes. `target` counts from 0; for pip, 0 is the inner picture.
 
-    Another world's prompts have other values of the class and their own pictures.
+    Another world's prompts have other values of the class.
     """
 
     attributes: ClassVar[Mapping[str, tuple[str, ...]]] = ATTRIBUTES
     questions: ClassVar[Mapping[str, str]] = QUESTIONS  # by attribute
-    side: ClassVar[int] = draw.SIDE  # of a picture, in px
-    inner_side: ClassVar[int] = draw.INNER_SIDE
+    drawing: ClassVar[ModuleType] = draw  # draw_single, draw_collage, draw_pip; SIDE and INNER_SIDE, in px
 
     image_type: str  # sequence, collage, pip or single
     scenes: tuple[Scene, ...]
@@ -87,13 +87,23 @@ class Prompt:
             return draw.cell_box(self.grid, self.target, self.side)
         return draw.inner_box(self.side, self.inner_side) if self.image_type == "pip" else [0, 0, self.side, self.side]
 
+    @property
+    def side(self) -> int:
+        """Of a stored picture, in px."""
+        return self.drawing.SIDE
+
+    @property
+    def inner_side(self) -> int:
+        """Of the picture inside another, in px."""
+        return self.drawing.INNER_SIDE
+
     def pictures(self) -> list[Image.Image]:
         """The pictures in the order of the prompt's `<image>`s."""
         if self.image_type == "collage":
-            return [draw.draw_collage(self.scenes, self.grid)]
+            return [self.drawing.draw_collage(self.scenes, self.grid)]
         if self.image_type == "pip":
-            return [draw.draw_pip(*self.scenes)]
-        return [draw.draw_single(scene) for scene in self.scenes]
+            return [self.drawing.draw_pip(*self.scenes)]
+        return [self.drawing.draw_single(scene) for scene in self.scenes]
 
 
 def sample_scene(rng: np.random.Generator, split: str) -> Scene:

@@ -32,6 +32,19 @@ def score_base(
     return scores
 
 
+def validation_accuracy(
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    image_type: str,
+    num_scenes: int | None,
+    count: int,
+    sample: Callable[..., Prompt] = sample_prompt,
+) -> float:
+    """Of `count` validation prompts of a format, in %; always the same ones."""
+    prompts = [sample(np.random.default_rng(n), "validation", image_type, num_scenes) for n in range(count)]
+    return summarize(prompts, answer(model, processor, prompts))["accuracy"]
+
+
 def answer(model: LlavaForConditionalGeneration, processor: LlavaProcessor, prompts: list[Prompt]) -> list[str]:
     """Greedy one-word answers; an answer that would go on after its first token counts as none.
 
@@ -43,10 +56,9 @@ def answer(model: LlavaForConditionalGeneration, processor: LlavaProcessor, prom
         texts = [render([(prompt.text, prompt.answer)]) for prompt in part]
         batch = encode(processor, texts, [picture for prompt in part for picture in prompt.pictures()])
         batch = batch.to(model.device)
-        before = batch.answers.roll(-1, dims=1)
-        before[:, -1] = False
+        inputs = {"input_ids": batch.input_ids, "pixel_values": batch.pixel_values}
         with torch.inference_mode():
-            logits = model(input_ids=batch.input_ids, pixel_values=batch.pixel_values, logits_to_keep=before).logits
+            logits = model(**inputs, logits_to_keep=batch.before).logits
         first, second = logits.flatten(0, -2).argmax(-1).view(-1, 2).unbind(-1)
         ended = second == processor.tokenizer.eos_token_id
         decoded = [processor.tokenizer.decode([token]).strip() for token in first.tolist()]

@@ -22,11 +22,10 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 from transformers.utils import logging as transformers_logging
 
 from llava.runtime import ArgumentParser, user_errors, write_text
-from scripts.miniature.course import Course, Stage
+from scripts.miniature.course import Course, Stage, until
 from scripts.miniature.lessons import PATCHES, Batch, conversation_batch, patch_batch
 from scripts.miniature.model import TEXT_WIDTH, VISION_WIDTH, build_model, build_processor
-from scripts.miniature.prompts import sample_prompt
-from scripts.miniature.scores import answer, score_base, summarize
+from scripts.miniature.scores import score_base, validation_accuracy
 from scripts.miniature.world import ATTRIBUTES
 
 RECIPE = {
@@ -34,13 +33,13 @@ RECIPE = {
                "position_weight": 0.1},  # of the head that keeps a patch's place readable from its features
     "reading": {"steps": 160, "batch": 48, "rate": 1e-3},
     "routing": {
-        "steps": 1200,  # at most: it ends at `routed` (%) on so many validation prompts of three pictures
+        "steps": 1200,  # at most: it ends at `wanted` (%) on so many validation prompts of three pictures
         "rate": 1e-3,
         "mix": {"single": 0.25, "sequence": 0.46, "collage": 0.26, "pip": 0.03},  # one format a step
         "batch": {"single": 32, "sequence": 12, "collage": 24, "pip": 24},
         "scenes": (2, 3, 4, 5),
         "questions": 6,  # of a conversation about several pictures; five attributes of a single one
-        "check_every": 10, "prompts": 150, "routed": 60.0,
+        "check_every": 10, "prompts": 150, "wanted": 60.0,
         "naming_weight": 0.3, "naming_layer": 2,  # the lesson reads what enters this layer
     },
 }  # fmt: skip
@@ -119,7 +118,6 @@ def routing(model: LlavaForConditionalGeneration, processor: LlavaProcessor, rng
     """They learn all formats, one format a step, and the lesson of naming where pictures or cells have numbers."""
     recipe = RECIPE["routing"]
     head = nn.Linear(TEXT_WIDTH, max(recipe["scenes"]))
-    check = [sample_prompt(np.random.default_rng(n), "validation", "sequence", 3) for n in range(recipe["prompts"])]
     names, shares = list(recipe["mix"]), list(recipe["mix"].values())
 
     def lesson() -> tuple[Tensor, dict[str, str]]:
@@ -131,11 +129,7 @@ def routing(model: LlavaForConditionalGeneration, processor: LlavaProcessor, rng
             loss = loss + recipe["naming_weight"] * naming_loss(head, states, batch)
         return loss, {"kind": kind, "accuracy": f"{accuracy:.2f}"}
 
-    def is_over(step: int) -> bool:
-        if step % recipe["check_every"]:
-            return False
-        return summarize(check, answer(model, processor, check))["accuracy"] >= recipe["routed"]
-
+    is_over = until(recipe, lambda: validation_accuracy(model, processor, "sequence", 3, recipe["prompts"]))
     return Stage("routing", recipe["steps"], recipe["rate"], behind_the_tower(model), head, lesson, is_over)
 
 
@@ -149,11 +143,10 @@ def answer_loss(
     model: LlavaForConditionalGeneration, batch: Batch, layer: int | None = None
 ) -> tuple[Tensor, float, Tensor | None]:
     """Loss of the answers, share of right words, and, if asked for, (batch, tokens, hidden) states entering a layer."""
-    before = rows_before(batch)
     out = model(
         input_ids=batch.input_ids,
         pixel_values=batch.pixel_values,
-        logits_to_keep=before,
+        logits_to_keep=batch.before,
         use_cache=False,
         output_hidden_states=layer is not None,
     )
@@ -170,16 +163,9 @@ def naming_loss(head: nn.Linear, states: Tensor, batch: Batch) -> Tensor:
     """
     states = F.layer_norm(states, states.shape[-1:])
     is_image = batch.owners >= 0
-    rows = rows_before(batch).nonzero()[::2]  # those that predict words, not end tokens
+    rows = batch.before.nonzero()[::2]  # those that predict words, not end tokens
     owners = F.cross_entropy(head(states[is_image]), batch.owners[is_image])
     return owners + F.cross_entropy(head(states[rows[:, 0], rows[:, 1]]), batch.targets.flatten())
-
-
-def rows_before(batch: Batch) -> Tensor:
-    """(batch, tokens) bool: the rows that predict the answers."""
-    before = batch.answers.roll(-1, dims=1)
-    before[:, -1] = False
-    return before
 
 
 def save(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder: Path) -> None:

@@ -5,7 +5,6 @@
 
 import argparse
 import logging
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 from llava.checkpoints import load_config
 from llava.runtime import ArgumentParser, setup_logging, user_errors
 from train.llava_hound_dpo.arguments import LossArguments, ModelArguments, TrainArguments
+from train.llava_hound_dpo.batches import BatchPlan
 from train.llava_hound_dpo.data import Pair, describe
 from train.llava_hound_dpo.flops import A100_PEAK, PairShape, Recipe, epoch_work, filling_flops, hours
 from train.llava_hound_dpo.memory import Zero, estimate_memory
@@ -58,12 +58,6 @@ def shape_of(pair: Pair, tokens_per_image: int, with_rejected: bool) -> PairShap
     return PairShape(shared, len(pair.chosen), len(pair.rejected) if with_rejected else 0, images)
 
 
-def steps_per_epoch(num_pairs: int, per_device: int, accumulation: int, world: int) -> int:
-    """Optimiser steps of one epoch, as the Trainer counts them."""
-    micro_batches = math.ceil(math.ceil(num_pairs / per_device) / world)
-    return max(1, math.ceil(micro_batches / accumulation))
-
-
 def recipe_of(model: ModelArguments, loss: LossArguments, args: TrainArguments, num_lora: int) -> Recipe:
     """What a run computes for every pair."""
     is_cached = bool(args.reference_cache) or not model.lora_enable
@@ -79,7 +73,7 @@ def recipe_of(model: ModelArguments, loss: LossArguments, args: TrainArguments, 
 def plan(
     model_arguments: ModelArguments, loss: LossArguments, args: TrainArguments, config: LlavaConfig,
     pairs: Sequence[Pair], held_out: Sequence[Pair], dropped: Sequence[Pair], tokens_per_image: int,
-    reference: ReferenceCache | None = None,
+    batches: BatchPlan, reference: ReferenceCache | None = None,
 ) -> str:  # fmt: skip
     """The text of the plan."""
     world, zero = world_size(), Zero.read(getattr(args, "deepspeed_file", None))
@@ -98,9 +92,7 @@ def plan(
     counts = describe(pairs)
     lengths = counts["tokens"]
     per_device, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
-    steps = steps_per_epoch(len(pairs), per_device, accumulation, world)
-    total = args.max_steps if args.max_steps > 0 else math.ceil(steps * args.num_train_epochs)
-    effective = per_device * accumulation * world
+    steps, total, effective = batches.steps_per_epoch, batches.total_steps, batches.pairs_per_step
     recipe = recipe_of(model_arguments, loss, args, num_lora)
     job = Job(shapes, recipe, total / steps, effective, per_device, args.flop_utilization, args.gpu_hour_price)
     weight = f"{loss.attention_weight:g} x attention"
@@ -111,6 +103,7 @@ def plan(
         "tokens/pair": f"{lengths['min']:,} to {lengths['max']:,}, median {lengths['median']:,} (longer answer)",
         "loss": f"{loss.dpo_alpha:g} x (dpo + {weight}) + {loss.gamma:g} x (sft + {weight})",
         "batch": f"{effective} pairs = {per_device} x {accumulation} accumulated x {world} processes",
+        "rows": str(batches),
         "steps": f"{steps:,} per epoch, {total:,} in all",
         "memory": f"about {memory} per process at the longest batch ({tokens:,} tokens), estimated for ZeRO "
         f"{zero.stage}",

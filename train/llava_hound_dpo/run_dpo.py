@@ -113,8 +113,7 @@ def main() -> int:
             inputs.evaluation,
             inputs.dropped,
         )
-        logger.info(plan(*arguments, inputs.grid.num_tokens, inputs.reference))
-        logger.info("  %-15s%s", "rows", inputs.batches)
+        logger.info(plan(*arguments, inputs.grid.num_tokens, inputs.batches, inputs.reference))
         return 0
     with user_errors():
         refuse_data_parallel(args)

@@ -6,7 +6,7 @@ between its two marks. Without --study all is made again from the results.json t
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +45,11 @@ def main() -> None:
         if not source.is_file():
             raise FileNotFoundError(f"{source}: no such file; python -m scripts.miniature.study writes it")
         results = json.loads(source.read_text(encoding="utf-8"))
-        readme = with_block((ROOT / README).read_text(encoding="utf-8"), block(results))
+        drawn = draw_all(results)
+        readme = with_block((ROOT / README).read_text(encoding="utf-8"), block(results, drawn))
     write_text(ROOT / FOLDER / "results.json", json.dumps(results, separators=(",", ":")) + "\n")
     write_text(ROOT / FOLDER / "results.md", markdown(results))
-    for name, picture in draw_all(results).items():
+    for name, picture in drawn.items():
         write_bytes(ROOT / FOLDER / f"{name}.png", picture)
     write_text(ROOT / README, readme)
 
@@ -60,8 +61,8 @@ def with_block(readme: str, text: str) -> str:
     return readme[: readme.index(START)] + f"{START}\n\n{text}\n\n{END}" + readme.split(END, 1)[1]
 
 
-def block(results: Mapping[str, Any]) -> str:
-    """What was run, the main table, the comparisons that the question is about, and two plots."""
+def block(results: Mapping[str, Any], drawn: Collection[str] = FIGURES) -> str:
+    """What was run, the main table, the comparisons that the question is about, and of the plots `drawn` two."""
     rows = [result_row(results, entry) for entry in entries(results, MAIN_GROUPS, tuple(HOW))]
     compared = comparison_table(results, MAIN_GROUPS)
     without = Table("", "", compared.head, [row for row in compared.rows if "AdaptViz" not in row[0]])
@@ -74,7 +75,6 @@ def block(results: Mapping[str, Any]) -> str:
     if same.rows:
         found.append("Knobs that must do nothing (λ = 0) gave the same adapter, byte for byte: "
                      + ", ".join(f"{row[0]}: {row[3]}" for row in same.rows) + ".")  # fmt: skip
-    drawn = draw_all(results)
     found += [f"![{TITLES[name]}]({FOLDER / f'{name}.png'})" for name in FIGURES if name in drawn]
     return "\n\n".join([*found, f"All tables: [results.md]({FOLDER / 'results.md'})."])
 
