@@ -55,10 +55,10 @@ def lines(path):
 
 class TestCommands:
     def test_the_layers_that_route_are_found(self, call, world, capsys):
-        """In layer 0 the last row cannot know the question yet: no head there can be among the best."""
+        """Layers 1 and 2 of the shipped base; in layer 0 the last row cannot know the question yet."""
         found = Ranking.read(call(discover_heads, "heads.json", data_path=world / "validation.json"))
         printed = capsys.readouterr().out
-        assert 0 not in {one.layer for one in found.ranking[:4]} and found.ranking[0].auc > 0.9
+        assert {one.layer for one in found.ranking[:4]} <= {1, 2} and found.ranking[0].auc > 0.9
         assert found.ranking[0].accuracy > found.chance + 0.2
         assert (found.num_prompts, len(found.ranking)) == (60, 16) and found.data.startswith("60 (")
         assert found.weights == found.base_weights == weight_digest(str(BASE))
