@@ -172,6 +172,17 @@ def test_the_readme_gets_the_tables_between_its_marks_and_keeps_the_rest(finishe
         publish.with_block("no marks", "text")
 
 
+@pytest.mark.parametrize(
+    ("arm", "control"),
+    [("sft_attention", "sft"), ("dpo_attention", "dpo"), ("mixture_attention", "mixture"), ("sft_shuffled", "sft"),
+     ("dpo_shuffled", "dpo"), ("dpo_heads", "dpo"), ("attention_only", None), ("sft", None), ("base", None)],
+)  # fmt: skip
+def test_the_readme_sets_the_term_against_the_arm_without_it(arm, control):
+    shipped = publish.ROOT / publish.FOLDER / "results.json"
+    arms = json.loads(shipped.read_text(encoding="utf-8"))["config"]["arms"]
+    assert publish.without_the_term(arms, arm) == control
+
+
 def test_the_readme_says_what_the_shipped_results_say():
     shipped = publish.ROOT / publish.FOLDER / "results.json"
     readme = (publish.ROOT / publish.README).read_text(encoding="utf-8")

@@ -9,8 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from llava.attention import install
-from llava.checkpoints import load_processor
+from llava.checkpoints import load_model, load_processor
 from llava.conversation import render
 from llava.records import read_preferences
 from tests.conftest import SIDE, tiny_model
@@ -20,6 +19,8 @@ from train.llava_hound_dpo.losses import Weights
 from train.llava_hound_dpo.model import make_trainable, parameter_table
 from train.llava_hound_dpo.run_dpo import build_trainer, describe_run, read_inputs
 from train.llava_hound_dpo.trainer import METRICS, AttentionAwareDPOTrainer
+
+BASE = Path(__file__).parent.parent / "scripts/miniature/base"
 
 
 @pytest.fixture
@@ -42,13 +43,23 @@ def pairs(data):
 
 
 @pytest.fixture
-def make_trainer(pairs, checkpoint, tmp_path):
+def start(request, checkpoint):
+    """The checkpoint that training starts from: the untrained one, or what a test asks for."""
+    return getattr(request, "param", None) or checkpoint
+
+
+# Also on the model that the study trains: what it shows must not hang on a term that works on other weights only.
+on_the_study_too = pytest.mark.parametrize("start", [None, str(BASE)], ids=["untrained", "study"], indirect=True)
+
+
+@pytest.fixture
+def make_trainer(pairs, start, tmp_path):
     """A function from flags to a trainer with its model on the CPU."""
 
     def make(*flags, seed_b=None) -> AttentionAwareDPOTrainer:
         argv = [
             "--model_name_or_path",
-            checkpoint,
+            start,
             "--data_path",
             str(pairs),
             "--image_folder",
@@ -58,10 +69,9 @@ def make_trainer(pairs, checkpoint, tmp_path):
         argv += ["--per_device_train_batch_size", "3", "--per_device_eval_batch_size", "2", *flags]
         model_args, data_args, loss_args, args = parse(argv)
         inputs = read_inputs(model_args, data_args, loss_args, args)
-        policy = tiny_model(load_processor(checkpoint))
-        policy.name_or_path = checkpoint
-        install(policy)
-        policy = make_trainable(policy, model_args)
+        policy = make_trainable(load_model(start), model_args)
+        if args.activation_checkpointing:  # Trainer.train() does it; tests that call compute_loss would go without
+            policy.activation_checkpointing_enable(args.activation_checkpointing_kwargs)
         if seed_b is not None:
             fill_lora_b(policy, seed_b)
         identity = describe_run(model_args, data_args, loss_args, args, inputs)
@@ -135,6 +145,7 @@ def examples_as_dataset(examples):
     )
 
 
+@on_the_study_too
 @pytest.mark.parametrize("checkpointing", ["False", "True"])
 def test_with_a_fresh_adapter_the_dpo_loss_is_exactly_ln_2(make_trainer, checkpointing):
     trainer = make_trainer("--attention_weight", "0", "--gradient_checkpointing", checkpointing)
@@ -143,6 +154,7 @@ def test_with_a_fresh_adapter_the_dpo_loss_is_exactly_ln_2(make_trainer, checkpo
     assert loss.item() == torch.tensor(2.0).log().item()
 
 
+@on_the_study_too
 @pytest.mark.parametrize("checkpointing", ["False", "True"])
 @pytest.mark.parametrize("recipe", [("1", "0"), ("0", "1")])
 def test_the_attention_term_reaches_the_adapter(make_trainer, checkpointing, recipe):
@@ -166,6 +178,7 @@ def test_the_attention_term_reaches_the_adapter(make_trainer, checkpointing, rec
         assert (difference > 1e-7) == is_read, (name, difference)
 
 
+@on_the_study_too
 def test_training_on_attention_alone_raises_the_target_mass(make_trainer):
     flags = ("--attention_weight", "50", "--attention_threshold", "1", "--learning_rate", "3e-3", "--max_steps", "20")
     trainer = make_trainer(*flags, "--lr_scheduler_type", "constant", "--save_strategy", "no")

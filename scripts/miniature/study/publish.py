@@ -15,24 +15,25 @@ from scripts.miniature.study.report import TITLES, draw_all
 from scripts.miniature.study.results import HOW
 from scripts.miniature.study.running import ROOT
 from scripts.miniature.study.tables import (
+    ABSENT,
     MAIN_GROUPS,
-    RESULT_HEAD,
     Table,
     as_markdown,
     comparison_table,
-    entries,
+    find,
     markdown,
-    result_row,
+    number,
+    percent,
     sanity_table,
     summary,
 )
+from scripts.miniature.study.units import PLAIN
 
 FOLDER = Path("scripts/miniature/results")
 README = Path("README.md")
 START, END = "<!-- study: written by scripts.miniature.study.publish -->", "<!-- end of study -->"
 FIGURES = ("accuracy", "ratio")
-SHOWN = (0, 3, 4, 5, 6, 7)  # columns of the result table
-COMPARED = (0, 2, 3, 4)  # of the comparisons
+COMPARED = (0, 2, 3, 4)  # columns of the comparisons
 
 
 def main() -> None:
@@ -62,15 +63,15 @@ def with_block(readme: str, text: str) -> str:
 
 
 def block(results: Mapping[str, Any], drawn: Collection[str] = FIGURES) -> str:
-    """What was run, the main table, the comparisons that the question is about, and of the plots `drawn` two."""
-    rows = [result_row(results, entry) for entry in entries(results, MAIN_GROUPS, tuple(HOW))]
-    compared = comparison_table(results, MAIN_GROUPS)
-    without = Table("", "", compared.head, [row for row in compared.rows if "AdaptViz" not in row[0]])
-    found = [
-        summary(results),
-        as_markdown(_columns(Table("", "", RESULT_HEAD, rows), SHOWN)),
-        as_markdown(_columns(without, COMPARED)),
-    ]
+    """What was run, a row for every arm, what was varied (folded), and of the plots `drawn` two."""
+    found = [summary(results), as_markdown(arms_table(results))]
+    groups = {arm["group"] for arm in results["arms"].values()} - set(MAIN_GROUPS)
+    varied = comparison_table(results, sorted(groups))
+    against_base = f" - {results['arms']['base']['label']}"
+    rows = [[row[i] for i in COMPARED] for row in varied.rows if not row[0].endswith(against_base)]
+    if rows:
+        text = as_markdown(Table("", "", [varied.head[i] for i in COMPARED], rows))
+        found.append(f"<details><summary>What was varied ({len(rows)} comparisons)</summary>\n\n{text}\n\n</details>")
     same = sanity_table(results)
     if same.rows:
         found.append("Knobs that must do nothing (λ = 0) gave the same adapter, byte for byte: "
@@ -79,8 +80,39 @@ def block(results: Mapping[str, Any], drawn: Collection[str] = FIGURES) -> str:
     return "\n\n".join([*found, f"All tables: [results.md]({FOLDER / 'results.md'})."])
 
 
-def _columns(table: Table, kept: tuple[int, ...]) -> Table:
-    return Table(table.title, table.note, [table.head[i] for i in kept], [[row[i] for i in kept] for row in table.rows])
+def arms_table(results: Mapping[str, Any]) -> Table:
+    """A row for every arm: accuracy, against the base and against itself without the term, steered, and attention."""
+    rows = []
+    for name, arm in results["arms"].items():
+        if arm["group"] not in MAIN_GROUPS or PLAIN not in arm["ways"]:
+            continue
+        numbers = arm["ways"][PLAIN]
+        control = without_the_term(results["config"]["arms"], name)
+        base, term = (first and find(results, (first, PLAIN), (name, PLAIN)) for first in ("base", control))
+        steered = [percent(arm["ways"].get(way, {}).get("mean"), bare=True) for way in HOW if way != PLAIN]
+        rows.append([
+            arm["label"], percent(numbers.get("mean")), percent(base["mean"]["relative"], "+.1f") if base else ABSENT,
+            f"{percent(term['mean']['over_seeds'], '+.1f')}, p {term['mean']['p']:.2g}" if term else ABSENT,
+            *steered, percent(numbers.get("format/single"), bare=True), number(numbers.get("ratio"), ".2f", bare=True),
+        ])  # fmt: skip
+    head = ("", "accuracy %", "over the base, relative %", "over the same arm without the term, points",
+            "with AdaptViz %", "AdaptViz tuned %", "single image %", "attention ratio")  # fmt: skip
+    return Table("", "", head, rows)
+
+
+def without_the_term(arms: Mapping[str, Any], name: str) -> str | None:
+    """The arm of the main table that has the same losses but the attention term, None if there is none."""
+
+    def flags(arm: str) -> dict[str, Any]:
+        own = arms[arm]
+        return (flags(own["like"]) if "like" in own else {}) | own.get("flags", {})
+
+    def losses(arm: str) -> dict[str, float | None]:
+        return {flag: flags(arm).get(flag) for flag in ("dpo_alpha", "gamma")}
+
+    weight = {arm: flags(arm).get("attention_weight") for arm in arms}
+    plain = (arm for arm in arms if weight[arm] == 0 and arms[arm].get("group", "main") == "main")
+    return next((arm for arm in plain if weight[name] and losses(arm) == losses(name)), None)
 
 
 if __name__ == "__main__":

@@ -215,9 +215,9 @@ def percent(found: Mapping[str, Any] | None, form: str = ".1f", bare: bool = Fal
     return _shown(found, form, 100, bare)
 
 
-def number(found: Mapping[str, Any] | None, form: str = ".3f") -> str:
+def number(found: Mapping[str, Any] | None, form: str = ".3f", bare: bool = False) -> str:
     """A number as "0.512 [0.480, 0.544]"."""
-    return _shown(found, form, 1, False)
+    return _shown(found, form, 1, bare)
 
 
 def _shown(found: Mapping[str, Any] | None, form: str, scale: float, bare: bool) -> str:
