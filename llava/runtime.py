@@ -104,17 +104,21 @@ def versions() -> dict[str, str]:
     return found
 
 
-def git_commit() -> str:
-    """Commit of this source tree, with `-dirty` if it has changes; "unknown" outside a checkout."""
+def git_commit(apart_from: Path | None = None) -> str:
+    """Commit of this source tree, with `-dirty` if it has changes (but of one file); "unknown" outside a checkout."""
     root = Path(__file__).resolve().parent.parent
+    others = [f":(exclude){apart_from.relative_to(root)}"] if apart_from and apart_from.is_relative_to(root) else []
+    commands = (
+        ["git", "rev-parse", "HEAD"], ["git", "status", "--porcelain", "--untracked-files=no", "--", ".", *others],
+    )  # fmt: skip
     try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            cwd=root, capture_output=True, text=True, timeout=10, check=True,
-        )  # fmt: skip
+        commit, changes = (
+            subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+            for command in commands
+        )
     except (OSError, subprocess.SubprocessError):
         return "unknown"
-    return done.stdout.strip()
+    return commit + ("-dirty" if changes else "")
 
 
 def write_run_json(path: Path, **content: Any) -> None:

@@ -123,7 +123,7 @@ def record(title: str, command: str, lines: Sequence[str]) -> None:
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU {platform.machine()}"
     kept = ", ".join(f"{name} {found[name]}" for name in ("python", "torch", "transformers"))
     threads = f"{torch.get_num_threads()} threads of {os.cpu_count()} cores"
-    commit = git_commit()
+    commit = git_commit(apart_from=RESULTS)
     commit = commit[:10] + ("-dirty" if commit.endswith("-dirty") else "")
     where = f"{date.today()}, {machine}, {threads}, commit {commit}, {kept}"
     text = "\n".join([f"## {title}", "", f"`{command}`  ", where, "", *lines, ""])

@@ -234,6 +234,8 @@ class TrainArguments(TrainingArguments):
         self.deepspeed_file = self.deepspeed
         if self.dry_run:
             self.deepspeed = None  # planning needs no process group
+        if self.ddp_find_unused_parameters is None:  # every trained weight is in every row: nothing to look for
+            self.ddp_find_unused_parameters = False
         if self.activation_checkpointing is None:  # the older name of the same flag, without its warning
             self.activation_checkpointing, self.gradient_checkpointing = self.gradient_checkpointing, None
         super().__post_init__()
