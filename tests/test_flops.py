@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
+from train.llava_hound_dpo.arguments import ModelArguments
 from train.llava_hound_dpo.flops import (
     PairShape,
     Recipe,
@@ -20,6 +21,7 @@ from train.llava_hound_dpo.flops import (
     tower_flops,
 )
 from train.llava_hound_dpo.memory import GIB, Memory, Zero, estimate_memory
+from train.llava_hound_dpo.model import build_on_meta
 from train.llava_hound_dpo.plan import Job, cost, main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -122,7 +124,9 @@ def test_hours_by_hand():
 def rows(config, **changes):
     settings = {"shapes": [pair_of(3)] * 1000, "recipe": Recipe(), "epochs": 3, "batch": 64, "per_device": 1,
                 "utilization": 0.4}  # fmt: skip
-    return cost(config, Job(**settings | changes))
+    return cost(
+        config, Job(**settings | changes), lambda gpus: Memory(32 * GIB / gpus, 0, 0, 0, host=GIB * (gpus == 1))
+    )
 
 
 def test_rows_by_hand(config_7b):
@@ -130,8 +134,10 @@ def test_rows_by_hand(config_7b):
     found = rows(config_7b, price=2.0)
     assert found["tokens"].startswith("1,938,000 per epoch, 1,938 a pair")
     assert found["FLOPs"].startswith("107.1 TFLOP a pair") and "6.857 PFLOP a step" in found["FLOPs"]
-    assert found["1 A100"].startswith("0.715 hours, 0.7154 GPU-hours, 1.43 at 2 per GPU-hour; ")
-    assert found["8 A100s"].startswith("0.0894 hours, 0.7154 GPU-hours, 1.43 at 2")
+    assert found["1 A100"].startswith(
+        "0.715 hours, 0.7154 GPU-hours, 1.43 at 2 per GPU-hour, 32.0 GiB and 1.0 GiB of the CPU's each"
+    )
+    assert found["8 A100s"].startswith("0.0894 hours, 0.7154 GPU-hours, 1.43 at 2 per GPU-hour, 4.0 GiB each; ")
     assert found["64 A100s"].endswith("--gradient_accumulation_steps 1 keeps the batch")
     assert "not measured" in found["assumed"]
 
@@ -165,6 +171,19 @@ def test_the_command_without_data(capsys):
     assert "at 2 per GPU-hour" in found["2 A100s"] and "8 A100s" not in found
 
 
+def test_the_command_estimates_the_memory_of_its_longest_row(config_7b, capsys):
+    """As `estimate_memory` of the row with three pictures, for full fine-tuning of the whole published model."""
+    main(["--pairs", "3", "--images", "1:2,3:1", "--lora_r", "0", "--deepspeed", str(ROOT / "scripts/zero3.json")])
+    found = {line[2:17].strip(): line[17:] for line in capsys.readouterr().out.splitlines()[1:]}
+    model = build_on_meta(config_7b, ModelArguments("7b", lora_enable=False))
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    expected = memory(
+        config_7b, zero("zero3"), num_all=sum(p.numel() for p in model.parameters()), num_trained=trained,
+        tokens=59 + 3 * 576 + 150,
+    )  # fmt: skip
+    assert f" {expected.device / GIB:.1f} GiB each;" in found["8 A100s"]
+
+
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
@@ -173,6 +192,7 @@ def test_the_command_without_data(capsys):
         (["--pairs", "0"], "--pairs"),
         (["--pairs", "10", "--lora_r", "0", "--reference", "step"], "needs LoRA"),
         (["--pairs", "10", "--model", "nowhere"], "nowhere"),
+        (["--pairs", "10", "--deepspeed", "nowhere"], "scripts/zero2.json is one"),
         ([], "--pairs"),
     ],
 )

@@ -30,6 +30,10 @@ class Memory:
         """Bytes on the GPU."""
         return sum(vars(self).values()) - self.host
 
+    def short(self) -> str:
+        """The sums alone."""
+        return f"{self.device / GIB:.1f} GiB" + (f" and {self.host / GIB:.1f} GiB of the CPU's" if self.host else "")
+
     def __str__(self) -> str:
         parts = {name.replace("_", " "): size / GIB for name, size in vars(self).items() if name != "host" and size}
         listed = ", ".join(f"{name} {size:.2f}" for name, size in parts.items())

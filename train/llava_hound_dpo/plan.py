@@ -1,13 +1,15 @@
 """What `--dry_run` prints: a run's size in tokens, parameters, steps, memory, FLOPs and hours, without any weight.
 
-`python -m train.llava_hound_dpo.plan --pairs 27000 --images 3` prints FLOPs and hours of a data set that is not there.
+`python -m train.llava_hound_dpo.plan --pairs 27000 --images 3` plans for a data set that is not there.
 """
 
 import argparse
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
@@ -18,7 +20,7 @@ from train.llava_hound_dpo.arguments import LossArguments, ModelArguments, Train
 from train.llava_hound_dpo.batches import BatchPlan
 from train.llava_hound_dpo.data import Pair, describe
 from train.llava_hound_dpo.flops import A100_PEAK, PairShape, Recipe, epoch_work, filling_flops, hours
-from train.llava_hound_dpo.memory import Zero, estimate_memory
+from train.llava_hound_dpo.memory import Memory, Zero, estimate_memory
 from train.llava_hound_dpo.model import build_on_meta, count_parameters, parameter_table
 from train.llava_hound_dpo.reference import ReferenceCache
 
@@ -27,6 +29,7 @@ logger = logging.getLogger(__name__)
 TERA = 1e12
 UNITS = {"GFLOP": 1e9, "TFLOP": 1e12, "PFLOP": 1e15, "EFLOP": 1e18}
 CLUSTERS = (1, 2, 8, 64)  # GPUs that the plan compares
+ZERO2 = Path(__file__).parents[2] / "scripts/zero2.json"
 SIZES = {"7b": (4096, 11008, 32, 32), "13b": (5120, 13824, 40, 40)}  # width, feed-forward, blocks, heads
 
 
@@ -85,9 +88,9 @@ def plan(
     batch = sorted(shapes, key=lambda shape: shape.tokens)[-args.per_device_train_batch_size :]
     tokens = args.tokens_per_batch or sum(shape.tokens for shape in batch)  # a row holds so many at most
     answers = sum(shape.answers for shape in batch)
-    memory = estimate_memory(
-        config, num_all, num_trained, tokens, answers, dtype.itemsize, zero, world,
-        bool(args.activation_checkpointing), model_arguments.bits,
+    memory = partial(
+        estimate_memory, config, num_all, num_trained, tokens, answers, dtype.itemsize, zero,
+        checkpointing=bool(args.activation_checkpointing), bits=model_arguments.bits,
     )  # fmt: skip
     counts = describe(pairs)
     lengths = counts["tokens"]
@@ -105,9 +108,9 @@ def plan(
         "batch": f"{effective} pairs = {per_device} x {accumulation} accumulated x {world} processes",
         "rows": str(batches),
         "steps": f"{steps:,} per epoch, {total:,} in all",
-        "memory": f"about {memory} per process at the longest batch ({tokens:,} tokens), estimated for ZeRO "
+        "memory": f"about {memory(world)} per process at the longest batch ({tokens:,} tokens), estimated for ZeRO "
         f"{zero.stage}",
-        **cost(config, job),
+        **cost(config, job, memory),
         "output": args.output_dir,
     }
     if reference is not None:
@@ -117,8 +120,13 @@ def plan(
     return "\n".join(head + [f"  {name:<15}{text}" for name, text in rows.items()])
 
 
-def cost(config: LlavaConfig, job: Job, clusters: Sequence[int] = CLUSTERS) -> dict[str, str]:
-    """Rows of the plan on tokens, FLOPs, hours and, with a price, money. Formulas in `flops`."""
+def cost(
+    config: LlavaConfig, job: Job, memory: Callable[[int], Memory], clusters: Sequence[int] = CLUSTERS
+) -> dict[str, str]:
+    """Rows of the plan on tokens, FLOPs, hours, memory and, with a price, money. Formulas in `flops` and `memory`.
+
+    `memory` is the estimate for a number of processes.
+    """
     count = len(job.shapes)
     epoch = epoch_work(config, job.shapes, job.recipe)
     filling = sum(filling_flops(config, shape) for shape in job.shapes) if job.recipe.reference == "cache" else 0
@@ -137,7 +145,8 @@ def cost(config: LlavaConfig, job: Job, clusters: Sequence[int] = CLUSTERS) -> d
         taken = hours(total, gpus, job.utilization)
         money = f", {taken * gpus * job.price:,.2f} at {job.price:g} per GPU-hour" if job.price is not None else ""
         name = f"{gpus} A100{'s' if gpus > 1 else ''}"
-        rows[name] = f"{taken:,.3g} hours, {taken * gpus:,.4g} GPU-hours{money}; {_accumulation(job, gpus)}"
+        spent = f"{taken:,.3g} hours, {taken * gpus:,.4g} GPU-hours{money}, {memory(gpus).short()} each"
+        rows[name] = f"{spent}; {_accumulation(job, gpus)}"
     return rows
 
 
@@ -173,7 +182,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     with user_errors():
         args = parse_args(argv)
         config = _config(args.model)
-        text = "\n".join(f"  {name:<15}{row}" for name, row in cost(config, _job(args, config), args.gpus).items())
+        rows = cost(config, *_job(args, config), args.gpus)
+    text = "\n".join(f"  {name:<15}{row}" for name, row in rows.items())
     trained = f"LoRA of rank {args.lora_r}" if args.lora_r else "full fine-tuning"
     logger.info("plan of %s pairs on a LLaVA-1.5 %s, %s\n%s", f"{args.pairs:,}", args.model, trained, text)
 
@@ -192,6 +202,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--reference", choices=("step", "cache", "none"), help="default: step with LoRA, else cache; none is SFT")
     add("--no_checkpointing", action="store_true", help="keep all activations instead of computing them again")
     add("--batch", type=int, default=64, help="pairs of an optimiser step")
+    add("--deepspeed", default=str(ZERO2), help="DeepSpeed config that the memory is estimated for; '' is none")
     add("--gpus", type=int, nargs="+", default=list(CLUSTERS), help="A100s to compare")
     add("--flop_utilization", type=float, default=0.4, help="share of the peak that a GPU does, an assumption")
     add("--gpu_hour_price", type=float, help="price of a GPU-hour")
@@ -213,20 +224,28 @@ def _config(model: str) -> LlavaConfig:
     return LlavaConfig(vision_config=vision, text_config=text, image_token_index=32000, vision_feature_layer=-2)
 
 
-def _job(args: argparse.Namespace, config: LlavaConfig) -> Job:
+def _job(args: argparse.Namespace, config: LlavaConfig) -> tuple[Job, Callable[[int], Memory]]:
+    """The job in bf16, one pair a row, and its memory by number of GPUs."""
     reference = args.reference or ("step" if args.lora_r else "cache")
     if reference == "step" and not args.lora_r:
         raise ValueError("--reference step needs LoRA: full fine-tuning changes the only copy of the weights")
+    if args.deepspeed and not Path(args.deepspeed).is_file():
+        raise FileNotFoundError(f"--deepspeed {args.deepspeed}: no such file; scripts/zero2.json is one")
     tokens = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
     rejected = 0 if reference == "none" else args.answer_tokens
     shapes = [PairShape(args.prompt_tokens - 1 + tokens * n, args.answer_tokens, rejected, n)
               for n in _spread(args.images, args.pairs)]  # fmt: skip
-    lora = 0
-    if args.lora_r:
-        model = build_on_meta(config, ModelArguments(args.model, lora_r=args.lora_r))
-        lora = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
+    settings = ModelArguments(args.model, lora_enable=bool(args.lora_r), lora_r=args.lora_r or 1)
+    model = build_on_meta(config, settings)
+    num_all, num_trained = count_parameters(model)
+    lora = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
     recipe = Recipe(reference, lora, bool(args.lora_r), not args.no_checkpointing)
-    return Job(shapes, recipe, args.epochs, args.batch, 1, args.flop_utilization, args.gpu_hour_price)
+    longest = max(shapes, key=lambda shape: shape.tokens)
+    memory = partial(
+        estimate_memory, config, num_all, num_trained, longest.tokens, longest.answers, torch.bfloat16.itemsize,
+        Zero.read(args.deepspeed), checkpointing=recipe.checkpointing,
+    )  # fmt: skip
+    return Job(shapes, recipe, args.epochs, args.batch, 1, args.flop_utilization, args.gpu_hour_price), memory
 
 
 def _spread(images: str, pairs: int) -> list[int]:
