@@ -1,6 +1,6 @@
-"""A small DeepSpeed engine that saves its state, or reads it with other processes and compares it: for torchrun.
+"""Small DeepSpeed engines that save their states, or read them with other processes and compare them: for torchrun.
 
-`torchrun --nproc_per_node=N -m tests.engine_state save|load STAGE PRECISION FOLDER`
+`torchrun --nproc_per_node=N -m tests.engine_state save|load FOLDER`, all of CASES in one launch: most of it is imports
 """
 
 import sys
@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from llava.runtime import leave, without_compiler
 from train.llava_hound_dpo.checkpoints import MASTER, STATE, _read, _trained, load_state, save_state
+
+CASES = [(2, "bf16"), (3, "bf16"), (3, "fp32")]  # ZeRO stage, precision
 
 
 def build(stage, precision):
@@ -47,36 +49,49 @@ def contents(engine):
     return found
 
 
-def main(what, stage, precision, folder):
+def main(what, folder):
     without_compiler()
     deepspeed.init_distributed(dist_backend="gloo")
-    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    engine = build(int(stage), precision)
-    if what == "save":
-        for number in range(3):
-            step(engine, number)
-        for group, rate in zip(engine.optimizer.optimizer.param_groups, (0.01, 0.02), strict=True):
-            group["lr"] = rate  # as a schedule does
-        save_state(engine, Path(folder) / STATE, rank, size)
-        before = contents(engine)
-        step(engine, 3)
-        after = contents(engine)
-        if rank == 0:
-            save_file(before, Path(folder) / "before.safetensors")
-            save_file(after, Path(folder) / "after.safetensors")
-    else:
-        load_state(engine, Path(folder) / STATE)
-        found = contents(engine)
-        expected = load_file(Path(folder) / "before.safetensors")
-        assert found.keys() == expected.keys() and engine.global_steps == 3
-        assert all(torch.equal(found[name], expected[name]) for name in expected)
-        step(engine, 3)
-        after = load_file(Path(folder) / "after.safetensors")
-        rounding = 1e-6 if precision == "fp32" else 2e-3  # of gradients averaged over two and three; steps are 1e-2
-        for name, tensor in contents(engine).items():
-            torch.testing.assert_close(tensor, after[name], atol=rounding, rtol=1e-5, msg=name)
-            assert not torch.equal(tensor, expected[name]) or name.startswith("trained/1.")
+    for stage, precision in CASES:
+        case = Path(folder) / f"zero{stage}_{precision}"
+        case.mkdir(exist_ok=True)
+        engine = build(stage, precision)
+        try:
+            save(engine, case) if what == "save" else load(engine, case, precision)
+        except Exception as error:
+            raise AssertionError(f"{case.name}: {error}") from error
+        if torch.distributed.get_rank() == 0:
+            (case / f"{what}.done").touch()
     leave()
+
+
+def save(engine, folder):
+    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    for number in range(3):
+        step(engine, number)
+    for group, rate in zip(engine.optimizer.optimizer.param_groups, (0.01, 0.02), strict=True):
+        group["lr"] = rate  # as a schedule does
+    save_state(engine, folder / STATE, rank, size)
+    before = contents(engine)
+    step(engine, 3)
+    after = contents(engine)
+    if rank == 0:
+        save_file(before, folder / "before.safetensors")
+        save_file(after, folder / "after.safetensors")
+
+
+def load(engine, folder, precision):
+    load_state(engine, folder / STATE)
+    found = contents(engine)
+    expected = load_file(folder / "before.safetensors")
+    assert found.keys() == expected.keys() and engine.global_steps == 3
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    step(engine, 3)
+    after = load_file(folder / "after.safetensors")
+    rounding = 1e-6 if precision == "fp32" else 2e-3  # of gradients averaged over two and three; steps are 1e-2
+    for name, tensor in contents(engine).items():
+        torch.testing.assert_close(tensor, after[name], atol=rounding, rtol=1e-5, msg=name)
+        assert not torch.equal(tensor, expected[name]) or name.startswith("trained/1.")
 
 
 if __name__ == "__main__":
