@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -26,6 +27,7 @@ from scripts.miniature.model import build_model, build_processor
 torch.set_num_threads(1)
 
 SIDE = 72  # px of the miniature's pictures
+BASE = str(Path(__file__).parent.parent / "scripts/miniature/base")  # the model that demo and study train
 
 
 def pytest_collection_modifyitems(config, items):
@@ -68,6 +70,12 @@ def checkpoint(tmp_path_factory, processor):
     tiny_model(processor).save_pretrained(folder)
     processor.save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture
+def start(request, checkpoint):
+    """The checkpoint that training starts from: the untrained one, or what a test asks for."""
+    return getattr(request, "param", None) or checkpoint
 
 
 @pytest.fixture

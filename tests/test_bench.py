@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from scripts.bench import common, flops, scaling, training
+from scripts.bench import adaptviz, collage, common, flops, inference, scaling, training
 from scripts.bench.memory import MIB, peak
 from scripts.bench.pairs import Shape, add_lora, build_pairs
 from scripts.bench.steps import NAMES, build_steps, difference
@@ -159,3 +159,26 @@ def test_scaling_runs_processes(tmp_path, monkeypatch):
     training.main()
     text = (tmp_path / "RESULTS.md").read_text()
     assert "| 2 processes, DDP |" in text and "| 300 |" in text
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["speed", "--repeats", "1", "--prompts", "1"], "collages per second and core: "),
+        pytest.param(["memory", "--records", "20", "40"], "40", marks=pytest.mark.slow),
+    ],
+)
+def test_the_bench_of_data_generation_writes_its_table(tmp_path, monkeypatch, flags, said):
+    monkeypatch.setattr(common, "RESULTS", tmp_path / "RESULTS.md")
+    monkeypatch.setattr("sys.argv", ["collage", *flags])
+    collage.main()
+    assert said in (tmp_path / "RESULTS.md").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bench", [adaptviz, inference])
+def test_the_benches_of_answering_write_their_tables(tmp_path, monkeypatch, bench):
+    monkeypatch.setattr(common, "RESULTS", tmp_path / "RESULTS.md")
+    monkeypatch.setattr("sys.argv", ["bench", "--size", "tiny", "--repeats", "1"])
+    bench.main()
+    assert "\n## " in (tmp_path / "RESULTS.md").read_text()

@@ -12,15 +12,13 @@ from PIL import Image
 from llava.checkpoints import load_model, load_processor
 from llava.conversation import render
 from llava.records import read_preferences
-from tests.conftest import SIDE, tiny_model
+from tests.conftest import BASE, SIDE, tiny_model
 from train.llava_hound_dpo.arguments import ModelArguments, parse
 from train.llava_hound_dpo.checkpoints import COMPLETE, latest_checkpoint
 from train.llava_hound_dpo.losses import Weights
 from train.llava_hound_dpo.model import make_trainable, parameter_table
 from train.llava_hound_dpo.run_dpo import build_trainer, describe_run, read_inputs
 from train.llava_hound_dpo.trainer import METRICS, AttentionAwareDPOTrainer
-
-BASE = Path(__file__).parent.parent / "scripts/miniature/base"
 
 
 @pytest.fixture
@@ -42,14 +40,8 @@ def pairs(data):
     return data(records)
 
 
-@pytest.fixture
-def start(request, checkpoint):
-    """The checkpoint that training starts from: the untrained one, or what a test asks for."""
-    return getattr(request, "param", None) or checkpoint
-
-
 # Also on the model that the study trains: what it shows must not hang on a term that works on other weights only.
-on_the_study_too = pytest.mark.parametrize("start", [None, str(BASE)], ids=["untrained", "study"], indirect=True)
+on_the_study_too = pytest.mark.parametrize("start", [None, BASE], ids=["untrained", "study"], indirect=True)
 
 
 @pytest.fixture
@@ -69,6 +61,7 @@ def make_trainer(pairs, start, tmp_path):
         argv += ["--per_device_train_batch_size", "3", "--per_device_eval_batch_size", "2", *flags]
         model_args, data_args, loss_args, args = parse(argv)
         inputs = read_inputs(model_args, data_args, loss_args, args)
+        torch.manual_seed(0)  # two trainers of a test start from the same adapter
         policy = make_trainable(load_model(start), model_args)
         if args.activation_checkpointing:  # Trainer.train() does it; tests that call compute_loss would go without
             policy.activation_checkpointing_enable(args.activation_checkpointing_kwargs)

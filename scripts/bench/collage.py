@@ -26,13 +26,13 @@ from data_gen.gen_instruction.compose import Recipe, make
 from data_gen.gen_instruction.output import PictureFolder
 from data_gen.gen_instruction.schedule import Task
 from data_gen.sources import Sources
+from llava.runtime import ArgumentParser
 from scripts.bench import common
 
 SIZES = ((640, 480), (480, 640), (640, 427), (500, 375))  # px, as COCO has them
 CHILD = """
 import resource, sys
 from data_gen.gen_instruction.__main__ import main
-from llava.runtime import ArgumentParser
 sys.argv = ["gen_instruction", *sys.argv[1:]]
 code = main()
 print(code, *(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))

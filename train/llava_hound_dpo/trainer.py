@@ -32,6 +32,7 @@ from train.llava_hound_dpo.checkpoints import (
 )
 from train.llava_hound_dpo.data import PairCollator, PairDataset
 from train.llava_hound_dpo.losses import Weights, logits_margin, total_loss
+from train.llava_hound_dpo.progress import StepLines, WatchChosen
 from train.llava_hound_dpo.reference import ReferenceCache
 from train.llava_hound_dpo.scoring import Scores, score
 from train.llava_hound_dpo.stopping import StopOnRequest, start_loader
@@ -87,7 +88,8 @@ class AttentionAwareDPOTrainer(Trainer):
         self.add_callback(self.stop)
         for standard in (ProgressCallback, PrinterCallback):
             self.remove_callback(standard)
-        self.add_callback(_StepLines())
+        self.add_callback(StepLines())
+        self.add_callback(WatchChosen(weights.beta))
         if reference is not None:
             self.add_callback(_ComputeReference(self))
 
@@ -296,41 +298,6 @@ def _mean_metrics(predictions) -> dict[str, float]:
     matrix = np.asarray(predictions.predictions, dtype=np.float64).reshape(-1, len(METRICS))
     means = {name: float(np.nanmean(c)) for name, c in zip(METRICS, matrix.T, strict=True) if not np.isnan(c).all()}
     return {"loss": means["losses/total"], **means}
-
-
-class _StepLines(TrainerCallback):
-    """A progress bar with the time left, and one line per logged step in a fixed order."""
-
-    SHOWN = (
-        ("loss", "loss"), ("dpo", "losses/dpo"), ("sft", "losses/sft"), ("att", "losses/attention"),
-        ("ratio", "attention/ratio"), ("margin", "rewards/margins"), ("acc", "rewards/accuracies"),
-        ("lr", "learning_rate"),
-    )  # fmt: skip
-
-    def __init__(self):
-        self.bar = None
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step")
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if self.bar is not None:
-            self.bar.update(state.global_step - self.bar.n)
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if self.bar is None or not logs:
-            return
-        if "loss" in logs:
-            shown = [f"{label} {logs[name]:.4g}" for label, name in self.SHOWN if name in logs]
-            self.bar.write(f"step {state.global_step}/{state.max_steps}  " + "  ".join(shown))
-        elif "eval_loss" in logs:
-            shown = [f"{label} {logs['eval_' + name]:.4g}" for label, name in self.SHOWN if "eval_" + name in logs]
-            self.bar.write(f"evaluation at step {state.global_step}  " + "  ".join(shown))
-
-    def on_train_end(self, args, state, control, **kwargs):
-        if self.bar is not None:
-            self.bar.close()
 
 
 class _ComputeReference(TrainerCallback):

@@ -1,0 +1,63 @@
+"""The warning where DPO unlearns the chosen answers."""
+
+import logging
+from types import SimpleNamespace
+
+import pytest
+
+from tests.test_trainer import make_trainer, pairs  # noqa: F401
+from train.llava_hound_dpo.progress import WatchChosen
+
+BETA = 0.1
+
+
+def watch(caplog, logs, zero=True):
+    """The warnings of a run with these (log-prob of chosen under the policy, under the reference)."""
+    watching = WatchChosen(BETA)
+    with caplog.at_level(logging.WARNING):
+        for step, (policy, reference) in enumerate(logs, start=1):
+            state = SimpleNamespace(is_world_process_zero=zero, global_step=step)
+            found = {"logps/chosen": policy, "rewards/chosen": BETA * (policy - reference)}
+            watching.on_log(None, state, None, logs=found)
+    return [record.getMessage() for record in caplog.records]
+
+
+def test_it_warns_once_with_both_numbers_and_the_remedy(caplog):
+    found = watch(caplog, [(-1.0, -1.0)] * 3 + [(-3.0, -1.0)] * 9)
+    assert len(found) == 1
+    assert found[0].startswith(
+        "step 6: the chosen answers have become much less likely (mean log-prob -2.20, reference -1.00)"
+    )
+    assert "--gamma" in found[0]
+
+
+@pytest.mark.parametrize(
+    "logs",
+    [
+        [(-9.0, -1.0)] * 4,  # too few logs to judge by
+        [(-1.9, -1.0)] * 9,  # not doubled
+        [(-0.4, -0.1)] * 9,  # doubled, but still all but certain
+        [(-90.0, -60.0)] * 9,  # a long answer: half as much again is usual
+        [(-0.5, -1.0)] * 9,  # more likely
+        [(-1.0, -1.0)] * 4 + [(-5.0, -1.0)],  # one log's noise
+    ],
+)
+def test_it_is_silent_otherwise(caplog, logs):
+    assert watch(caplog, logs) == []
+
+
+def test_one_process_speaks_and_logs_without_rewards_count_for_nothing(caplog):
+    assert watch(caplog, [(-3.0, -1.0)] * 9, zero=False) == []
+    state = SimpleNamespace(is_world_process_zero=True, global_step=1)
+    for logs in (None, {}, {"loss": 1.0}, {"logps/chosen": -9.0, "losses/sft": 1.0}, {"eval_logps/chosen": -9.0}):
+        WatchChosen(BETA).on_log(None, state, None, logs=logs)
+
+
+def test_a_training_is_watched_with_its_own_beta(make_trainer):  # noqa: F811
+    trainer = make_trainer("--beta", "0.3", "--learning_rate", "1e-2", "--max_steps", "3", "--save_strategy", "no")
+    trainer.train()
+    watching = next(c for c in trainer.callback_handler.callbacks if isinstance(c, WatchChosen))
+    logs = [log for log in trainer.state.log_history if "rewards/chosen" in log]
+    assert watching.beta == 0.3 and len(logs) == 3 and not watching.has_warned
+    assert [fall for _, fall in watching.found] == pytest.approx([-log["rewards/chosen"] / 0.3 for log in logs])
+    assert watching.found[0][1] == 0 != watching.found[2][1]

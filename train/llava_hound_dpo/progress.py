@@ -1,0 +1,77 @@
+"""What a training says of itself: a line for every logged step, and a warning where DPO unlearns the chosen answers."""
+
+import logging
+from collections import deque
+
+from tqdm import tqdm
+from transformers import TrainerCallback
+
+logger = logging.getLogger(__name__)
+
+WATCHED = 5  # logs whose mean is judged: one alone is noise
+LEAST_FALL = 0.5  # nats of a whole answer; an answer that was certain doubles its log-prob by less
+
+
+class StepLines(TrainerCallback):
+    """A progress bar with the time left, and one line per logged step in a fixed order."""
+
+    SHOWN = (
+        ("loss", "loss"), ("dpo", "losses/dpo"), ("sft", "losses/sft"), ("att", "losses/attention"),
+        ("ratio", "attention/ratio"), ("margin", "rewards/margins"), ("acc", "rewards/accuracies"),
+        ("lr", "learning_rate"),
+    )  # fmt: skip
+
+    def __init__(self):
+        self.bar = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.bar is None or not logs:
+            return
+        if "loss" in logs:
+            shown = [f"{label} {logs[name]:.4g}" for label, name in self.SHOWN if name in logs]
+            self.bar.write(f"step {state.global_step}/{state.max_steps}  " + "  ".join(shown))
+        elif "eval_loss" in logs:
+            shown = [f"{label} {logs['eval_' + name]:.4g}" for label, name in self.SHOWN if "eval_" + name in logs]
+            self.bar.write(f"evaluation at step {state.global_step}  " + "  ".join(shown))
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            self.bar.close()
+
+
+class WatchChosen(TrainerCallback):
+    """Warns, once, when the chosen answers have become far less likely than they were under the reference.
+
+    DPO rewards the margin alone, which also grows while both answers become less likely; what gains is then neither
+    of them. Far: the mean log-prob of a chosen answer has doubled, and fallen by `LEAST_FALL` at least. Source: arXiv
+    2410.08847 (likelihood displacement); the remedy, a share of SFT, arXiv 2404.19733.
+    """
+
+    def __init__(self, beta: float):
+        self.beta = beta
+        self.found = deque(maxlen=WATCHED)
+        self.has_warned = False
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not {"logps/chosen", "rewards/chosen"} <= set(logs or {}):
+            return
+        self.found.append((logs["logps/chosen"], -logs["rewards/chosen"] / self.beta))
+        policy, fall = (sum(values) / len(self.found) for values in zip(*self.found, strict=True))
+        reference = policy + fall
+        if self.has_warned or len(self.found) < WATCHED or fall < max(LEAST_FALL, -reference):
+            return
+        self.has_warned = True
+        if state.is_world_process_zero:
+            logger.warning(
+                "step %d: the chosen answers have become much less likely (mean log-prob %.2f, reference %.2f): DPO "
+                "raises the margin by lowering both answers; a share of SFT (--gamma 0.5 or more) or a lower "
+                "--learning_rate keeps them", state.global_step, policy, reference,
+            )  # fmt: skip
