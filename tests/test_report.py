@@ -210,6 +210,11 @@ def test_quadrants(world):
     assert table[1] == ["looked right", *(f"{n}{100 * n / known:.0f} %" for n in counts)]
     assert sum(counts) > 0 and known < 40
     assert table[3][0].endswith(f"unknown: {looked['judged_by']['unknown']}")
+    told = scores["answers"]["m0"]["ratio_auc"]
+    numbers = ", ".join(
+        f"{name} {'-' if own['auc'] is None else format(own['auc'], '.2f')}" for name, own in told.items()
+    )
+    assert table[4][0].endswith(f"AUC: {numbers}") and told["overall"]["auc"] is not None
 
 
 def test_what_an_unparsed_answer_scores_is_said(world):

@@ -221,6 +221,8 @@ def _notes(scores: dict[str, Any]) -> list[str]:
     return [
         f"Scorer: {scores['scorer']}. Accuracy in % [95 % interval]; {unparsed}; {missing}.",
         f"{looked[0].upper()}{looked[1:]}. Chance of confusion: the wrong answers, dealt to one another's questions.",
+        "Ratio tells right from wrong: the chance that of a right and a wrong answer, same format and number of "
+        "images, the right one has the higher attention ratio; 0.5 says nothing.",
     ]
 
 
@@ -258,6 +260,9 @@ def _counts_table(files: dict[str, dict]) -> str:
         lines.append(_line([name.replace("_answered", ", answered").replace("_", " "), *counts]))
     unknown = (str(file["looked_answered"]["judged_by"]["unknown"]) for file in files.values())
     lines.append(_line(["where it looked is unknown", *unknown]))
+    for name in next(iter(files.values()))["ratio_auc"]:
+        label = "ratio tells right from wrong, AUC" + ("" if name == "overall" else f", {name}")
+        lines.append(_line([label, *(_number(file["ratio_auc"].get(name, {}).get("auc")) for file in files.values())]))
     return "\n".join(lines)
 
 

@@ -21,7 +21,7 @@ from llava.scorers import (
     resolve,
     score,
 )
-from llava.statistics import mcnemar, paired_difference, score_interval
+from llava.statistics import auc, mcnemar, paired_difference, score_interval
 
 DEALS = 30  # answers to other questions that are tried on each wrong answered one, for the chance of confusion
 
@@ -86,6 +86,7 @@ def summarize(rows: Sequence[Row]) -> dict[str, Any]:
         "scorers": dict(Counter(row.scorer for row in rows)),
         "confusion": confusion(rows),
         "looked_answered": looked_answered(rows),
+        "ratio_auc": ratio_auc(rows),
     }
 
 
@@ -207,6 +208,45 @@ def looked_answered(rows: Sequence[Row]) -> dict[str, Any]:
         "looked_wrong_answered_wrong": count[False, False],
         "judged_by": {rule: sum(how == rule for _, how, _ in found) for rule in ("argmax", "ratio", "unknown")},
     }
+
+
+def ratio_auc(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
+    """How well the attention ratio tells right answers from other ones, over all and by format.
+
+    `auc`: the chance that of a right and a wrong answer to questions of the same format and number of images the right
+    one has the higher ratio, 0.5 where it says nothing: then raising it has nothing to act on. `by_layer`: the same of
+    the ratio in each probed layer. None where no such two answers are.
+    """
+    known = [row for row in rows if row.given is not None and row.given.attention_ratio is not None
+             and row.asked.image_type not in ("single", "multi")]  # fmt: skip
+    formats = [name for name in FORMATS if any(row.asked.image_type == name for row in known)]
+    found = {name: _auc_of([row for row in known if row.asked.image_type == name]) for name in formats}
+    return {"overall": _auc_of(known), **found}
+
+
+def _auc_of(rows: Sequence[Row]) -> dict[str, Any]:
+    right = sum(row.is_right for row in rows)
+    by_layer = [row.given.extra.get("attention_ratio_by_layer") or [] for row in rows]
+    layers = min(map(len, by_layer), default=0)
+    return {
+        "right": right,
+        "other": len(rows) - right,
+        "auc": _stratified_auc(rows, [row.given.attention_ratio for row in rows]),
+        "by_layer": [_stratified_auc(rows, [ratios[n] for ratios in by_layer]) for n in range(layers)],
+    }
+
+
+def _stratified_auc(rows: Sequence[Row], ratios: Sequence[float]) -> float | None:
+    """Over all pairs within a format and number of images: fewer images make both the ratio and the answer better."""
+    strata: dict[tuple, list[tuple[float, bool]]] = {}
+    for row, ratio in zip(rows, ratios, strict=True):
+        strata.setdefault((row.asked.image_type, row.asked.num_regions), []).append((ratio, row.is_right))
+    wins = pairs = 0.0
+    for stratum in strata.values():
+        scores, is_right = zip(*stratum, strict=True)
+        if count := sum(is_right) * (len(is_right) - sum(is_right)):
+            wins, pairs = wins + count * auc(scores, is_right), pairs + count
+    return wins / pairs if pairs else None
 
 
 # ---- two models on the same questions

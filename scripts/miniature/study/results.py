@@ -116,6 +116,7 @@ def metrics(found: Mapping[str, Any]) -> dict[str, float | None]:
     flat |= {f"ratio/{name}": group["attention_ratio"] for name, group in formats.items() if name not in NOT_AVERAGED}
     confusion = found["confusion"] or {}
     flat |= {"confusion": confusion.get("of_wrong"), "chance": confusion.get("chance")}
+    flat |= {f"auc/{name}": own["auc"] for name, own in found.get("ratio_auc", {}).items()}
     return flat | _looked(found["looked_answered"])
 
 

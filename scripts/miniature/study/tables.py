@@ -62,6 +62,7 @@ def tables(results: Mapping[str, Any]) -> list[Table]:
             ("Accuracy by format", "format/"), ("Accuracy by number of images or cells", "images/"),
             ("Accuracy by position of the target", "position/"), ("Attention ratio by format", "ratio/"))),
         looked_table(every),
+        keyed_table("Does the attention ratio tell right answers from wrong ones?", "auc/", every),
         *ablation_tables(results),
         validation_table(results),
         sanity_table(results),
@@ -154,9 +155,9 @@ def adaptviz_table(results: Mapping[str, Any]) -> Table:
 def keyed_table(title: str, prefix: str, found: Sequence[Entry]) -> Table:
     """The numbers whose names start with the prefix, one column each."""
     names = list(dict.fromkeys(name for entry in found for name in entry.numbers if name.startswith(prefix)))
-    show = number if prefix == "ratio/" else percent
+    unit, show = KEYED.get(prefix, ("% of the questions", percent))
     rows = [[entry.label, *(show(entry.numbers.get(name)) for name in names)] for entry in found] if names else []
-    note = f"{'Ratio' if prefix == 'ratio/' else '% of the questions'}, mean over seeds [t interval]."
+    note = f"{unit}, mean over seeds [t interval]."
     return Table(title, note, ["", *(name.removeprefix(prefix) for name in names)], rows)
 
 
@@ -218,6 +219,13 @@ def percent(found: Mapping[str, Any] | None, form: str = ".1f", bare: bool = Fal
 def number(found: Mapping[str, Any] | None, form: str = ".3f", bare: bool = False) -> str:
     """A number as "0.512 [0.480, 0.544]"."""
     return _shown(found, form, 1, bare)
+
+
+AUC = (
+    "AUC: chance that of a right and a wrong answer, same format and number of images, the right one has the higher "
+    "attention ratio (0.5: it says nothing)"
+)
+KEYED = {"ratio/": ("Ratio", number), "auc/": (AUC, number)}  # what the numbers are; how they are written
 
 
 def _shown(found: Mapping[str, Any] | None, form: str, scale: float, bare: bool) -> str:
