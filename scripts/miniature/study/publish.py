@@ -63,7 +63,7 @@ def with_block(readme: str, text: str) -> str:
 
 
 def block(results: Mapping[str, Any], drawn: Collection[str] = FIGURES) -> str:
-    """What was run, a row for every arm, what was varied (folded), and of the plots `drawn` two."""
+    """What was run, a row for every arm of all seeds, what was varied (folded), and of the plots `drawn` two."""
     found = [summary(results), as_markdown(arms_table(results))]
     groups = {arm["group"] for arm in results["arms"].values()} - set(MAIN_GROUPS)
     varied = comparison_table(results, sorted(groups))
@@ -81,10 +81,11 @@ def block(results: Mapping[str, Any], drawn: Collection[str] = FIGURES) -> str:
 
 
 def arms_table(results: Mapping[str, Any]) -> Table:
-    """A row for every arm: accuracy, against the base and against itself without the term, steered, and attention."""
+    """A row for every arm that has all seeds: accuracy, against the base and against itself without the term, ratio."""
     rows = []
     for name, arm in results["arms"].items():
-        if arm["group"] not in MAIN_GROUPS or PLAIN not in arm["ways"]:
+        is_main = arm["group"] in MAIN_GROUPS or arm["seeds"] == results["config"]["seeds"]
+        if not is_main or PLAIN not in arm["ways"]:
             continue
         numbers = arm["ways"][PLAIN]
         control = without_the_term(results["config"]["arms"], name)
