@@ -39,20 +39,6 @@ def units(config):
     return {unit.name: unit for unit in plan(config, rates, "base")}
 
 
-def test_a_set_of_few_pairs_takes_the_first_and_never_more_than_there_are(config, units):
-    def count(name):
-        words = units[f"pairs/{name}"].commands[0]
-        return words[words.index("--num_pairs") + 1]
-
-    assert (count("few"), count("other_image")) == ("240", str(config.data["num_pairs"]))
-    quick = read_config(ROOT / CONFIG, is_quick=True)
-    assert 0 < quick.pair_sets["few"].num_pairs < quick.data["num_pairs"]
-    for wrong in (0, config.data["num_pairs"] + 1):
-        sets = {**config.raw["pair_sets"], "few": {"source": "random", "num_pairs": wrong}}
-        with pytest.raises(ValueError, match=f"pair_sets.few: num_pairs {wrong} must be"):
-            parse_config({**config.raw, "pair_sets": sets})
-
-
 # ---- statistics
 
 
@@ -110,11 +96,8 @@ def test_every_unit_comes_after_its_inputs(units):
         seen.add(unit.name)
 
 
-def test_all_arms_have_the_same_steps_batch_and_grid_but_those_of_few_steps(config, units):
-    few = {name for name, arm in config.arms.items() if "max_steps" in arm.flags}
-    assert few and all(config.arms[name].group == "few pairs, few steps" for name in few)
-    trained = [parse(unit.commands[0][2:]) for unit in units.values()
-               if unit.kind == "train" and unit.name.split("/")[1] not in few][::9]  # fmt: skip
+def test_all_arms_have_the_same_steps_batch_and_grid(config, units):
+    trained = [parse(unit.commands[0][2:]) for unit in units.values() if unit.kind == "train"][::9]
     assert {(args.max_steps, args.per_device_train_batch_size) for *_, args in trained} == {
         (config.steps, config.batch)
     }

@@ -24,7 +24,6 @@ class PairSet:
     source: str  # one of SOURCES
     single: bool = False  # with pairs about single images
     shuffle_targets: bool = False  # the attention target is another image
-    num_pairs: int | None = None  # fewer than `data` says
 
 
 @dataclass(frozen=True)
@@ -112,7 +111,7 @@ def _deep(old: Any, new: Any) -> Any:
 def parse_config(raw: Mapping[str, Any]) -> Config:
     """The study of a JSON object. Raises KeyError for a missing entry, ValueError for a wrong one."""
     _refuse_unknown(raw["data"], SIZES, "data")
-    pair_sets = {name: _pair_set(name, own, raw["data"]["num_pairs"]) for name, own in raw["pair_sets"].items()}
+    pair_sets = {name: _pair_set(name, own) for name, own in raw["pair_sets"].items()}
     arms = _arms(raw, pair_sets)
     left_out = _without_flags(arms)
     config = Config(
@@ -137,14 +136,11 @@ def known_flags() -> set[str]:
     return {field.name for group in groups for field in dataclasses.fields(group) if field.init}
 
 
-def _pair_set(name: str, raw: Mapping[str, Any], most: int) -> PairSet:
+def _pair_set(name: str, raw: Mapping[str, Any]) -> PairSet:
     _refuse_unknown(raw, [f.name for f in dataclasses.fields(PairSet)], f"pair_sets.{name}")
     if raw.get("source") not in SOURCES:
         raise ValueError(f"pair_sets.{name}: source {raw.get('source')!r} is none of {', '.join(SOURCES)}")
-    wanted = PairSet(**raw)
-    if wanted.num_pairs is not None and not 0 < wanted.num_pairs <= most:
-        raise ValueError(f"pair_sets.{name}: num_pairs {wanted.num_pairs} must be 1 to the {most} of `data`")
-    return wanted
+    return PairSet(**raw)
 
 
 def _arms(raw: Mapping[str, Any], pair_sets: Mapping[str, PairSet]) -> dict[str, Arm]:

@@ -105,7 +105,7 @@ def data(config: Config) -> Unit:
 def pairs(config: Config, name: str) -> list[Unit]:
     """The pairs of a source, and of these the set that an arm trains on."""
     wanted: PairSet = config.pair_sets[name]
-    flags = {"num_pairs": wanted.num_pairs or config.data["num_pairs"], "seed": config.data["seed"]}
+    flags = {"num_pairs": config.data["num_pairs"], "seed": config.data["seed"]}
     if wanted.single:
         flags |= {"single": "{output}/data/single.json", "num_single": config.data["num_single"]}
     changed = ("--shuffle_targets",) if wanted.shuffle_targets else ()
