@@ -91,44 +91,22 @@ def test_equal_attention_is_not_looked_right(write):
 
 def test_how_well_the_ratio_tells_right_from_wrong_by_hand(write):
     """Within two images right .9 over wrong .4, within three right .1 over .05: 1. Over all: 3 of 4. Layers differ."""
+    sequences = [(2, "x", [0.2, 0.9]), (2, "y", [0.3, 0.4]), (3, "x", [0.3, 0.1]), (3, "", [0.3, 0.05])]
     lines = [
-        {
-            "question_id": "a",
-            "text": "x",
-            "num_images": 2,
-            "attention_ratio": 0.9,
-            "attention_ratio_by_layer": [0.2, 0.9],
-        },
-        {
-            "question_id": "b",
-            "text": "y",
-            "num_images": 2,
-            "attention_ratio": 0.4,
-            "attention_ratio_by_layer": [0.3, 0.4],
-        },
-        {
-            "question_id": "c",
-            "text": "x",
-            "num_images": 3,
-            "attention_ratio": 0.1,
-            "attention_ratio_by_layer": [0.3, 0.1],
-        },
-        {
-            "question_id": "d",
-            "text": "",
-            "num_images": 3,
-            "attention_ratio": 0.05,
-            "attention_ratio_by_layer": [0.3, 0.5],
-        },
-        {"question_id": "p", "text": "x", "num_images": 1, "attention_ratio": 0.5, "image_type": "pip"},
-        {"question_id": "s", "text": "y", "num_images": 1, "attention_ratio": 1.0, "image_type": "single"},
-        {"question_id": "u", "text": "y", "num_images": 2},
+        {"text": text, "num_images": count, "attention_ratio": by_layer[1], "attention_ratio_by_layer": by_layer}
+        for count, text, by_layer in sequences
     ]
-    lines = [{"answer": "x", "image_type": "sequence", "target": 1} | line for line in lines]
+    lines += [
+        {"text": "x", "num_images": 1, "attention_ratio": 0.5, "image_type": "pip"},
+        {"text": "y", "num_images": 1, "attention_ratio": 1.0, "image_type": "single"},
+        {"text": "y", "num_images": 2},  # without a ratio
+    ]
+    same = {"answer": "x", "image_type": "sequence", "target": 1}
+    lines = [same | {"question_id": str(number)} | line for number, line in enumerate(lines)]
     scores = evaluate([write("a.jsonl", lines)])
     found = scores["answers"]["a"]["ratio_auc"]
     assert list(found) == ["overall", "sequence", "pip"]
-    assert found["sequence"] == {"right": 2, "other": 2, "auc": 1.0, "by_layer": [0.25, 0.5]}
+    assert found["sequence"] == {"right": 2, "other": 2, "auc": 1.0, "by_layer": [0.25, 1.0]}
     assert found["pip"] == {"right": 1, "other": 0, "auc": None, "by_layer": []}
     assert found["overall"] == {"right": 3, "other": 2, "auc": 1.0, "by_layer": []}
     table = markdown(scores)
