@@ -111,11 +111,7 @@ def group(rows: Sequence[Row]) -> dict[str, Any]:
     scores = [row.result.score for row in rows]
     low, high = score_interval(scores)
     verdicts = Counter(row.result.verdict for row in rows)
-    ratios = [
-        row.given.attention_ratio
-        for row in rows
-        if row.given and row.given.attention_ratio is not None and row.asked.image_type not in ("single", "multi")
-    ]
+    ratios = [row.given.attention_ratio for row in with_ratio(rows)]
     return {
         "questions": len(rows),
         "accuracy": float(np.mean(scores)),
@@ -124,6 +120,14 @@ def group(rows: Sequence[Row]) -> dict[str, Any]:
         **{verdict: verdicts[verdict] for verdict in (RIGHT, WRONG, UNPARSED, MISSING)},
         "attention_ratio": float(np.mean(ratios)) if ratios else None,
     }
+
+
+def with_ratio(rows: Sequence[Row]) -> list[Row]:
+    """Those whose attention ratio is known and means something: one of several images or parts was asked about."""
+    return [
+        row for row in rows
+        if row.given and row.given.attention_ratio is not None and row.asked.image_type not in ("single", "multi")
+    ]  # fmt: skip
 
 
 # ---- a wrong answer that is true of another image
@@ -217,8 +221,7 @@ def ratio_auc(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
     one has the higher ratio, 0.5 where it says nothing: then raising it has nothing to act on. `by_layer`: the same of
     the ratio in each probed layer. None where no such two answers are.
     """
-    known = [row for row in rows if row.given is not None and row.given.attention_ratio is not None
-             and row.asked.image_type not in ("single", "multi")]  # fmt: skip
+    known = with_ratio(rows)
     formats = [name for name in FORMATS if any(row.asked.image_type == name for row in known)]
     found = {name: _auc_of([row for row in known if row.asked.image_type == name]) for name in formats}
     return {"overall": _auc_of(known), **found}

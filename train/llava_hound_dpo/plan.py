@@ -16,7 +16,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
 from llava.checkpoints import load_config
 from llava.runtime import ArgumentParser, setup_logging, user_errors
-from train.llava_hound_dpo.arguments import LossArguments, ModelArguments, TrainArguments
+from train.llava_hound_dpo.arguments import LossArguments, ModelArguments, TrainArguments, refuse_missing_deepspeed
 from train.llava_hound_dpo.batches import BatchPlan
 from train.llava_hound_dpo.data import Pair, describe
 from train.llava_hound_dpo.flops import A100_PEAK, PairShape, Recipe, epoch_work, filling_flops, hours
@@ -229,17 +229,16 @@ def _job(args: argparse.Namespace, config: LlavaConfig) -> tuple[Job, Callable[[
     reference = args.reference or ("step" if args.lora_r else "cache")
     if reference == "step" and not args.lora_r:
         raise ValueError("--reference step needs LoRA: full fine-tuning changes the only copy of the weights")
-    if args.deepspeed and not Path(args.deepspeed).is_file():
-        raise FileNotFoundError(f"--deepspeed {args.deepspeed}: no such file; scripts/zero2.json is one")
+    if args.deepspeed:
+        refuse_missing_deepspeed(args.deepspeed)
     tokens = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
     rejected = 0 if reference == "none" else args.answer_tokens
     shapes = [PairShape(args.prompt_tokens - 1 + tokens * n, args.answer_tokens, rejected, n)
               for n in _spread(args.images, args.pairs)]  # fmt: skip
-    settings = ModelArguments(args.model, lora_enable=bool(args.lora_r), lora_r=args.lora_r or 1)
-    model = build_on_meta(config, settings)
+    is_lora = args.lora_r > 0
+    model = build_on_meta(config, ModelArguments(args.model, lora_enable=is_lora, lora_r=args.lora_r))
     num_all, num_trained = count_parameters(model)
-    lora = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
-    recipe = Recipe(reference, lora, bool(args.lora_r), not args.no_checkpointing)
+    recipe = Recipe(reference, num_trained if is_lora else 0, is_lora, not args.no_checkpointing)
     longest = max(shapes, key=lambda shape: shape.tokens)
     memory = partial(
         estimate_memory, config, num_all, num_trained, longest.tokens, longest.answers, torch.bfloat16.itemsize,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llava.runtime import ArgumentParser, user_errors, write_bytes, write_text
+from scripts.miniature.study.config import Arm, parse_config
 from scripts.miniature.study.report import TITLES, draw_all
 from scripts.miniature.study.results import HOW
 from scripts.miniature.study.running import ROOT
@@ -66,9 +67,9 @@ def block(results: Mapping[str, Any], drawn: Collection[str] = FIGURES) -> str:
     """What was run, a row for every arm of all seeds, what was varied (folded), and of the plots `drawn` two."""
     found = [summary(results), as_markdown(arms_table(results))]
     groups = {arm["group"] for arm in results["arms"].values()} - set(MAIN_GROUPS)
-    varied = comparison_table(results, sorted(groups))
-    against_base = f" - {results['arms']['base']['label']}"
-    rows = [[row[i] for i in COMPARED] for row in varied.rows if not row[0].endswith(against_base)]
+    others = [own for own in results["comparisons"] if own["first"][0] != "base"]
+    varied = comparison_table({**results, "comparisons": others}, sorted(groups))
+    rows = [[row[i] for i in COMPARED] for row in varied.rows]
     if rows:
         text = as_markdown(Table("", "", [varied.head[i] for i in COMPARED], rows))
         found.append(f"<details><summary>What was varied ({len(rows)} comparisons)</summary>\n\n{text}\n\n</details>")
@@ -82,13 +83,13 @@ def block(results: Mapping[str, Any], drawn: Collection[str] = FIGURES) -> str:
 
 def arms_table(results: Mapping[str, Any]) -> Table:
     """A row for every arm that has all seeds: accuracy, against the base and against itself without the term, ratio."""
-    rows = []
+    rows, arms = [], parse_config(results["config"]).arms
     for name, arm in results["arms"].items():
         is_main = arm["group"] in MAIN_GROUPS or arm["seeds"] == results["config"]["seeds"]
         if not is_main or PLAIN not in arm["ways"]:
             continue
         numbers = arm["ways"][PLAIN]
-        control = without_the_term(results["config"]["arms"], name)
+        control = without_the_term(arms, name)
         base, term = (first and find(results, (first, PLAIN), (name, PLAIN)) for first in ("base", control))
         steered = [percent(arm["ways"].get(way, {}).get("mean"), bare=True) for way in HOW if way != PLAIN]
         rows.append([
@@ -101,19 +102,16 @@ def arms_table(results: Mapping[str, Any]) -> Table:
     return Table("", "", head, rows)
 
 
-def without_the_term(arms: Mapping[str, Any], name: str) -> str | None:
+def without_the_term(arms: Mapping[str, Arm], name: str) -> str | None:
     """The arm of the main table that has the same losses but the attention term, None if there is none."""
 
-    def flags(arm: str) -> dict[str, Any]:
-        own = arms[arm]
-        return (flags(own["like"]) if "like" in own else {}) | own.get("flags", {})
+    def losses(arm: Arm) -> dict[str, float | None]:
+        return {flag: arm.flags.get(flag) for flag in ("dpo_alpha", "gamma")}
 
-    def losses(arm: str) -> dict[str, float | None]:
-        return {flag: flags(arm).get(flag) for flag in ("dpo_alpha", "gamma")}
-
-    weight = {arm: flags(arm).get("attention_weight") for arm in arms}
-    plain = (arm for arm in arms if weight[arm] == 0 and arms[arm].get("group", "main") == "main")
-    return next((arm for arm in plain if weight[name] and losses(arm) == losses(name)), None)
+    if not arms[name].flags.get("attention_weight"):
+        return None
+    plain = (arm for arm in arms.values() if arm.flags.get("attention_weight") == 0 and arm.group == "main")
+    return next((arm.name for arm in plain if losses(arm) == losses(arms[name])), None)
 
 
 if __name__ == "__main__":
