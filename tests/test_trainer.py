@@ -12,7 +12,9 @@ from PIL import Image
 from llava.checkpoints import load_model, load_processor
 from llava.conversation import render
 from llava.records import read_preferences
+from llava.runtime import write_text
 from tests.conftest import BASE, SIDE, tiny_model
+from train.llava_hound_dpo import checkpoints
 from train.llava_hound_dpo.arguments import ModelArguments, parse
 from train.llava_hound_dpo.checkpoints import COMPLETE, latest_checkpoint
 from train.llava_hound_dpo.losses import Weights
@@ -291,6 +293,33 @@ class TestLatestCheckpoint:
         self.make(tmp_path, 5, {"dpo_alpha": 1.0, "beta": 0.1})
         with pytest.raises(ValueError, match=r"dpo_alpha 1.0 there, 0.0 here"):
             latest_checkpoint(tmp_path, {"dpo_alpha": 0.0, "beta": 0.1})
+
+
+class Killed(BaseException):
+    """Stands for a kill, which nothing handles."""
+
+
+def test_a_kill_while_saving_leaves_the_checkpoint_before_it(make_trainer, tmp_path, monkeypatch):
+    written = []
+
+    def write(path, text):
+        if len(written) == 1:
+            raise Killed
+        written.append(path)
+        write_text(path, text)
+
+    monkeypatch.setattr(checkpoints, "write_text", write)
+    flags = ["--save_steps", "1", "--max_steps", "2", "--save_total_limit", "1"]
+    with pytest.raises(Killed):
+        make_trainer(*flags).train()
+    identity = json.loads(written[0].read_text())
+    assert (tmp_path / "out/checkpoint-2").is_dir()
+    assert latest_checkpoint(tmp_path / "out", identity) == tmp_path / "out/checkpoint-1"
+
+    monkeypatch.setattr(checkpoints, "write_text", write_text)
+    (tmp_path / "out/checkpoint-99").mkdir()  # of a stop that was killed: newer by number, and good for nothing
+    make_trainer(*flags).train(resume_from_checkpoint=str(tmp_path / "out/checkpoint-1"))
+    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-2"]
 
 
 def test_policy_table_names_what_is_trained(processor):

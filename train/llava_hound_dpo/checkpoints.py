@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import TrainerCallback
+from transformers.trainer_utils import rotate_checkpoints
 
 from llava.runtime import write_text
 
@@ -72,7 +73,10 @@ def remove_interrupted(folder: Path) -> None:
 
 
 class MarkComplete(TrainerCallback):
-    """Writes the marker that makes a checkpoint resumable, once every process has written its part."""
+    """Writes the marker that makes a checkpoint resumable, once every process has written its part.
+
+    Only then are older ones deleted (`save_total_limit`): a kill at any moment leaves a complete checkpoint.
+    """
 
     def __init__(self, identity: Mapping[str, Any]):
         self.identity = dict(identity)
@@ -83,6 +87,9 @@ class MarkComplete(TrainerCallback):
         if state.is_world_process_zero:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             write_text(folder / COMPLETE, json.dumps(self.identity, indent=2))
+            for other in _folders(args.output_dir):
+                remove_interrupted(other)  # else it could count as the newest, and be kept in place of this one
+            rotate_checkpoints(args.output_dir, args.save_total_limit, state.best_model_checkpoint, use_mtime=True)
 
 
 def check_optim(optim: str) -> None:

@@ -188,7 +188,11 @@ class AttentionAwareDPOTrainer(Trainer):
         if self.args.should_save:
             remove_interrupted(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
         self.accelerator.wait_for_everyone()
-        super()._save_checkpoint(model, trial)
+        limit, self.args.save_total_limit = self.args.save_total_limit, None  # MarkComplete deletes older ones
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
         self._saved_step = self.state.global_step
 
     def _save_optimizer_and_scheduler(self, output_dir):
