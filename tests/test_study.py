@@ -121,6 +121,31 @@ def test_no_test_question_is_answered_before_the_rate_is_chosen(config):
     )
 
 
+def test_what_is_confirmed_differs_from_what_was_tested_in_seeds_and_questions_only(units):
+    confirming = [name for name in units if name.startswith("confirm/")]
+    assert len(confirming) == 51  # the base, and five arms of ten seeds
+    for name in confirming:
+        known = name.replace("confirm", "test").replace(name.split("_")[-1], "0")
+        asked, tested = (units[own].commands[0] for own in (name, known))
+        data = {(f"{{output}}/data/{own}", f"{{output}}/fresh/{own}") for own in ("test.json", "images")}
+        others = {(a, b.replace(name.split("/")[-1], "seed_0")) for a, b in zip(tested, asked, strict=True) if a != b}
+        assert {pair for pair in others if pair[0] != pair[1]} == data
+
+
+@pytest.mark.parametrize(
+    ("confirm", "message"),
+    [
+        ({"seeds": [4, 5], "data_seed": 1, "num_test": 8}, "none that the study did not see"),
+        ({"seeds": [5], "data_seed": 0, "num_test": 8}, "none that the study did not see"),
+        ({"seeds": [5], "num_test": 8}, "data_seed"),
+        (None, "there is no entry `confirm`"),
+    ],
+)
+def test_what_is_confirmed_uses_nothing_that_was_seen(config, confirm, message):
+    with pytest.raises((KeyError, ValueError), match=message):
+        parse_config({**config.raw, "confirm": confirm})
+
+
 def test_what_is_upstream_changes_the_identity_of_what_is_below(config, units):
     raw = {**config.raw, "data": {**config.raw["data"], "num_single": 8}}
     changed = {unit.name: unit for unit in plan(parse_config(raw), dict.fromkeys(config.arms, 5e-4), "base")}
@@ -320,6 +345,9 @@ def test_a_quick_study_killed_and_started_again(tmp_path):
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["finished"]["finished"] == results["finished"]["units"]
     assert [own["is_same"] for own in results["sanity"]] == [True]
+    assert [(own["first"][0], own["second"][0], len(own["seeds"])) for own in results["confirmed"]] == [
+        ("base", "dpo", 1)
+    ]  # fmt: skip
     assert results["arms"]["base"]["ways"].keys() == {"plain", "adaptviz", "adaptviz_tuned"}
     assert all(len(results["arms"][name]["seeds"]) == 2 for name in ("dpo", "dpo_attention"))
     full = subprocess.run([w for w in command if w != "--quick"], cwd=ROOT, capture_output=True, text=True, timeout=120)

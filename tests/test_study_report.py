@@ -24,12 +24,13 @@ TINY = {
     "base": "scripts/miniature/base",
     "data": {"num_pairs": 1, "num_test": 8, "num_instructions": 1, "num_single": 0, "num_validation": 8, "seed": 0},
     "steps": 2, "batch": 1, "training": {}, "answering": {}, "tune": {}, "selection": {},
-    "heads": {}, "learning_rates": [1e-3, 2e-3], "seeds": [0, 1], "ablation_seeds": [0], "seconds": {},
+    "confirm": {"seeds": [7, 8], "data_seed": 1, "num_test": 8}, "heads": {},
+    "learning_rates": [1e-3, 2e-3], "seeds": [0, 1], "ablation_seeds": [0], "seconds": {},
     "pair_sets": {"other_image": {"source": "other_image"}},
     "arms": {
         "base": {"seeds": [0]},
-        "sft": {"label": HOSTILE, "pairs": "other_image", "flags": {"dpo_alpha": 0, "gamma": 1}},
-        "dpo": {"label": "DPO", "pairs": "other_image", "flags": {"dpo_alpha": 1}},
+        "sft": {"label": HOSTILE, "pairs": "other_image", "confirm": True, "flags": {"dpo_alpha": 0, "gamma": 1}},
+        "dpo": {"label": "DPO", "pairs": "other_image", "confirm": True, "flags": {"dpo_alpha": 1}},
         "dpo_tau": {"label": "DPO, τ", "group": "threshold", "like": "dpo"},
         "sft_same": {"label": "SFT again", "group": "sanity", "like": "sft", "same_as": "sft", "seeds": [0]},
     },
@@ -38,6 +39,7 @@ RIGHT = {  # of the eight questions
     "test/base/seed_0": "1100 10 11", "test/sft/seed_0": "1111 10 11", "test/sft/seed_1": "1110 10 11",
     "test/dpo/seed_0": "1111 11 10", "test/dpo_tau/seed_0": "0000 00 00",
     "validate/sft/0.001": "1111 11 11", "validate/sft/0.002": "1111 11 00",  # single images do not count: equal
+    "confirm/sft/seed_7": "1111 00 11", "confirm/sft/seed_8": "1111 11 11", "confirm/dpo/seed_7": "1100 00 11",
     "validate/dpo/0.001": "1000 00 11", "validate/dpo/0.002": "1100 00 11",
 }  # fmt: skip
 
@@ -46,8 +48,9 @@ RIGHT = {  # of the eight questions
 def finished(tmp_path_factory):
     """Config and folder of a study whose units were written by hand, dpo's second seed not finished."""
     output = tmp_path_factory.mktemp("study")
-    (output / "data").mkdir()
-    (output / "data/test.json").write_text(json.dumps(QUESTIONS))
+    for folder in ("data", "fresh"):
+        (output / folder).mkdir()
+        (output / folder / "test.json").write_text(json.dumps(QUESTIONS))
     for name, right in RIGHT.items():
         write_answers(output / name, right.replace(" ", ""), output / "data/test.json")
     for name, margin in (("sft/0.001/seed_0", None), ("sft/0.001/seed_1", None), ("sft_same/0.001/seed_0", None),
@@ -124,6 +127,15 @@ def test_comparisons_are_paired_and_relative_to_the_base(results):
     assert found["sft", "dpo"]["mean"]["over_seeds"]["mean"] == pytest.approx(0.25)
     assert found["sft", "dpo"]["single"]["over_seeds"]["mean"] == pytest.approx(-0.5)
     assert found["dpo", "dpo_tau"]["mean"]["relative"]["mean"] == -1
+
+
+def test_fresh_seeds_are_compared_apart_and_shown(results, finished):
+    (found,) = results["confirmed"]  # the base was not asked, dpo's second seed is not there
+    assert (found["first"], found["second"], found["seeds"]) == (["sft", "plain"], ["dpo", "plain"], [7])
+    assert found["mean"]["over_seeds"]["mean"] == pytest.approx(0.25 - 0.5)  # (2/4 + 0/2) / 2 - (4/4 + 0/2) / 2
+    row = f"| DPO - {HOSTILE} | 1 | -25.0 | ["
+    assert row in (finished / "results.md").read_text().split("with fresh seeds")[1].split("##")[0]
+    assert "nothing had been chosen (8 questions)" in publish.block(results)
 
 
 def test_adapters_that_must_be_equal_are_compared(results):

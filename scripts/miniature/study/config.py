@@ -11,6 +11,7 @@ from typing import Any
 from train.llava_hound_dpo.arguments import DataArguments, LossArguments, ModelArguments, TrainArguments
 
 SIZES = ("seed", "num_pairs", "num_instructions", "num_single", "num_validation", "num_test")
+FRESH = ("seeds", "data_seed", "num_test")
 SOURCES = ("other_image", "random", "own_mistakes", "selected", "steered")  # of a pair set
 MAKE_DATA = "scripts.miniature.make_data"
 TITLE = "Study: attention-aware training and steering on the miniature world"
@@ -39,6 +40,7 @@ class Arm:
     seeds: tuple[int, ...] = ()
     against: tuple[str, ...] = AGAINST
     adaptviz: bool = False  # also answered with AdaptViz
+    confirm: bool = False  # also with the seeds and questions of `confirm`, on which nothing was chosen
     same_as: str | None = None  # only trained: its adapter must have the bytes of this arm's
     optional: bool = False  # left out, with a line that says so, where run_dpo lacks one of its flags
 
@@ -55,6 +57,7 @@ class Config:
     training: Mapping[str, Any]  # flags of run_dpo that all arms share
     answering: Mapping[str, Any]  # flags of run_inference, run_adaptive and tune
     tune: Mapping[str, Any] | None  # further flags of tune; None: AdaptViz with its defaults only
+    confirm: Mapping[str, Any] | None  # FRESH: seeds of training, seed and number of the questions
     selection: Mapping[str, Any]  # flags of data_gen.gen_chosen_rejected where a model answers
     learning_rates: tuple[float, ...]
     seeds: tuple[int, ...]
@@ -111,13 +114,16 @@ def _deep(old: Any, new: Any) -> Any:
 def parse_config(raw: Mapping[str, Any]) -> Config:
     """The study of a JSON object. Raises KeyError for a missing entry, ValueError for a wrong one."""
     _refuse_unknown(raw["data"], SIZES, "data")
+    confirm = raw.get("confirm")
+    if confirm is not None:
+        _check_fresh(confirm, raw)
     pair_sets = {name: _pair_set(name, own) for name, own in raw["pair_sets"].items()}
     arms = _arms(raw, pair_sets)
     left_out = _without_flags(arms)
     config = Config(
         base=raw["base"], make_data=raw.get("make_data", MAKE_DATA), data=raw["data"], steps=raw["steps"],
         batch=raw["batch"], training=raw["training"],
-        answering=raw["answering"], tune=raw.get("tune"), selection=raw["selection"],
+        answering=raw["answering"], tune=raw.get("tune"), confirm=confirm, selection=raw["selection"],
         learning_rates=tuple(raw["learning_rates"]), seeds=tuple(raw["seeds"]), pair_sets=pair_sets,
         arms={name: arm for name, arm in arms.items() if name not in left_out}, heads=raw["heads"],
         seconds=raw["seconds"], left_out=left_out, raw=raw,
@@ -128,6 +134,16 @@ def parse_config(raw: Mapping[str, Any]) -> Config:
         raise ValueError("`steps` and `batch` must be 1 or more")
     _refuse_unknown(config.training, known_flags(), "training")
     return config
+
+
+def _check_fresh(confirm: Mapping[str, Any], raw: Mapping[str, Any]) -> None:
+    """Raises KeyError for a missing entry, ValueError for seeds that the study itself uses."""
+    _refuse_unknown(confirm, FRESH, "confirm")
+    own = {"seeds": {*raw["seeds"], *raw["ablation_seeds"]}, "data_seed": {raw["data"]["seed"]}}
+    for name, used in own.items():
+        values = confirm[name] if name == "seeds" else [confirm[name]]
+        if used & set(values):
+            raise ValueError(f"confirm: {name} {confirm[name]} are none that the study did not see ({sorted(used)})")
 
 
 def known_flags() -> set[str]:
@@ -155,6 +171,8 @@ def _arms(raw: Mapping[str, Any], pair_sets: Mapping[str, PairSet]) -> dict[str,
                 raise ValueError(f"{where}: {other!r} is no arm before it; there are {', '.join(arms) or 'none'}")
         before = [other for other in AGAINST if other in arms]
         arms[name] = _arm(name, own, arms[like] if like else None, before, raw)
+        if arms[name].confirm and raw.get("confirm") is None:
+            raise ValueError(f"{where}: there is no entry `confirm` with {', '.join(FRESH)}")
         if arms[name].pairs not in pair_sets and name != "base":
             raise ValueError(f"{where}: pairs {arms[name].pairs!r} is none of {', '.join(pair_sets)}")
     if "base" not in arms or arms["base"].pairs is not None:

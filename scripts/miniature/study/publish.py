@@ -21,6 +21,7 @@ from scripts.miniature.study.tables import (
     Table,
     as_markdown,
     comparison_table,
+    confirmed_table,
     find,
     markdown,
     number,
@@ -67,18 +68,27 @@ def block(results: Mapping[str, Any], drawn: Collection[str] = FIGURES) -> str:
     """What was run, a row for every arm of all seeds, what was varied (folded), and of the plots `drawn` two."""
     found = [summary(results), as_markdown(arms_table(results))]
     groups = {arm["group"] for arm in results["arms"].values()} - set(MAIN_GROUPS)
-    others = [own for own in results["comparisons"] if own["first"][0] != "base"]
-    varied = comparison_table({**results, "comparisons": others}, sorted(groups))
-    rows = [[row[i] for i in COMPARED] for row in varied.rows]
-    if rows:
-        text = as_markdown(Table("", "", [varied.head[i] for i in COMPARED], rows))
-        found.append(f"<details><summary>What was varied ({len(rows)} comparisons)</summary>\n\n{text}\n\n</details>")
+    others = {key: [own for own in results[key] if own["first"][0] != "base"] for key in ("comparisons", "confirmed")}
+    fresh = confirmed_table({**results, **others})
+    if fresh.rows:
+        found.append(f"{fresh.title} on which nothing had been chosen "
+                     f"({results['config']['confirm']['num_test']} questions):\n\n{narrowed(fresh)}")  # fmt: skip
+    varied = comparison_table({**results, **others}, sorted(groups))
+    if varied.rows:
+        title = f"What was varied ({len(varied.rows)} comparisons)"
+        found.append(f"<details><summary>{title}</summary>\n\n{narrowed(varied)}\n\n</details>")
     same = sanity_table(results)
     if same.rows:
         found.append("Knobs that must do nothing (λ = 0) gave the same adapter, byte for byte: "
                      + ", ".join(f"{row[0]}: {row[3]}" for row in same.rows) + ".")  # fmt: skip
     found += [f"![{TITLES[name]}]({FOLDER / f'{name}.png'})" for name in FIGURES if name in drawn]
     return "\n\n".join([*found, f"All tables: [results.md]({FOLDER / 'results.md'})."])
+
+
+def narrowed(table: Table) -> str:
+    """Comparisons in Markdown, with the columns that a README has room for."""
+    rows = [[row[i] for i in COMPARED] for row in table.rows]
+    return as_markdown(Table("", "", [table.head[i] for i in COMPARED], rows))
 
 
 def arms_table(results: Mapping[str, Any]) -> Table:

@@ -13,7 +13,17 @@ from inference.llava_hound_dpo.evaluate import judged
 from scripts.miniature.study.config import Arm, Config
 from scripts.miniature.study.running import FINISHED, is_finished
 from scripts.miniature.study.statistics import compare, seed_interval
-from scripts.miniature.study.units import ADAPTVIZ, PLAIN, TUNED, Unit, test_name, train_name, tune_name
+from scripts.miniature.study.units import (
+    ADAPTVIZ,
+    PLAIN,
+    TUNED,
+    Unit,
+    confirm_name,
+    confirm_seeds,
+    test_name,
+    train_name,
+    tune_name,
+)
 
 NOT_AVERAGED = ("single", "multi")  # formats outside the mean of the multi-image formats
 CURVES = ("rewards/margins", "attention/ratio", "losses/sft")  # of the training log, for the plots
@@ -66,9 +76,10 @@ def collect(config: Config, output: Path, units: Sequence[Unit]) -> dict[str, An
     arms = {name: found for name, found in arms.items() if found["ways"]}
     if not arms:
         raise ValueError(f"{output}: no test answers are finished yet, so there is nothing to report")
-    answered = {
-        (name, way): answers(output, name, way, own["seeds"]) for name, own in arms.items() for way in own["ways"]
-    }
+    answered = {}
+    for name, own in arms.items():
+        folders = {seed: test_name(config.arms[name], seed) for seed in own["seeds"]}
+        answered |= {(name, way): answers(output, folders, way, "data/test.json") for way in own["ways"]}
     return {
         "config": config.raw,
         "finished": {"units": len(units), "finished": sum(is_finished(output, unit.name) for unit in units)},
@@ -76,6 +87,7 @@ def collect(config: Config, output: Path, units: Sequence[Unit]) -> dict[str, An
         "arms": arms,
         "validation": validation_scores(config, output),
         "comparisons": comparisons(config, answered),
+        "confirmed": comparisons(config, confirmed(config, output, arms)),
         "sanity": sanity(config, output, rates),
         "left_out": dict(config.left_out),
     }
@@ -158,12 +170,22 @@ def curves(logs: Sequence[Sequence[Mapping[str, float]]]) -> dict[str, list[list
     return {name: points for name, points in found.items() if points}
 
 
-def answers(output: Path, arm: str, way: str, seeds: Sequence[int]) -> Answered:
-    """The scores of every question, judged as evaluate judges them."""
-    files = [output / f"test/{arm}/seed_{seed}/{way}.jsonl" for seed in seeds]
-    rows = judged(files, output / "data/test.json", "auto")
+def answers(output: Path, folders: Mapping[int, str], way: str, questions: str) -> Answered:
+    """The scores of every question, judged as evaluate judges them; `folders` by seed."""
+    rows = judged([output / name / f"{way}.jsonl" for name in folders.values()], output / questions, "auto")
     scores = np.array([[row.result.score for row in own] for own in rows])
-    return Answered(tuple(seeds), scores, np.array([row.asked.image_type for row in rows[0]]))
+    return Answered(tuple(folders), scores, np.array([row.asked.image_type for row in rows[0]]))
+
+
+def confirmed(config: Config, output: Path, names: Iterable[str]) -> dict[tuple[str, str], Answered]:
+    """What is there of these arms' answers to the fresh questions, trained with the fresh seeds."""
+    found = {}
+    for arm in (config.arms[name] for name in names):
+        folders = {seed: confirm_name(arm, seed) for seed in confirm_seeds(config, arm)}
+        folders = {seed: name for seed, name in folders.items() if is_finished(output, name)}
+        if folders:
+            found[arm.name, PLAIN] = answers(output, folders, PLAIN, "fresh/test.json")
+    return found
 
 
 def comparisons(config: Config, answered: Mapping[tuple[str, str], Answered]) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ OUTPUT = "{output}"
 OWN = "{own}"  # the unit's own folder
 IMAGES = "{output}/data/images"
 TEST, VALIDATION = "{output}/data/test.json", "{output}/data/validation_questions.json"
+FRESH = "{output}/fresh/test.json"
 HEADS = "{output}/heads/heads.json"
 KINDS = ("data", "sources", "pairs", "heads", "train", "validate", "tune", "test")
 PLAIN, ADAPTVIZ, TUNED = "plain", "adaptviz", "adaptviz_tuned"  # how a test set was answered
@@ -84,6 +85,10 @@ def _with_rate(config: Config, arm: Arm, rate: float | None) -> Iterable[Unit]:
             yield train(config, arm, rate, seed)
         if not arm.same_as:
             yield test(config, arm, rate, seed)
+    for seed in confirm_seeds(config, arm):
+        if arm.pairs:
+            yield train(config, arm, rate, seed)
+        yield from (fresh(config), confirm(config, arm, rate, seed))
 
 
 def uses_heads(arm: Arm) -> bool:
@@ -220,6 +225,33 @@ def test(config: Config, arm: Arm, rate: float | None, seed: int) -> Unit:
         needs = (*needs, tune_name(arm))
     scores = _evaluate([f"{OWN}/{name}.jsonl" for name in found], TEST)
     return Unit(test_name(arm, seed), "test", (*found.values(), scores), needs)
+
+
+def confirm_seeds(config: Config, arm: Arm) -> tuple[int, ...]:
+    """The fresh seeds of an arm that is to be confirmed; the base's own, which is not trained."""
+    if not arm.confirm:
+        return ()
+    return tuple(config.confirm["seeds"]) if arm.pairs else arm.seeds
+
+
+def fresh(config: Config) -> Unit:
+    """Test questions on which nothing was chosen."""
+    flags = {"output": OWN, "num_train": 0, "num_validation": 0, "num_test": config.confirm["num_test"]}
+    return Unit("fresh", "data", (command(config.make_data, **flags, seed=config.confirm["data_seed"]),))
+
+
+def confirm_name(arm: Arm, seed: int) -> str:
+    """Folder of the answers to the fresh questions of an arm and seed."""
+    return f"confirm/{arm.name}/seed_{seed}"
+
+
+def confirm(config: Config, arm: Arm, rate: float | None, seed: int) -> Unit:
+    """Plain answers to the fresh questions and their scores."""
+    model, needs = model_of(config, arm, rate, seed)
+    answers = f"{OWN}/{PLAIN}.jsonl"
+    flags = {"model_name_or_path": model, "data_path": FRESH, **READ, "image_folder": "{output}/fresh/images"}
+    words = command("inference.llava_hound_dpo.run_inference", **flags, **config.answering, output=answers)
+    return Unit(confirm_name(arm, seed), "test", (words, _evaluate([answers], FRESH)), (*needs, "fresh"))
 
 
 def _evaluate(answers: Sequence[str], questions: str) -> tuple[str, ...]:
