@@ -135,8 +135,8 @@ def test_what_is_confirmed_differs_from_what_was_tested_in_seeds_and_questions_o
 @pytest.mark.parametrize(
     ("confirm", "message"),
     [
-        ({"seeds": [4, 5], "data_seed": 1, "num_test": 8}, "none that the study did not see"),
-        ({"seeds": [5], "data_seed": 0, "num_test": 8}, "none that the study did not see"),
+        ({"seeds": [4, 5], "data_seed": 1, "num_test": 8}, r"the study itself uses \[0"),
+        ({"seeds": [5], "data_seed": 0, "num_test": 8}, r"the study itself uses \[0"),
         ({"seeds": [5], "num_test": 8}, "data_seed"),
         (None, "there is no entry `confirm`"),
     ],

@@ -143,7 +143,7 @@ def _check_fresh(confirm: Mapping[str, Any], raw: Mapping[str, Any]) -> None:
     for name, used in own.items():
         values = confirm[name] if name == "seeds" else [confirm[name]]
         if used & set(values):
-            raise ValueError(f"confirm: {name} {confirm[name]} are none that the study did not see ({sorted(used)})")
+            raise ValueError(f"confirm: {name} {confirm[name]}: the study itself uses {sorted(used)}, choose others")
 
 
 def known_flags() -> set[str]:
