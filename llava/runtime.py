@@ -45,13 +45,13 @@ def is_main_process() -> bool:
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Turn bad input (ValueError, FileNotFoundError) into one line and exit code 2.
+    """Turn bad input (ValueError, a file that is not there, no file or not ours to read) into one line and exit code 2.
 
     For reading configuration and data only: an error of ours should keep its traceback.
     """
     try:
         yield
-    except (ValueError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
+    except (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
         stop(str(error))
 
 
@@ -119,6 +119,11 @@ def git_commit(apart_from: Path | None = None) -> str:
     except (OSError, subprocess.SubprocessError):
         return "unknown"
     return commit + ("-dirty" if changes else "")
+
+
+def short_commit(commit: str) -> str:
+    """The first ten digits of what `git_commit` gave, for people to read; `-dirty` stays."""
+    return commit[:10] + ("-dirty" if commit.endswith("-dirty") else "")
 
 
 def write_run_json(path: Path, **content: Any) -> None:

@@ -15,7 +15,7 @@ import torch
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from llava.generation import PromptBatch, batch_prompts
-from llava.runtime import ArgumentParser, git_commit, versions
+from llava.runtime import ArgumentParser, git_commit, short_commit, versions
 from scripts.miniature.model import build_processor
 
 RESULTS = Path(__file__).parent / "RESULTS.md"
@@ -123,9 +123,7 @@ def record(title: str, command: str, lines: Sequence[str]) -> None:
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU {platform.machine()}"
     kept = ", ".join(f"{name} {found[name]}" for name in ("python", "torch", "transformers"))
     threads = f"{torch.get_num_threads()} threads of {os.cpu_count()} cores"
-    commit = git_commit(apart_from=RESULTS)
-    commit = commit[:10] + ("-dirty" if commit.endswith("-dirty") else "")
-    where = f"{date.today()}, {machine}, {threads}, commit {commit}, {kept}"
+    where = f"{date.today()}, {machine}, {threads}, commit {short_commit(git_commit(apart_from=RESULTS))}, {kept}"
     text = "\n".join([f"## {title}", "", f"`{command}`  ", where, "", *lines, ""])
     print(text)
     before = RESULTS.read_text(encoding="utf-8") if RESULTS.exists() else "# Results of the benchmarks\n"

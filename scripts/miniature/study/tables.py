@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from llava.runtime import short_commit
 from scripts.miniature.study.results import HOW
 from scripts.miniature.study.units import PLAIN
 
@@ -268,7 +269,7 @@ def summary(results: Mapping[str, Any]) -> str:
         f"{found['finished']} of {found['units']} units finished. {config['steps']} steps of {config['batch']} pairs "
         f"for every arm, {data['num_pairs']} pairs about several images, {data['num_test']} test questions, "
         f"seeds {', '.join(map(str, config['seeds']))} (LoRA start and order of the pairs). "
-        f"Code: {', '.join(results['git_commits'])}."
+        f"Code: {', '.join(map(short_commit, results['git_commits']))}."
     )
 
 

@@ -1,0 +1,105 @@
+"""What every entry point needs around its work: the commit of the code, whole files, errors in one line."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from llava import runtime
+
+DIRTY = "-dirty"
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A repository with one commit, which `llava/runtime.py` takes for its own; returns its folder."""
+    monkeypatch.setattr(runtime, "__file__", str(tmp_path / "llava/runtime.py"))
+    (tmp_path / "code.py").write_text("1")
+    (tmp_path / "RESULTS.md").write_text("1")
+    identity = ["-c", "user.name=x", "-c", "user.email=x"]
+    for words in (["init", "-q"], ["add", "."], [*identity, "commit", "-qm", "first"]):
+        subprocess.run(["git", *words], cwd=tmp_path, check=True)
+    return tmp_path
+
+
+def test_a_changed_file_makes_the_commit_dirty_unless_it_is_the_one_to_leave_out(checkout):
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=checkout, capture_output=True, text=True).stdout.strip()
+    (checkout / "new.txt").write_text("not tracked: no change of the code")
+    assert runtime.git_commit() == head
+    (checkout / "RESULTS.md").write_text("2")
+    assert runtime.git_commit() == head + DIRTY
+    assert runtime.git_commit(apart_from=checkout / "RESULTS.md") == head
+    (checkout / "code.py").write_text("2")
+    assert runtime.git_commit(apart_from=checkout / "RESULTS.md") == head + DIRTY
+    assert runtime.short_commit(head + DIRTY) == head[:10] + DIRTY and runtime.short_commit(head) == head[:10]
+
+
+def test_outside_a_checkout_the_commit_is_unknown(tmp_path, monkeypatch):
+    monkeypatch.setattr(runtime, "__file__", str(tmp_path / "llava/runtime.py"))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert runtime.git_commit() == "unknown" == runtime.short_commit("unknown")
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "folder/scores.json"
+    runtime.write_text(path, "old")
+
+    def half(self, content):
+        with self.open("wb") as file:
+            file.write(content[:1])
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", half)
+        with pytest.raises(OSError, match="No space"):
+            runtime.write_text(path, "new")
+    assert path.read_text() == "old"
+    runtime.write_text(path, "new")
+    assert path.read_text() == "new"
+
+
+BAD_INPUT = [ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError]
+
+
+@pytest.mark.parametrize("error", BAD_INPUT)
+def test_bad_input_is_one_line_and_exit_code_2(capsys, error):
+    with pytest.raises(SystemExit) as ended, runtime.user_errors():
+        raise error("train.json: wrong")
+    assert ended.value.code == 2 and capsys.readouterr().err == "error: train.json: wrong\n"
+
+
+def test_an_error_of_ours_keeps_its_traceback():
+    with pytest.raises(KeyError), runtime.user_errors():
+        raise KeyError("a bug")
+
+
+def test_only_the_first_process_says_what_all_of_them_find(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit):
+        runtime.stop("found by all")
+    with pytest.raises(SystemExit):
+        runtime.stop("found here", from_any_process=True)
+    assert capsys.readouterr().err == "error: found here\n"
+
+
+@pytest.mark.parametrize(
+    ("report_to", "variables", "netrc", "is_offline"),
+    [
+        (["wandb"], {}, None, True),
+        (["wandb"], {}, "machine api.wandb.ai", False),
+        (["wandb"], {"WANDB_API_KEY": "x"}, None, False),
+        (["wandb"], {"WANDB_MODE": "online"}, None, False),
+        (["none"], {}, None, False),
+        (None, {}, None, False),
+    ],
+)
+def test_wandb_never_asks_for_a_login(tmp_path, monkeypatch, report_to, variables, netrc, is_offline):
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.setenv(name, "")
+        if name in variables:
+            monkeypatch.setenv(name, variables[name])
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    if netrc:
+        (tmp_path / "netrc").write_text(netrc)
+    runtime.offline_wandb(report_to)
+    assert (runtime.os.environ["WANDB_MODE"] == "offline") == is_offline
