@@ -167,6 +167,17 @@ def test_report_only_runs_nothing_and_says_what_is_missing(finished, tmp_path, c
     assert "no test answers are finished yet" in capsys.readouterr().err
 
 
+def test_units_of_other_code_are_named(finished, caplog, monkeypatch):
+    found = Study(parse_config(TINY), finished, "base")
+    monkeypatch.setattr("scripts.miniature.study.__main__.git_commit", lambda: "abc")
+    with caplog.at_level("WARNING"):
+        found.check()
+        assert not caplog.records
+        monkeypatch.setattr("scripts.miniature.study.__main__.git_commit", lambda: "def")
+        found.check()
+    assert "finished units are of other code (abc). Arms of several commits are paired" in caplog.text
+
+
 def test_metrics_without_attention_are_absent_and_not_zero(finished):
     scores = json.loads((finished / "test/base/seed_0/scores.json").read_text())["answers"]["plain"]
     for group in (scores["overall"], *scores["by_format"].values()):

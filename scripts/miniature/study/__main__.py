@@ -14,11 +14,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llava.checkpoints import weight_digest
-from llava.runtime import ArgumentParser, setup_logging, stop, user_errors
+from llava.runtime import ArgumentParser, git_commit, setup_logging, short_commit, stop, user_errors
 from scripts.miniature.study.config import Config, read_config
 from scripts.miniature.study.report import write_report
-from scripts.miniature.study.results import choose_rates, collect
+from scripts.miniature.study.results import choose_rates, collect, commits
 from scripts.miniature.study.running import ROOT, Runner, UnitFailed, budget, lock, refuse_others
+from scripts.miniature.study.tables import SEVERAL
 from scripts.miniature.study.units import Unit, all_units, plan
 
 logger = logging.getLogger("scripts.miniature.study")
@@ -97,6 +98,9 @@ class Study:
         refuse_others(self.output, self.known())
         for name, reason in self.config.left_out.items():
             logger.info("left out: %s (%s)", name, reason)
+        others = [commit for commit in commits(self.output, self.everything()) if commit != git_commit()]
+        if others:
+            logger.warning("finished units are of other code (%s). %s", ", ".join(map(short_commit, others)), SEVERAL)
         logger.info("%s", budget(self.output, self.everything(), self.config.seconds))
 
     def run(self, jobs: int) -> None:

@@ -16,6 +16,10 @@ LOOKED = {
     "looked_wrong_answered_wrong": "looked wrong, answered wrong",
 }
 ABSENT = "-"
+SEVERAL = (
+    "Arms of several commits are paired by seed only where these train the same weights: with another order of the "
+    "pairs the same seed is another draw."
+)
 
 
 @dataclass(frozen=True)
@@ -263,14 +267,15 @@ def as_markdown(table: Table) -> str:
 
 def summary(results: Mapping[str, Any]) -> str:
     """How much of the study is there, and of what it is made."""
-    config, found = results["config"], results["finished"]
+    config, found, commits = results["config"], results["finished"], results["git_commits"]
     data = config["data"]
-    return (
+    text = (
         f"{found['finished']} of {found['units']} units finished. {config['steps']} steps of {config['batch']} pairs "
         f"for every arm, {data['num_pairs']} pairs about several images, {data['num_test']} test questions, "
         f"seeds {', '.join(map(str, config['seeds']))} (LoRA start and order of the pairs). "
-        f"Code: {', '.join(map(short_commit, results['git_commits']))}."
+        f"Code: {', '.join(map(short_commit, commits))}."
     )
+    return text if len(commits) == 1 else f"{text} {SEVERAL}"
 
 
 def _line(cells: Sequence[str]) -> str:
