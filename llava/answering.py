@@ -216,8 +216,11 @@ def run(args: argparse.Namespace, job: Job, identity: dict[str, Any], output: Pa
         torch.distributed.barrier()
     if is_main_process():
         with _writing(answers):
-            answers.finish([question.id for question in job.questions])
+            cut_off = answers.finish([question.id for question in job.questions])
         logger.info("%d answers in %s", len(job.questions), output)
+        if cut_off:
+            limit = args.max_new_tokens
+            logger.warning("%d of them did not end and were cut off at --max_new_tokens %d", cut_off, limit)
 
 
 @contextmanager
@@ -325,6 +328,7 @@ def record(number: int, job: Job, given: Generated) -> dict[str, Any]:
         "confidence": given.confidence,
         "scale": given.factor,
         "num_tokens": len(given.tokens),
+        "is_complete": given.is_complete,
         "prompt": question.prompt,
         "answer": question.answer,
         "image_type": question.image_type,

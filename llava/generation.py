@@ -22,6 +22,7 @@ class Generated:
 
     text: str
     tokens: list[int]  # with the end token
+    is_complete: bool  # it ended by itself, before the limit of new tokens
     confidence: float  # largest probability of the first answer token, at temperature 1, before any scaling
     factor: float  # of the attention on the scaled tokens; 1.0: plain
     masses: Tensor  # (L, R) attention mass on each region, mean over answer tokens and heads, per probed layer
@@ -133,7 +134,10 @@ def generate(
         if each_head:
             by_head = _mean_masses([torch.stack([mass[:, :, 0] for mass in step]) for step in steps], rows, lengths)
     return [
-        Generated(text.strip(), own[:length], confidence, factor, mass[:, :count], heads, each[..., :count])
+        Generated(
+            text.strip(), own[:length], own[length - 1] == tokenizer.eos_token_id, confidence, factor,
+            mass[:, :count], heads, each[..., :count],
+        )
         for text, own, length, confidence, factor, mass, each, count in zip(
             tokenizer.batch_decode(tokens, skip_special_tokens=True), tokens.tolist(), lengths.tolist(),
             first.confidence.tolist(), first.factor.tolist(), masses, by_head, batch.num_regions, strict=True,

@@ -48,7 +48,7 @@ QUESTIONS = [
 ANSWERS = [
     answered(QUESTIONS[0], "Red.", attention_by_image=[0.8, 0.2]),  # right, looked right
     answered(QUESTIONS[1], "blue", attention_by_image=[0.7, 0.3]),  # wrong, true of Image1, looked wrong
-    answered(QUESTIONS[2], "pink", attention_ratio=0.9),  # wrong, true of none, looked right by ratio
+    answered(QUESTIONS[2], "pink", attention_ratio=0.9, is_complete=False),  # wrong, looked right by ratio, cut off
     answered(QUESTIONS[3], ""),  # unparsed; an even share is not looked right
     answered(QUESTIONS[4], "a red", attention_by_image=[0.2, 0.4, 0.4]),  # right, looked wrong
 ]  # q6 is missing
@@ -59,7 +59,8 @@ def test_scores_by_hand(write):
     base = scores["answers"]["base"]
     overall = base["overall"]
     assert (overall["questions"], overall["accuracy"]) == (6, pytest.approx(2 / 6))
-    assert [overall[name] for name in ("right", "wrong", "unparsed", "missing")] == [2, 2, 1, 1]
+    assert [overall[name] for name in ("right", "wrong", "unparsed", "missing", "cut_off")] == [2, 2, 1, 1, 1]
+    assert "| cut off | 1 |" in markdown(scores)
     assert overall["low"] < overall["accuracy"] < overall["high"]
     assert overall["attention_ratio"] == pytest.approx((4 * 0.5 + 0.9) / 5)
     assert list(base["by_format"]) == ["sequence"] and base["by_format"]["sequence"] == overall

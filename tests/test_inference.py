@@ -126,6 +126,17 @@ def test_sampling_repeats_with_its_seed_and_differs_without(answer):
     assert [a["text"] for a in first] != [a["text"] for a in other]
 
 
+def test_answers_that_the_limit_cut_off_are_marked_counted_and_said(answer, tmp_path, capsys):
+    assert all(a["is_complete"] for a in answer("whole.jsonl")) and "cut off" not in capsys.readouterr().out
+    flags = ("--temperature", 2.0, "--top_p", 0.95)  # answers of different length, their first tokens the same
+    longer, limited = answer("longer.jsonl", *flags), answer("limited.jsonl", *flags, "--max_new_tokens", 2)
+    assert [a["is_complete"] for a in limited] == [a["num_tokens"] <= 2 for a in longer]
+    count = sum(not a["is_complete"] for a in limited)
+    assert 0 < count < 60
+    assert f"{count} of them did not end and were cut off at --max_new_tokens 2" in capsys.readouterr().out
+    assert json.loads((tmp_path / "limited.run.json").read_text())["counts"] == {"answers": 60, "cut_off": count}
+
+
 def test_unknown_fields_of_the_test_set_are_passed_on(answer, world, tmp_path):
     records = json.loads((world / "small.json").read_text())[:3]
     for record in records:

@@ -176,7 +176,7 @@ def test_numbers_are_those_of_the_scores(world):
     tables = Page(report(scores, rows)).tables
     for (name, file), line in zip(scores["answers"].items(), tables["result"][1:], strict=True):
         overall = file["overall"]
-        counts = [str(overall[verdict]) for verdict in ("right", "wrong", "unparsed", "missing")]
+        counts = [str(overall[verdict]) for verdict in ("right", "wrong", "unparsed", "missing", "cut_off")]
         assert name in line[0] and line[1:] == [interval(overall), *counts, f"{overall['attention_ratio']:.3f}"]
         confusion = next(row for row in tables["confusion"] if row[0].endswith(name))
         found = file["confusion"]

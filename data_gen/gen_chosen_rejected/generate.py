@@ -75,8 +75,7 @@ def _records_of(args: argparse.Namespace, job: Job) -> RecordsOf:
         )  # fmt: skip
         perplexities = certainty.perplexities([len(given.tokens) for given in found])
         return [
-            record(number, job, given)
-            | {"perplexity": perplexity, "is_complete": given.tokens[-1] == tokenizer.eos_token_id}
+            record(number, job, given) | {"perplexity": perplexity}
             for number, given, perplexity in zip(numbers, found, perplexities, strict=True)
         ]
 

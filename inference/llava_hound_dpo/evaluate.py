@@ -249,8 +249,8 @@ def _groups(files: dict[str, dict]) -> list[tuple[str, list[dict]]]:
 def _counts_table(files: dict[str, dict]) -> str:
     lines = _header(["", *files])
     overall = [file["overall"] for file in files.values()]
-    for name in ("right", "wrong", "unparsed", "missing"):
-        lines.append(_line([name, *(str(group[name]) for group in overall)]))
+    for name in ("right", "wrong", "unparsed", "missing", "cut_off"):
+        lines.append(_line([name.replace("_", " "), *(str(group[name]) for group in overall)]))
     lines.append(_line(["attention ratio", *(_number(group["attention_ratio"]) for group in overall)]))
     confusions = [file["confusion"] or {} for file in files.values()]
     for name, label in (("of_wrong", "wrong answers true of another image"), ("chance", "the same by chance")):

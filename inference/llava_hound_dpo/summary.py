@@ -118,6 +118,7 @@ def group(rows: Sequence[Row]) -> dict[str, Any]:
         "low": low,
         "high": high,
         **{verdict: verdicts[verdict] for verdict in (RIGHT, WRONG, UNPARSED, MISSING)},
+        "cut_off": sum(row.given is not None and row.given.extra.get("is_complete") is False for row in rows),
         "attention_ratio": float(np.mean(ratios)) if ratios else None,
     }
 
