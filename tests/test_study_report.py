@@ -35,8 +35,9 @@ TINY = {
         "sft_same": {"label": "SFT again", "group": "sanity", "like": "sft", "same_as": "sft", "seeds": [0]},
     },
 }  # fmt: skip
+TEXTS = {"1": "red", "0": "blue", "e": "Red red red"}  # right, wrong, right but without an end
 RIGHT = {  # of the eight questions
-    "test/base/seed_0": "1100 10 11", "test/sft/seed_0": "1111 10 11", "test/sft/seed_1": "1110 10 11",
+    "test/base/seed_0": "1100 10 11", "test/sft/seed_0": "1111 1e 11", "test/sft/seed_1": "1110 10 11",
     "test/dpo/seed_0": "1111 11 10", "test/dpo_tau/seed_0": "0000 00 00",
     "validate/sft/0.001": "1111 11 11", "validate/sft/0.002": "1111 11 00",  # single images do not count: equal
     "confirm/sft/seed_7": "1111 00 11", "confirm/sft/seed_8": "1111 11 11", "confirm/dpo/seed_7": "1100 00 11",
@@ -63,7 +64,7 @@ def finished(tmp_path_factory):
 def write_answers(folder, right, questions):
     folder.mkdir(parents=True)
     rows = [
-        {"question_id": q["id"], "text": "red" if ok == "1" else "blue", "attention_ratio": 0.6,
+        {"question_id": q["id"], "text": TEXTS[ok], "attention_ratio": 0.6,
          "num_images": 1 if q["image_type"] == "single" else 2,
          "attention_by_image": [1.0] if q["image_type"] == "single" else [0.4, 0.6],
          **{name: q[name] for name in ("answer", "image_type", "others", "target") if name in q}}
@@ -107,7 +108,8 @@ def test_numbers_of_an_arm_are_those_made_by_hand(results):
     assert sft["format/single"]["mean"] == 1 and sft["position/collage, Image2"]["mean"] == 0.5
     assert sft["images/2"]["values"] == pytest.approx([5 / 6, 4 / 6])
     assert sft["looked_right_answered_right"]["values"] == pytest.approx([5 / 6, 4 / 6])
-    assert sft["confusion"]["mean"] == 1 and sft["ratio"]["mean"] == pytest.approx(0.6)
+    assert sft["confusion"]["values"] == [0, 1] and sft["ratio"]["mean"] == pytest.approx(0.6)
+    assert sft["begins"]["values"] == [1.0, 0.625]  # one of the first seed's wrong answers only has no end
     assert "rewards/margins" not in results["arms"]["sft"]["training"]
     assert results["arms"]["dpo"]["training"]["rewards/margins"]["mean"] == 1.0  # of the last logged step
 
@@ -125,6 +127,7 @@ def test_comparisons_are_paired_and_relative_to_the_base(results):
     assert base["relative"]["mean"] == pytest.approx(0.375)
     assert found["sft", "dpo"]["seeds"] == [0]
     assert found["sft", "dpo"]["mean"]["over_seeds"]["mean"] == pytest.approx(0.25)
+    assert found["sft", "dpo"]["mean"]["begins"]["mean"] == 0
     assert found["sft", "dpo"]["single"]["over_seeds"]["mean"] == pytest.approx(-0.5)
     assert found["dpo", "dpo_tau"]["mean"]["relative"]["mean"] == -1
 

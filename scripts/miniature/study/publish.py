@@ -35,7 +35,7 @@ FOLDER = Path("scripts/miniature/results")
 README = Path("README.md")
 START, END = "<!-- study: written by scripts.miniature.study.publish -->", "<!-- end of study -->"
 FIGURES = ("accuracy", "ratio")
-COMPARED = (0, 2, 3, 4)  # columns of the comparisons
+COMPARED = (0, 2, 3, 4, 6)  # columns of the comparisons
 
 
 def main() -> None:
@@ -105,10 +105,12 @@ def arms_table(results: Mapping[str, Any]) -> Table:
         rows.append([
             arm["label"], percent(numbers.get("mean")), percent(base["mean"]["relative"], "+.1f") if base else ABSENT,
             f"{percent(term['mean']['over_seeds'], '+.1f')}, p {term['mean']['p']:.2g}" if term else ABSENT,
+            percent(numbers["begins"], bare=True) + (f" ({percent(term['mean']['begins'], '+.1f')})" if term else ""),
             *steered, percent(numbers.get("format/single"), bare=True), number(numbers.get("ratio"), ".2f", bare=True),
         ])  # fmt: skip
     head = ("", "accuracy %", "over the base, relative %", "over the same arm without the term, points",
-            "with AdaptViz %", "AdaptViz tuned %", "single image %", "attention ratio")  # fmt: skip
+            "begins right % (over the same arm, points)", "with AdaptViz %", "AdaptViz tuned %", "single image %",
+            "attention ratio")  # fmt: skip
     return Table("", "", head, rows)
 
 

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from inference.llava_hound_dpo.evaluate import judged
+from inference.llava_hound_dpo.summary import Row
 from scripts.miniature.study.config import Arm, Config
 from scripts.miniature.study.running import FINISHED, is_finished
-from scripts.miniature.study.statistics import compare, seed_interval
+from scripts.miniature.study.statistics import compare, mean_of_groups, seed_interval
 from scripts.miniature.study.units import (
     ADAPTVIZ,
     PLAIN,
@@ -36,12 +37,17 @@ class Answered:
 
     seeds: tuple[int, ...]
     scores: np.ndarray  # (S, Q), 0 to 1
+    begins: np.ndarray  # (S, Q), 1 where the answer begins with the true one, however it goes on
     formats: np.ndarray  # (Q,)
 
     def part(self, is_single: bool) -> "Answered":
         """The questions about single images, or all others."""
         chosen = np.isin(self.formats, NOT_AVERAGED) == is_single
-        return Answered(self.seeds, self.scores[:, chosen], self.formats[chosen])
+        return Answered(self.seeds, self.scores[:, chosen], self.begins[:, chosen], self.formats[chosen])
+
+    def begins_by_seed(self) -> np.ndarray:
+        """(S,) mean over formats of the share that begins right."""
+        return mean_of_groups(self.begins, self.formats)
 
 
 def choose_rates(config: Config, output: Path) -> dict[str, float | None]:
@@ -79,7 +85,9 @@ def collect(config: Config, output: Path, units: Sequence[Unit]) -> dict[str, An
     answered = {}
     for name, own in arms.items():
         folders = {seed: test_name(config.arms[name], seed) for seed in own["seeds"]}
-        answered |= {(name, way): answers(output, folders, way, "data/test.json") for way in own["ways"]}
+        for way, numbers in own["ways"].items():
+            answered[name, way] = answers(output, folders, way, "data/test.json")
+            numbers |= intervals([{"begins": value} for value in answered[name, way].part(False).begins_by_seed()])
     return {
         "config": config.raw,
         "finished": {"units": len(units), "finished": sum(is_finished(output, unit.name) for unit in units)},
@@ -174,7 +182,13 @@ def answers(output: Path, folders: Mapping[int, str], way: str, questions: str) 
     """The scores of every question, judged as evaluate judges them; `folders` by seed."""
     rows = judged([output / name / f"{way}.jsonl" for name in folders.values()], output / questions, "auto")
     scores = np.array([[row.result.score for row in own] for own in rows])
-    return Answered(tuple(folders), scores, np.array([row.asked.image_type for row in rows[0]]))
+    begins = np.array([[begins_right(row) for row in own] for own in rows], dtype=float)
+    return Answered(tuple(folders), scores, begins, np.array([row.asked.image_type for row in rows[0]]))
+
+
+def begins_right(row: Row) -> bool:
+    """Whether the answer begins with the true one: a model that only forgot to end its answers still does."""
+    return row.given is not None and row.given.text.strip().casefold().startswith(row.asked.answer.casefold())
 
 
 def confirmed(config: Config, output: Path, names: Iterable[str]) -> dict[tuple[str, str], Answered]:
@@ -215,12 +229,13 @@ def _comparison(
         one, other = (_of_seeds(answered[key].part(is_single), seeds, key[0] == "base") for key in (first, second))
         if one.scores.size:
             parts[part] = dataclasses.asdict(compare(one.scores, other.scores, one.formats))
+            parts[part]["begins"] = dataclasses.asdict(seed_interval(other.begins_by_seed() - one.begins_by_seed()))
     return {"first": first, "second": second, "seeds": seeds, **parts}
 
 
 def _of_seeds(found: Answered, seeds: Sequence[int], is_base: bool) -> Answered:
     rows = [0 if is_base else found.seeds.index(seed) for seed in seeds]
-    return Answered(tuple(seeds), found.scores[rows], found.formats)
+    return Answered(tuple(seeds), found.scores[rows], found.begins[rows], found.formats)
 
 
 def sanity(config: Config, output: Path, rates: Mapping[str, float | None]) -> list[dict[str, Any]]:

@@ -83,13 +83,14 @@ def result_table(results: Mapping[str, Any]) -> Table:
     return Table("Result", RESULT_NOTE, RESULT_HEAD, rows)
 
 
-RESULT_HEAD = ("", "rate", "seeds", "mean of multi-image formats %", "relative to base %", "single image %",
-               "attention ratio", "confusions % (chance)", "reward margin")  # fmt: skip
+RESULT_HEAD = ("", "rate", "seeds", "mean of multi-image formats %", "relative to base %", "begins right %",
+               "single image %", "attention ratio", "confusions % (chance)", "reward margin")  # fmt: skip
 RESULT_NOTE = (
     "Mean over seeds [95 % interval]: Student's t over seeds, the data being the same; relative to base: seeds and "
-    "questions resampled. Confusions: share of the wrong answers that are true of another image, and the same share "
-    "when the wrong answers are dealt to one another's questions. Attention ratio: share of the image attention on the "
-    "target, multi-image test prompts. Reward margin: end of training."
+    "questions resampled. Begins right: the answer begins with the true one, whatever follows; far above the accuracy, "
+    "the model no longer ends its answers. Confusions: share of the wrong answers that are true of another image, and "
+    "the same share when the wrong answers are dealt to one another's questions. Attention ratio: share of the image "
+    "attention on the target, multi-image test prompts. Reward margin: end of training."
 )
 
 
@@ -101,7 +102,7 @@ def result_row(results: Mapping[str, Any], entry: Entry) -> list[str]:
     relative = percent(against_base["mean"]["relative"], "+.1f") if against_base else ABSENT
     chance = percent(numbers.get("chance"), bare=True)
     return [
-        entry.label, rate, str(len(arm["seeds"])), percent(numbers.get("mean")), relative,
+        entry.label, rate, str(len(arm["seeds"])), percent(numbers.get("mean")), relative, percent(numbers["begins"]),
         percent(numbers.get("format/single")), number(numbers.get("ratio")),
         f"{percent(numbers.get('confusion'))} ({chance})", number(arm["training"].get("rewards/margins"), ".2f"),
     ]  # fmt: skip
@@ -129,7 +130,7 @@ def confirmed_table(results: Mapping[str, Any]) -> Table:
 
 
 COMPARED_HEAD = ("second - first", "seeds", "mean of multi-image formats, points", "resampled", "p", "relative %",
-                 "single image, points")  # fmt: skip
+                 "begins right, points", "single image, points")  # fmt: skip
 COMPARED_NOTE = (
     "Paired by seed and by question. Points [t interval over seeds]; resampled: 95 % of 10,000 draws of seeds and, "
     "within each format, questions; p: two-sided, of these draws."
@@ -145,12 +146,13 @@ def _compared(results: Mapping[str, Any], comparisons: Iterable[Mapping[str, Any
 
 def _differences(own: Mapping[str, Any]) -> list[str]:
     if "mean" not in own:
-        return [str(len(own["seeds"])), *[ABSENT] * 5]
+        return [str(len(own["seeds"])), *[ABSENT] * 6]
     mean, single = own["mean"], own.get("single")
     return [
         str(len(own["seeds"])), percent(mean["over_seeds"], "+.1f"),
         f"[{100 * mean['low']:+.1f}, {100 * mean['high']:+.1f}]", f"{mean['p']:.2g}",
-        percent(mean["relative"], "+.1f"), percent(single["over_seeds"], "+.1f") if single else ABSENT,
+        percent(mean["relative"], "+.1f"), percent(mean["begins"], "+.1f"),
+        percent(single["over_seeds"], "+.1f") if single else ABSENT,
     ]  # fmt: skip
 
 
