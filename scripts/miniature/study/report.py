@@ -25,6 +25,7 @@ CURVE_LABELS = {
     "attention/ratio": "attention ratio, training target",
     "losses/sft": "NLL of chosen",
 }
+NO_END = 0.02  # so many more answers begin right than are right
 CSS_DPI, DENSITY = 96, 2  # px of an inch on a page; px of a plot per px of the page
 
 
@@ -70,11 +71,12 @@ def draw_all(results: Mapping[str, Any]) -> dict[str, bytes]:
 
 
 TITLES = {
-    "accuracy": "Mean accuracy of the multi-image formats; a dot is a seed, a bar the 95 % t interval over seeds",
+    "accuracy": "Mean accuracy of the multi-image formats; a dot is a seed, a bar the 95 % t interval over seeds, "
+    "a cross the answers that begin right, where many have no end",
     "by_format": "Accuracy by format",
     "by_num_images": "Accuracy by number of images or cells; dashed: an image picked at random and read without error",
     "by_position": "Accuracy by position of the target",
-    "ratio": "Attention ratio and accuracy: does accuracy follow the attention?",
+    "ratio": "Attention ratio and accuracy of every seed: does accuracy follow the attention?",
     "training": "During training, mean over seeds",
 }
 
@@ -87,10 +89,13 @@ def draw_means(found: Sequence[Entry]) -> Figure:
         own = entry.numbers["mean"]
         axis.plot(100 * np.array(own["values"]), [place] * len(own["values"]), "o", color="#999999", markersize=3)
         axis.errorbar(100 * own["mean"], place, xerr=_bars([own]), **_style(list(HOW).index(entry.key[1])))
+        begins = entry.numbers["begins"]["mean"]
+        if begins > own["mean"] + NO_END:
+            axis.plot(100 * begins, place, "x", color="#000000", markersize=7)
         if entry.key == ("base", "plain"):
             axis.axvline(100 * own["mean"], color="#555555", linestyle="dashed", linewidth=1)
     axis.set_yticks(range(len(found)), [entry.label for entry in found], parse_math=False)
-    axis.set(ylim=(len(found) - 0.5, -0.5), xlabel="mean accuracy of the multi-image formats (%)")
+    axis.set(ylim=(len(found) - 0.5, -0.5), xlim=(-2, 102), xlabel="mean accuracy of the multi-image formats (%)")
     return figure
 
 
@@ -118,19 +123,31 @@ def draw_keyed(found: Sequence[Entry], prefix: str) -> Figure | None:
 
 
 def draw_ratio(found: Sequence[Entry]) -> Figure | None:
-    """Each seed of each arm, attention ratio against accuracy."""
+    """Each seed of each arm, attention ratio against accuracy: a colour for an arm, a marker for a way of answering."""
     known = [entry for entry in found if "ratio" in entry.numbers]
     if not known:
         return None
-    figure = Figure(figsize=(7.5, 3.8), layout="constrained")
+    figure = Figure(figsize=(7.5, 4.2), layout="constrained")
     axis = figure.subplots()
-    for place, entry in enumerate(known):
+    arms = list(dict.fromkeys(entry.key[0] for entry in known))
+    for entry in known:
+        place, way = arms.index(entry.key[0]), list(HOW).index(entry.key[1])
         accuracy = 100 * np.array(entry.numbers["mean"]["values"])
-        style = {"color": COLOURS[place % len(COLOURS)], "marker": MARKERS[place % len(MARKERS)], "linestyle": ""}
-        axis.plot(entry.numbers["ratio"]["values"], accuracy, label=entry.label, markersize=5, **style)
+        axis.plot(entry.numbers["ratio"]["values"], accuracy, **_point(place, way))
+    for place, name in enumerate(arms):
+        axis.plot([], [], label=next(entry.arm["label"] for entry in known if entry.key[0] == name), **_point(place, 0))
+    for way, label in enumerate(HOW.values()):
+        axis.plot([], [], label=label.removeprefix(" + ") or "plain", **_point(len(COLOURS) - 1, way))
     axis.set(xlabel="attention ratio of the multi-image prompts", ylabel="mean accuracy (%)")
     _legend(figure, axis)
     return figure
+
+
+def _point(place: int, way: int) -> dict[str, Any]:
+    """A point of an arm; those after the last colour are hollow."""
+    colour = COLOURS[place % len(COLOURS)]
+    face = "none" if place >= len(COLOURS) else colour
+    return {"color": colour, "marker": MARKERS[way], "linestyle": "", "markersize": 5, "markerfacecolor": face}
 
 
 def draw_curves(found: Sequence[Entry]) -> Figure | None:
@@ -157,7 +174,8 @@ def _bars(found: Sequence[Mapping[str, Any]]) -> np.ndarray:
 
 
 def _style(place: int) -> dict[str, Any]:
-    marks = {"color": COLOURS[place % len(COLOURS)], "fmt": MARKERS[place % len(MARKERS)]}
+    again = place // len(COLOURS)  # the second time round a colour has another marker
+    marks = {"color": COLOURS[place % len(COLOURS)], "fmt": MARKERS[(place + again) % len(MARKERS)]}
     return {**marks, "markersize": 5, "capsize": 2.5, "elinewidth": 1.3}
 
 
