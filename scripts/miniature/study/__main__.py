@@ -98,10 +98,11 @@ class Study:
         refuse_others(self.output, self.known())
         for name, reason in self.config.left_out.items():
             logger.info("left out: %s (%s)", name, reason)
-        others = [commit for commit in commits(self.output, self.everything()) if commit != git_commit()]
+        everything, here = self.everything(), git_commit()
+        others = [commit for commit in commits(self.output, everything) if commit != here]
         if others:
             logger.warning("finished units are of other code (%s). %s", ", ".join(map(short_commit, others)), SEVERAL)
-        logger.info("%s", budget(self.output, self.everything(), self.config.seconds))
+        logger.info("%s", budget(self.output, everything, self.config.seconds))
 
     def run(self, jobs: int) -> None:
         """What is missing: first that by which learning rates are chosen, then, at these, all arms."""

@@ -11,7 +11,7 @@ from typing import Any
 from train.llava_hound_dpo.arguments import DataArguments, LossArguments, ModelArguments, TrainArguments
 
 SIZES = ("seed", "num_pairs", "num_instructions", "num_single", "num_validation", "num_test")
-FRESH = ("seeds", "data_seed", "num_test")
+CONFIRM = ("seeds", "data_seed", "num_test")
 SOURCES = ("other_image", "random", "own_mistakes", "selected", "steered")  # of a pair set
 MAKE_DATA = "scripts.miniature.make_data"
 TITLE = "Study: attention-aware training and steering on the miniature world"
@@ -57,7 +57,7 @@ class Config:
     training: Mapping[str, Any]  # flags of run_dpo that all arms share
     answering: Mapping[str, Any]  # flags of run_inference, run_adaptive and tune
     tune: Mapping[str, Any] | None  # further flags of tune; None: AdaptViz with its defaults only
-    confirm: Mapping[str, Any] | None  # FRESH: seeds of training, seed and number of the questions
+    confirm: Mapping[str, Any] | None  # CONFIRM: seeds of training, seed and number of the questions
     selection: Mapping[str, Any]  # flags of data_gen.gen_chosen_rejected where a model answers
     learning_rates: tuple[float, ...]
     seeds: tuple[int, ...]
@@ -116,7 +116,7 @@ def parse_config(raw: Mapping[str, Any]) -> Config:
     _refuse_unknown(raw["data"], SIZES, "data")
     confirm = raw.get("confirm")
     if confirm is not None:
-        _check_fresh(confirm, raw)
+        _check_confirm(confirm, raw)
     pair_sets = {name: _pair_set(name, own) for name, own in raw["pair_sets"].items()}
     arms = _arms(raw, pair_sets)
     left_out = _without_flags(arms)
@@ -136,9 +136,9 @@ def parse_config(raw: Mapping[str, Any]) -> Config:
     return config
 
 
-def _check_fresh(confirm: Mapping[str, Any], raw: Mapping[str, Any]) -> None:
+def _check_confirm(confirm: Mapping[str, Any], raw: Mapping[str, Any]) -> None:
     """Raises KeyError for a missing entry, ValueError for seeds that the study itself uses."""
-    _refuse_unknown(confirm, FRESH, "confirm")
+    _refuse_unknown(confirm, CONFIRM, "confirm")
     own = {"seeds": {*raw["seeds"], *raw["ablation_seeds"]}, "data_seed": {raw["data"]["seed"]}}
     for name, used in own.items():
         values = confirm[name] if name == "seeds" else [confirm[name]]
@@ -172,7 +172,7 @@ def _arms(raw: Mapping[str, Any], pair_sets: Mapping[str, PairSet]) -> dict[str,
         before = [other for other in AGAINST if other in arms]
         arms[name] = _arm(name, own, arms[like] if like else None, before, raw)
         if arms[name].confirm and raw.get("confirm") is None:
-            raise ValueError(f"{where}: there is no entry `confirm` with {', '.join(FRESH)}")
+            raise ValueError(f"{where}: there is no entry `confirm` with {', '.join(CONFIRM)}")
         if arms[name].pairs not in pair_sets and name != "base":
             raise ValueError(f"{where}: pairs {arms[name].pairs!r} is none of {', '.join(pair_sets)}")
     if "base" not in arms or arms["base"].pairs is not None:
