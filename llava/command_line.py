@@ -1,0 +1,87 @@
+"""Command lines from dataclasses: one style of flags for every command, grouped help, errors in one line.
+
+A field is a flag; its metadata is what argparse takes (`help`, `choices`, `aliases`). A class attribute
+`_argument_group_name` is the heading of its fields in `--help`.
+"""
+
+import dataclasses
+import difflib
+import math
+import sys
+from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transformers import HfArgumentParser
+
+
+class _Formatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+    """Defaults in the help, and the description as it is written."""
+
+
+class Parser(HfArgumentParser):
+    """HfArgumentParser, but an error is a ValueError and not the list of all flags."""
+
+    def error(self, message: str):
+        """Raises ValueError."""
+        raise ValueError(message + "; see --help")
+
+
+def flag(help: str, default: Any = dataclasses.MISSING, **metadata: Any) -> Any:
+    """A field of a command's dataclass; without a default the flag is required."""
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata={"help": help, **metadata})
+    return dataclasses.field(default=default, metadata={"help": help, **metadata})
+
+
+def parse(
+    groups: Sequence[type], description: str | None, argv: Sequence[str] | None = None,
+    retired: Mapping[str, str] | None = None, synonyms: Mapping[str, str] | None = None,
+) -> tuple[Any, ...]:  # fmt: skip
+    """One instance of each dataclass, from the words of the command line.
+
+    `retired`: flags that no longer exist, and what to do instead; `synonyms`: other names of the field for ours, for
+    the hint. Raises ValueError, with the nearest name for an unknown flag.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = Parser(groups, description=description, formatter_class=_Formatter, allow_abbrev=False)
+    _check_names(argv, list(parser._option_string_actions), retired or {}, synonyms or {})
+    return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+
+
+def command(argv: Sequence[str] | None, names: Sequence[str], description: str | None) -> tuple[str, list[str]]:
+    """The first word, one of `names`, and the others, for a command of several. Raises ValueError."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv and argv[0] in names:
+        return argv[0], argv[1:]
+    if argv and argv[0] in ("-h", "--help"):
+        sys.stdout.write(f"{description}\ncommands: {', '.join(names)}; each has --help\n")
+        sys.exit(0)
+    raise ValueError(f"the first word must be one of {', '.join(names)}" + (f", not {argv[0]!r}" if argv else ""))
+
+
+def check_numbers(settings: Any, **ranges: tuple[float | None, float | None]) -> None:
+    """Raises ValueError for a number of a dataclass that is not finite, or outside of (least, most); None: no limit."""
+    for name, (least, most) in ranges.items():
+        value = getattr(settings, name)
+        if value is None:
+            continue
+        if not math.isfinite(value) or (least is not None and value < least) or (most is not None and value > most):
+            limits = [f"at least {least}"] * (least is not None) + [f"at most {most}"] * (most is not None)
+            raise ValueError(f"--{name} {value}: must be {' and '.join(limits) or 'a finite number'}")
+
+
+def _check_names(
+    argv: Sequence[str], known: Sequence[str], retired: Mapping[str, str], synonyms: Mapping[str, str]
+) -> None:
+    """Refuse flags that do not exist, or no longer, before argparse complains about anything else."""
+    for word in argv:
+        given = word.split("=", 1)[0]
+        if not given.startswith("--") or given in known or given == "--":
+            continue
+        name = given[2:].replace("-", "_")
+        if name in retired:
+            raise ValueError(f"--{name} is a flag of earlier scripts that no longer exists: {retired[name]}")
+        names = [option[2:] for option in known if option.startswith("--") and not option.startswith("--no_")]
+        near = [synonyms[name]] if name in synonyms else difflib.get_close_matches(name, names, n=1)
+        raise ValueError(f"unknown flag --{name[:60]}; " + (f"did you mean --{near[0]}?" if near else "see --help"))

@@ -1,0 +1,114 @@
+"""A folder, or a file with what lies beside it, that one run owns: whose it is, who writes it, and its log.
+
+A run that is killed at any moment finds its own work again; another run is refused, and so is a second process at once.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+PATIENCE_S = 5  # the children of a killed run may hold its lock for a moment
+SHOWN = 4  # differences that a message lists
+
+
+def as_json(content: Any) -> Any:
+    """What is read back after it was written as JSON: tuples are lists, paths are strings."""
+    return json.loads(json.dumps(content, default=str))
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object of a file. Raises ValueError naming the file if it holds anything else."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: broken JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: holds {type(found).__name__} where a JSON object is due")
+    return found
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """A phrase for every entry that is not the same: "beta 0.1 there, 0.2 here"; of a group, for each of its own."""
+    there, here, found = as_json(there), as_json(here), []
+    for name in {**here, **there}:
+        before, now = there.get(name), here.get(name)
+        if isinstance(before, dict) and isinstance(now, dict):
+            found += differences(before, now)
+        elif before != now:
+            found.append(f"{name} {_short(before)} there, {_short(now)} here")
+    return found
+
+
+def refuse_another(what: Path | str, there: Mapping[str, Any], here: Mapping[str, Any], cure: str) -> None:
+    """Raises ValueError, saying what differs, if `what` was made by a run of another identity than `here`."""
+    found = differences(there, here)
+    if found:
+        more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+        raise ValueError(f"{what} is of another run ({'; '.join(found[:SHOWN])}{more}): {cure}")
+
+
+@contextmanager
+def only_writer(place: Path) -> Iterator[None]:
+    """Hold the lock `place`.lock. Raises ValueError if another process has it; it goes with the process, however it ends.
+
+    Where the file system has no locks, it is for the user to start one run only.
+    """
+    place.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(place.with_name(place.name + ".lock"), timeout=PATIENCE_S)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise ValueError(f"{place}: another process is writing there; wait for it, or choose another place") from error
+    except NotImplementedError:
+        pass
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+class Log:
+    """JSON lines that survive a kill: what was appended is on disk, and a line that a kill tore counts as not written.
+
+    One process appends to a file; any may read it meanwhile.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self._is_open = path, False
+
+    def append(self, records: Sequence[Any]) -> None:
+        """Put the records on disk before anything else happens. Raises OSError; what was there before stays."""
+        if not self._is_open:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._cut_torn_line()
+            self._is_open = True
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(record) + "\n" for record in records))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def __iter__(self) -> Iterator[Any]:
+        """The whole lines, in order. Raises ValueError naming a line that is no JSON."""
+        if not self.path.is_file():
+            return
+        lines = self.path.read_text(encoding="utf-8", errors="replace").split("\n")
+        for number, line in enumerate(lines[:-1], 1):  # what follows the last line break was torn
+            try:
+                yield json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{self.path} line {number}: a damaged line ({error}); remove it") from error
+
+    def _cut_torn_line(self) -> None:
+        if self.path.is_file():
+            content = self.path.read_bytes()
+            os.truncate(self.path, content.rfind(b"\n") + 1)
+
+
+def _short(value: Any, limit: int = 60) -> str:
+    text = json.dumps(value) if isinstance(value, dict | list) else str(value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."
