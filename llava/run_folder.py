@@ -54,7 +54,7 @@ def refuse_another(what: Path | str, there: Mapping[str, Any], here: Mapping[str
 
 @contextmanager
 def only_writer(place: Path) -> Iterator[None]:
-    """Hold the lock `place`.lock. Raises ValueError if another process has it; it goes with the process, however it ends.
+    """Hold the lock `place`.lock. Raises ValueError if another process has it; and it goes with the process.
 
     Where the file system has no locks, it is for the user to start one run only.
     """
