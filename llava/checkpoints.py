@@ -1,16 +1,16 @@
-"""Loading a LLaVA-1.5 checkpoint of any dialect: llava-hf, the original format, or a LoRA adapter on either.
+"""A checkpoint of any dialect, opened once: llava-hf, the original LLaVA format, or a LoRA adapter on either.
 
 Every tensor is accounted for. What is missing, unexpected or of another shape is an error with its name; nothing
 starts from random numbers.
 """
 
-import hashlib
-import json
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -23,189 +23,173 @@ from peft import (
     set_peft_model_state_dict,
 )
 from safetensors import SafetensorError
-from transformers import AutoProcessor, LlavaConfig, LlavaForConditionalGeneration
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedConfig
 
-from llava import original
 from llava.attention import install
-from llava.conversation import END, IMAGE
+from llava.families import Family, find_family
+from llava.families import llava15_original as original
+from llava.run_folder import read_object
+from llava.weights import ADAPTER_FILES, account, digest, first_line, local_folder, read_tensors, refuse
 
 logger = logging.getLogger(__name__)
 
 ADAPTER_CONFIG = "adapter_config.json"
-# The seven linear layers of every block of the language model. A plain "q_proj" would also match the vision tower.
-LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
-SAMPLED_BYTES = 1 << 20
-PROJECTOR = "multi_modal_projector"
-LLAVA_HF, ORIGINAL, PEFT_ADAPTER, ORIGINAL_LORA = "llava-hf", "original LLaVA", "PEFT adapter", "original LLaVA LoRA"
+WHOLE, ORIGINAL, PEFT_ADAPTER, ORIGINAL_LORA = "llava-hf", "original LLaVA", "PEFT adapter", "original LLaVA LoRA"
 
 
 @dataclass(frozen=True)
-class Source:
-    """What a `--model_name_or_path` is."""
+class Checkpoint:
+    """What a `--model_name_or_path` is; weights are read by `load`, tokenizer and pictures' settings with `family`."""
 
     path: str
     dialect: str  # one of the four above
-    base: "Source | None" = None  # below an adapter
+    base: "Checkpoint | None" = None  # below an adapter
     image_tower: str | None = None  # overrides the vision tower that an original checkpoint names
+    pad: bool = True  # pictures are padded to a square (`--image_aspect_ratio pad`)
 
     @property
-    def root(self) -> "Source":
+    def root(self) -> "Checkpoint":
         """The checkpoint that holds the whole model."""
         return self.base.root if self.base else self
+
+    @cached_property
+    def digest(self) -> str:
+        """Hash of what decides the weights and settings; see `weights.digest`."""
+        chain, one = [], self
+        while one:
+            chain, one = [*chain, one.path], one.base
+        return digest(chain)
+
+    @cached_property
+    def config(self) -> PreTrainedConfig:
+        """The whole model's config. Raises ValueError for one that this code would read wrongly."""
+        if self.base:
+            return self.root.config
+        raw = _read_config(self.path)
+        try:
+            if self.dialect == ORIGINAL:
+                config = original.translate_config(raw, self.tower)
+            else:
+                config = AutoConfig.from_pretrained(self.path, trust_remote_code=False)
+            find_family(config.model_type).check_config(config)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{self.path}: {first_line(error)}") from error
+        return config
+
+    @cached_property
+    def family(self) -> Family:
+        """Tokenizer, prompts and picture geometry. Raises ValueError if they are not the model's, FileNotFoundError."""
+        place = self.path if (Path(self.path) / "processor_config.json").is_file() else self.root.path
+        if place == self.root.path and self.root.dialect == ORIGINAL:
+            tokenizer = original.build_tokenizer(local_folder(place), self.config.image_token_id)
+            image_processor = original.load_image_processor(self.root.tower, self.config)
+        else:
+            try:
+                tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+                # With torchvision installed the default backend would resample otherwise.
+                image_processor = AutoImageProcessor.from_pretrained(place, backend="pil", trust_remote_code=False)
+            except (OSError, ValueError) as error:
+                raise FileNotFoundError(f"{place}: no processor to load ({first_line(error)})") from error
+        try:
+            return find_family(self.config.model_type)(self.config, tokenizer, image_processor, self.pad)
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from error
+
+    @property
+    def tower(self) -> str:
+        """Folder or hub name of an original checkpoint's vision tower. Raises ValueError if nothing names one."""
+        return original.tower_of(_read_config(self.path), self.image_tower)
+
+    def load(self, dtype: torch.dtype = torch.float32, **settings) -> Any:
+        """The model with our attention function installed; with its adapter where this is one.
+
+        `settings` go to transformers' `from_pretrained` (a quantisation). Raises ValueError naming missing, unexpected
+        and mis-shaped tensors.
+        """
+        model = self.root._load_whole(dtype, **settings)
+        install(model)
+        logger.info("loaded %s: %s parameters in %s", self, f"{model.num_parameters():,}", dtype)
+        return self._with_adapters(model)
+
+    def check_tensors(self) -> int:
+        """Number of tensors, each accounted for by name and shape, their numbers unread. Raises like `load`."""
+        return len(self._with_adapters(self.root._load_whole(torch.float32, device_map="meta")).state_dict())
 
     def __str__(self) -> str:
         return f"{self.path} ({self.dialect})" + (f" on {self.base}" if self.base else "")
 
-
-def find_source(path: str, image_tower: str | None = None) -> Source:
-    """Dialect of a folder or hub name, by its files.
-
-    Raises FileNotFoundError if there is nothing to read, ValueError if it is no LLaVA-1.5.
-    """
-    folder = Path(path)
-    if (folder / ADAPTER_CONFIG).is_file():
-        settings = _read_json(folder / ADAPTER_CONFIG)
-        base = settings.get("base_model_name_or_path")
-        if not base:
-            raise ValueError(f"{path}: {ADAPTER_CONFIG} names no base model (base_model_name_or_path)")
-        is_old = (folder / original.NON_LORA).is_file() or (folder / "config.json").is_file()
-        return Source(path, ORIGINAL_LORA if is_old else PEFT_ADAPTER, find_source(base, image_tower))
-    raw = _read_config(path)
-    if raw.get("model_type") == "llava" and "text_config" not in raw and "hidden_size" not in raw:
-        raise ValueError(f"{path}: config.json describes no language model (no `text_config`)")
-    if original.is_original(raw):
-        return Source(path, ORIGINAL, image_tower=image_tower)
-    if raw.get("model_type") != "llava" or "text_config" not in raw:
-        raise ValueError(f"{path}: config.json is of model_type {raw.get('model_type')!r}, not of a LLaVA-1.5")
-    return Source(path, LLAVA_HF)
-
-
-def load_config(path: str, image_tower: str | None = None) -> LlavaConfig:
-    """The config of a checkpoint, or of the base below an adapter. Raises like `find_source`."""
-    source = find_source(path, image_tower).root
-    if source.dialect == ORIGINAL:
+    def _load_whole(self, dtype: torch.dtype, **more):
+        # Mis-shaped tensors are refused below, by name.
+        settings = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True, **more}
+        model_class = find_family(self.config.model_type).model_class
         try:
-            config = original.translate_config(_read_config(source.path), source.image_tower)
-        except ValueError as error:
-            raise ValueError(f"{source.path}: {error}") from error
-    else:
-        config = LlavaConfig.from_pretrained(source.path)
-    if config.vision_feature_select_strategy != "default":
-        raise ValueError(
-            f"{source.path}: vision_feature_select_strategy is {config.vision_feature_select_strategy!r}; regions need "
-            "the patch tokens alone ('default'), as LLaVA-1.5 has them"
-        )
-    return config
-
-
-def load_processor(path: str, image_tower: str | None = None):
-    """Tokenizer and image processor. Raises ValueError if its special tokens are not the model's."""
-    source = find_source(path, image_tower)
-    config = load_config(path, image_tower)
-    place = path if (Path(path) / "processor_config.json").is_file() else source.root.path
-    if place == source.root.path and source.root.dialect == ORIGINAL:
-        raw, folder = _read_config(place), original.local_folder(place)
-        processor = original.build_processor(folder, raw, config, source.root.image_tower)
-    else:
-        try:
-            processor = AutoProcessor.from_pretrained(place)
-        except (OSError, ValueError) as error:
-            raise FileNotFoundError(f"{place}: no processor to load ({_first_line(error)})") from error
-    found = processor.tokenizer.convert_tokens_to_ids(IMAGE)
-    if found != config.image_token_id:
-        raise ValueError(
-            f"{place}: the tokenizer reads {IMAGE} as id {found}, the model has id {config.image_token_id}"
-        )
-    if processor.tokenizer.eos_token != END:
-        raise ValueError(f"{place}: the end token is {processor.tokenizer.eos_token!r}, vicuna_v1 ends with {END!r}")
-    return processor
-
-
-def load_model(
-    path: str, dtype: torch.dtype = torch.float32, image_tower: str | None = None, **settings
-) -> LlavaForConditionalGeneration | PeftModel:
-    """The model with our attention function installed; with its adapter where `path` is one.
-
-    `settings` go to transformers' `from_pretrained` (a quantisation). Raises ValueError naming missing, unexpected and
-    mis-shaped tensors.
-    """
-    source = find_source(path, image_tower)
-    model = _load_whole(source.root, load_config(path, image_tower), dtype, **settings)
-    install(model)
-    logger.info("loaded %s: %s parameters in %s", source, f"{model.num_parameters():,}", dtype)
-    return _with_adapters(model, source)
-
-
-def check_tensors(path: str, image_tower: str | None = None) -> int:
-    """Number of tensors of a checkpoint, each accounted for by name and shape, without reading their numbers.
-
-    Raises ValueError like `load_model`.
-    """
-    source = find_source(path, image_tower)
-    model = _load_whole(source.root, load_config(path, image_tower), torch.float32, device_map="meta")
-    adapted = _with_adapters(model, source)
-    return len(adapted.state_dict())
-
-
-def weight_digest(path: str) -> str:
-    """Hash of what decides a checkpoint's weights and settings, of an adapter with its base.
-
-    A file counts with its name, its size and its first and last mebibyte; a hub name with itself alone.
-    """
-    source, parts = find_source(path), []
-    while source:
-        files = [file for file in Path(source.path).glob("*") if file.suffix in (".safetensors", ".bin", ".json")]
-        parts += [(file.name, file.stat().st_size, _ends(file)) for file in sorted(files)] or [source.path]
-        source = source.base
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-def _ends(path: Path) -> str:
-    with path.open("rb") as file:
-        head = file.read(SAMPLED_BYTES)
-        file.seek(max(0, path.stat().st_size - SAMPLED_BYTES))
-        return hashlib.sha256(head + file.read()).hexdigest()
-
-
-def image_tokens(config: LlavaConfig) -> int:
-    """Image tokens per image: 576 for CLIP-L/336."""
-    return (config.vision_config.image_size // config.vision_config.patch_size) ** 2
-
-
-def _load_whole(source: Source, config: LlavaConfig, dtype: torch.dtype, **more) -> LlavaForConditionalGeneration:
-    # Mis-shaped tensors are refused below, by name.
-    settings = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True, **more}
-    model_class = LlavaForConditionalGeneration
-    try:
-        if source.dialect == ORIGINAL:
-            folder, raw = original.local_folder(source.path), _read_config(source.path)
-            state = original.read_state(folder, raw, config, source.image_tower)
-            account(source.path, shapes_of(config), {name: tensor.shape for name, tensor in state.items()})
-            model, report = model_class.from_pretrained(None, config=config, state_dict=state, **settings)
-            model.name_or_path = source.path
-        else:
-            model, report = model_class.from_pretrained(source.path, **settings)
-    except (OSError, SafetensorError) as error:
-        raise FileNotFoundError(f"{source.path}: the weights cannot be read ({_first_line(error)})") from error
-    _refuse(source.path, *(report.get(kind, ()) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")))
-    return model
-
-
-def _with_adapters(model, source: Source):
-    if source.base is None:
+            if self.dialect == ORIGINAL:
+                state = original.read_state(local_folder(self.path), self.config, self.tower)
+                account(self.path, shapes_of(self.config), {name: tensor.shape for name, tensor in state.items()})
+                model, report = model_class.from_pretrained(None, config=self.config, state_dict=state, **settings)
+                model.name_or_path = self.path
+            else:
+                model, report = model_class.from_pretrained(self.path, **settings)
+        except (OSError, SafetensorError) as error:
+            raise FileNotFoundError(f"{self.path}: the weights cannot be read ({first_line(error)})") from error
+        refuse(self.path, *(report.get(kind, ()) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")))
         return model
-    model = _with_adapters(model, source.base)
-    if source.dialect == ORIGINAL_LORA:
-        return _load_original_lora(model, Path(source.path))
-    return _load_peft(model, Path(source.path))
+
+    def _with_adapters(self, model):
+        if self.base is None:
+            return model
+        load = _load_original_lora if self.dialect == ORIGINAL_LORA else _load_peft
+        return load(self.base._with_adapters(model), Path(self.path))
+
+
+def open_checkpoint(
+    path: str, base: str | None = None, image_tower: str | None = None, pad: bool = True
+) -> Checkpoint:
+    """The checkpoint of a folder or hub name, its dialect found by its files; its config is read and checked.
+
+    `base` is what an adapter stands on, instead of the base it names. Raises FileNotFoundError if there is nothing to
+    read, ValueError if it is of no family that is known.
+    """
+    return _open(str(path), base, image_tower, pad, above=())
+
+
+def _open(path: str, base: str | None, image_tower: str | None, pad: bool, above: tuple[Path, ...]) -> Checkpoint:
+    folder = Path(path)
+    if not (folder / ADAPTER_CONFIG).is_file():
+        raw = _read_config(path)
+        if raw.get("model_type") == "llava" and "text_config" not in raw and "hidden_size" not in raw:
+            raise ValueError(f"{path}: config.json describes no language model (no `text_config`)")
+        if not original.is_original(raw):
+            try:
+                find_family(raw.get("model_type"))
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from error
+        checkpoint = Checkpoint(path, ORIGINAL if original.is_original(raw) else WHOLE, None, image_tower, pad)
+        checkpoint.config  # noqa: B018  read and checked now
+        return checkpoint
+    if folder.resolve() in above:
+        raise ValueError(f"{path}: the adapters stand on each other in a circle; name the base with --base_model")
+    named = base or read_object(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+    if not named:
+        raise ValueError(f"{path}: {ADAPTER_CONFIG} names no base model (base_model_name_or_path): give --base_model")
+    below = _open(str(named), None, image_tower, pad, (*above, folder.resolve()))
+    dialect = ORIGINAL_LORA if original.is_original_lora(folder) else PEFT_ADAPTER
+    return Checkpoint(path, dialect, below, image_tower, pad)
+
+
+def shapes_of(config: PreTrainedConfig) -> dict[str, torch.Size]:
+    """Name and shape of every tensor that a model of this config loads."""
+    with init_empty_weights():
+        model = find_family(config.model_type).model_class(config)
+    return {name: tensor.shape for name, tensor in model.state_dict().items()}
 
 
 def _load_peft(model, folder: Path) -> PeftModel:
     """A PEFT adapter, checked: plain `PeftModel.from_pretrained` leaves a missing tensor at its random start."""
     adapted = get_peft_model(model, PeftConfig.from_pretrained(folder), autocast_adapter_dtype=False)
-    given = original.read_tensors(folder, original.ADAPTER_FILES)
+    given = read_tensors(folder, ADAPTER_FILES)
     wanted = get_peft_model_state_dict(adapted)
-    account(str(folder), {n: t.shape for n, t in wanted.items()}, {n: t.shape for n, t in given.items()})
+    account(str(folder), _shapes(wanted), _shapes(given))
     if not next(model.parameters()).is_meta:
         set_peft_model_state_dict(adapted, given)
     return adapted
@@ -215,89 +199,44 @@ def _load_original_lora(model, folder: Path) -> PeftModel:
     """Base, then fully trained tensors, then LoRA, each checked by name and shape."""
     lora, trained = original.translate_lora(folder)
     own = dict(model.named_parameters())
-    _refuse(
+    refuse(
         str(folder),
         [],
-        [n for n in trained if n not in own],
-        [n for n in trained if n in own and own[n].shape != trained[n].shape],
+        [name for name in trained if name not in own],
+        [(n, trained[n].shape, own[n].shape) for n in trained if n in own and own[n].shape != trained[n].shape],
     )
     with torch.no_grad():
         for name, tensor in trained.items():
             own[name].copy_(tensor)
-    settings = _read_json(folder / ADAPTER_CONFIG)
+    settings = read_object(folder / ADAPTER_CONFIG)
     modules = sorted({name.rsplit(".lora_", 1)[0] for name in lora})
     config = LoraConfig(r=settings["r"], lora_alpha=settings["lora_alpha"], lora_dropout=0.0, target_modules=modules)
     adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
     wanted = {n: p for n, p in adapted.named_parameters() if ".lora_" in n}
     given = {f"base_model.model.{name.replace('.weight', '.default.weight')}": tensor for name, tensor in lora.items()}
-    account(str(folder), {n: p.shape for n, p in wanted.items()}, {n: t.shape for n, t in given.items()})
+    account(str(folder), _shapes(wanted), _shapes(given))
     with torch.no_grad():
         for name, tensor in given.items():
             wanted[name].copy_(tensor)
     return adapted
 
 
-def shapes_of(config: LlavaConfig) -> dict[str, torch.Size]:
-    """Name and shape of every tensor that a model of this config loads."""
-    with init_empty_weights():
-        return {name: tensor.shape for name, tensor in LlavaForConditionalGeneration(config).state_dict().items()}
+def _shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in tensors.items()}
 
 
-def account(where: str, wanted: Mapping[str, torch.Size], given: Mapping[str, torch.Size]) -> None:
-    """Raises ValueError naming every tensor that is missing, unexpected, or of another shape."""
-    _refuse(
-        where,
-        [name for name in wanted if name not in given],
-        [name for name in given if name not in wanted],
-        [
-            f"{name} {tuple(given[name])}, the model has {tuple(wanted[name])}"
-            for name in wanted
-            if name in given and given[name] != wanted[name]
-        ],
-    )
-
-
-def _refuse(where: str, missing: Iterable, unexpected: Iterable, mismatched: Iterable) -> None:
-    problems = []
-    for kind, names in (("missing", missing), ("unexpected", unexpected), ("mis-shaped", mismatched)):
-        names = [_name(name) for name in names]
-        if names:
-            problems.append(f"{kind} tensors: {original.first_names(names)}")
-    if problems:
-        raise ValueError(f"{where}: the weights do not fit the config; {'; '.join(problems)}")
-
-
-def _name(entry) -> str:
-    """transformers reports a mis-shaped tensor as (name, shape in the file, shape in the model)."""
-    if isinstance(entry, str):
-        return entry
-    name, found, wanted = entry
-    return f"{name} {tuple(found)}, the model has {tuple(wanted)}"
-
-
-def _read_config(path: str) -> dict:
+def _read_config(path: str) -> dict[str, Any]:
     folder = Path(path)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise FileNotFoundError(f"{path}: the folder has no config.json; is it a checkpoint?")
-        return _read_json(folder / "config.json")
+        return read_object(folder / "config.json")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
         raise FileNotFoundError(f"{path}: no such checkpoint folder, and not a hub name of the form owner/name")
     try:
-        return LlavaConfig.get_config_dict(path)[0]
+        return PreTrainedConfig.get_config_dict(path)[0]
     except OSError as error:
         raise FileNotFoundError(
-            f"{path}: not a folder here, and the hub gave no config ({_first_line(error)}); "
+            f"{path}: not a folder here, and the hub gave no config ({first_line(error)}); "
             "download the checkpoint and give its folder"
         ) from error
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: broken JSON ({error})") from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0].rstrip(".")

@@ -5,16 +5,17 @@ from concurrent.futures import ThreadPoolExecutor
 
 from tqdm import tqdm
 
+from llava.families import Family
 from llava.image import ImageStore
-from llava.layout import PatchGrid, target_weights
 from llava.records import DataError, Prompt
+from llava.regions import target_weights
 from llava.runtime import is_main_process
 
 DEPTHS = ("full", "header", "exists")
 
 
-def check_pictures(records: Sequence[Prompt], store: ImageStore, grid: PatchGrid, depth: str) -> None:
-    """Look at every picture: `full` decodes, `header` reads sizes, `exists` looks whether it is there.
+def check_pictures(records: Sequence[Prompt], store: ImageStore, family: Family | None, depth: str) -> None:
+    """Look at every picture: `full` decodes, `header` reads sizes, `exists` looks whether it is there .
 
     Raises DataError with one line per record whose pictures are missing, damaged, or without the cell it points at.
     """
@@ -26,7 +27,7 @@ def check_pictures(records: Sequence[Prompt], store: ImageStore, grid: PatchGrid
         if errors:
             problems.append(f"{record.where}: {errors[0]}")
         elif depth != "exists":
-            problems += _target_problem(record, found, grid)
+            problems += _target_problem(record, found, family)
     if problems:
         raise DataError(problems)
 
@@ -51,9 +52,9 @@ def _look_at(store: ImageStore, names: Iterable[str], depth: str) -> dict[str, t
     return dict(zip(names, found, strict=True))
 
 
-def _target_problem(record: Prompt, sizes: list[tuple[int, int]], grid: PatchGrid) -> list[str]:
+def _target_problem(record: Prompt, sizes: list[tuple[int, int]], family: Family) -> list[str]:
     try:
-        target_weights(record, sizes, grid)
+        target_weights(record, [family.image(size) for size in sizes])
     except ValueError as error:
         return [str(error)]
     return []

@@ -1,4 +1,4 @@
-"""Opening pictures from a folder or straight out of a .zip or .tar, and padding them to a square."""
+"""Opening pictures from a folder or straight out of a .zip or .tar."""
 
 import io
 import os
@@ -123,29 +123,6 @@ class ImageStore:
         if self.kind == "zip":
             return {_normal(n): n for n in archive.namelist() if not n.endswith("/")}
         return {_normal(m.name): m for m in archive.getmembers() if m.isfile()}
-
-
-def pad_to_square(picture: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
-    """The picture centred on a square of its longer side. Source: `expand2square` of LLaVA-1.5 (`pad`)."""
-    width, height = picture.size
-    if width == height:
-        return picture
-    side = max(width, height)
-    square = Image.new("RGB", (side, side), colour)
-    square.paste(picture, ((side - width) // 2, (side - height) // 2))
-    return square
-
-
-def mean_colour(image_processor) -> tuple[int, int, int]:
-    """The processor's mean in 0..255, rounded down as LLaVA does: (122, 116, 104) for CLIP."""
-    return tuple(int(255 * mean) for mean in image_processor.image_mean)
-
-
-def pixel_values(pictures: list[Image.Image], image_processor, pad: bool):
-    """(pictures, 3, side, side) float32 tensor as the vision tower takes it; `pad` is `image_aspect_ratio=pad`."""
-    if pad:
-        pictures = [pad_to_square(picture, mean_colour(image_processor)) for picture in pictures]
-    return image_processor(images=pictures, return_tensors="pt")["pixel_values"]
 
 
 def _kind(path: Path) -> str:

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from llava.conversation import IMAGE, check_answer
 
 FORMATS = ("sequence", "collage", "pip", "single", "multi")
 TARGET = re.compile(r"In Image(\d+)")
+IMAGE = "<image>"  # stands in a prompt for each picture
 PLACEHOLDER_OF_MIA_DPO = "<image-placeholder>"
 KNOWN = {"id", "image", "prompt", "image_type", "target", "target_box", "grid"}
 
@@ -361,3 +361,10 @@ def _grid(raw: dict, target: int | None) -> tuple[int, int] | None:
     if target is not None and target >= grid[0] * grid[1]:
         raise ValueError(f"Image{target + 1} does not exist: the collage has {grid[0]} x {grid[1]} cells")
     return tuple(grid)
+
+
+def check_answer(answer: str) -> str:
+    """The answer itself. Raises ValueError if it holds `<image>`, which stands for a picture."""
+    if IMAGE in answer:
+        raise ValueError(f"an answer must not contain {IMAGE!r}")
+    return answer

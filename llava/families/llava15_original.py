@@ -5,12 +5,11 @@ Everything is translated into what transformers' LLaVA expects, so that nothing 
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 from transformers import (
@@ -20,12 +19,14 @@ from transformers import (
     CLIPVisionModel,
     LlamaConfig,
     LlavaConfig,
-    LlavaProcessor,
     PreTrainedTokenizerFast,
 )
 from transformers.convert_slow_tokenizer import generate_merges
 
-from llava.conversation import END, IMAGE
+from llava.families.llava15 import END
+from llava.records import IMAGE
+from llava.run_folder import read_object
+from llava.weights import ADAPTER_FILES, first_names, local_folder, read_shard, read_tensors, tensor_names
 
 TEXT_FIELDS = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
@@ -44,8 +45,6 @@ PREFIXES = (
 )
 COMPUTED = (".rotary_emb.inv_freq", ".position_ids")
 VOCABULARY_STEP = 64  # rows are padded to a multiple of this above the image token, as in llava-hf
-WHOLE_FILES = ("model.safetensors", "pytorch_model.bin")
-ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 NON_LORA = "non_lora_trainables.bin"
 
 
@@ -54,18 +53,15 @@ def is_original(raw: Mapping) -> bool:
     return "text_config" not in raw and ("mm_vision_tower" in raw or raw.get("model_type") in ("llava", "llava_llama"))
 
 
-def local_folder(path: str) -> Path:
-    """The checkpoint's folder here: itself, or the hub's snapshot."""
-    if Path(path).is_dir():
-        return Path(path)
-    try:
-        return Path(snapshot_download(path, ignore_patterns=["*.msgpack", "*.h5", "*.onnx"]))
-    except Exception as error:  # the hub client raises many kinds: offline, unknown name, no access
-        reason = str(error).strip().splitlines()[0]
-        raise FileNotFoundError(f"{path}: not a folder here, and the hub did not give it ({reason})") from error
+def is_original_lora(folder: Path) -> bool:
+    """Whether an adapter is of the original format: by the names of its tensors, not by what lies beside them."""
+    if (folder / NON_LORA).is_file():
+        return True
+    bare = [_without_wrappers(name) for name in tensor_names(folder, ADAPTER_FILES)]
+    return any(name.startswith(("model.layers.", "model.mm_projector.")) for name in bare)
 
 
-def translate_config(raw: Mapping, image_tower: str | None) -> LlavaConfig:
+def translate_config(raw: Mapping, tower: str) -> LlavaConfig:
     """The config as transformers has it. The image token is the first id after the original vocabulary.
 
     Raises ValueError for a projector or feature choice that LLaVA-1.5 does not have.
@@ -76,7 +72,7 @@ def translate_config(raw: Mapping, image_tower: str | None) -> LlavaConfig:
     feature = raw.get("mm_vision_select_feature", "patch")
     if feature != "patch":
         raise ValueError(f"mm_vision_select_feature {feature!r}: regions need the patch tokens alone ('patch')")
-    vision = CLIPVisionConfig.from_pretrained(local_folder(tower_of(raw, image_tower)))
+    vision = CLIPVisionConfig.from_pretrained(local_folder(tower))
     image_token = raw["vocab_size"]
     rows = -(-(image_token + 1) // VOCABULARY_STEP) * VOCABULARY_STEP
     text = LlamaConfig.from_dict({k: raw[k] for k in TEXT_FIELDS if k in raw} | {"vocab_size": rows, "pad_token_id": 0})
@@ -103,29 +99,6 @@ def tower_of(raw: Mapping, image_tower: str | None) -> str:
     return tower
 
 
-def read_tensors(folder: Path, names: Sequence[str] = WHOLE_FILES) -> dict[str, torch.Tensor]:
-    """All tensors of a folder: sharded or single, safetensors or .bin. Raises FileNotFoundError if there are none.
-
-    `.bin` files are unpickled with `weights_only=True`: an untrusted one cannot run code.
-    """
-    for name in names:
-        index = folder / f"{name}.index.json"
-        if index.is_file():
-            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            return {key: tensor for shard in shards for key, tensor in _read_shard(folder / shard).items()}
-        if (folder / name).is_file():
-            return _read_shard(folder / name)
-    raise FileNotFoundError(f"{folder}: no weights ({' or '.join(names)}, or an index of shards)")
-
-
-def _read_shard(path: Path) -> dict[str, torch.Tensor]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: the index names this shard, but it is not there")
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-
-
 def translate_name(name: str) -> str | None:
     """Our name of an original tensor; None for a computed buffer. Raises KeyError for a name that means nothing."""
     if name.endswith(COMPUTED):
@@ -136,14 +109,14 @@ def translate_name(name: str) -> str | None:
     raise KeyError(name)
 
 
-def read_state(folder: Path, raw: Mapping, config: LlavaConfig, image_tower: str | None) -> dict[str, torch.Tensor]:
+def read_state(folder: Path, config: LlavaConfig, tower: str) -> dict[str, torch.Tensor]:
     """The whole model's tensors under our names, vision tower included, vocabulary rows padded.
 
     Raises ValueError naming tensors of the original that mean nothing to LLaVA-1.5.
     """
     state = _translated(folder, read_tensors(folder), bare=str)
     if not any(name.startswith("model.vision_tower.") for name in state):
-        state |= read_tower(local_folder(tower_of(raw, image_tower)))
+        state |= read_tower(local_folder(tower))
     for name in ("model.language_model.embed_tokens.weight", "lm_head.weight"):
         if name in state:
             state[name] = pad_rows(state[name], config.text_config.vocab_size)
@@ -171,22 +144,13 @@ def pad_rows(weight: torch.Tensor, rows: int) -> torch.Tensor:
     return torch.cat([weight, mean.expand(rows - len(weight), -1)])
 
 
-def build_processor(folder: Path, raw: Mapping, config: LlavaConfig, image_tower: str | None) -> LlavaProcessor:
-    """Tokenizer and image processor of an original checkpoint."""
-    tower = local_folder(tower_of(raw, image_tower))
-    if (tower / "preprocessor_config.json").is_file():
-        image_processor = AutoImageProcessor.from_pretrained(tower, backend="pil")
-    else:
-        side = config.vision_config.image_size
-        crop = {"height": side, "width": side}
-        image_processor = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size=crop)
-    return LlavaProcessor(
-        image_processor=image_processor,
-        tokenizer=build_tokenizer(folder, config.image_token_id),
-        patch_size=config.vision_config.patch_size,
-        num_additional_image_tokens=1,
-        vision_feature_select_strategy="default",
-    )
+def load_image_processor(tower: str, config: LlavaConfig):
+    """The vision tower's own image processor, or CLIP's of its size."""
+    folder = local_folder(tower)
+    if (folder / "preprocessor_config.json").is_file():
+        return AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
+    side = config.vision_config.image_size
+    return CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
 
 
 def build_tokenizer(folder: Path, image_token: int) -> PreTrainedTokenizerFast:
@@ -236,7 +200,7 @@ def translate_lora(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, tor
     LoRA names are module path + `.lora_A.weight` or `.lora_B.weight`, without PEFT's prefix. Raises ValueError naming
     tensors that mean nothing here.
     """
-    trained = _read_shard(folder / NON_LORA) if (folder / NON_LORA).is_file() else {}
+    trained = read_shard(folder / NON_LORA) if (folder / NON_LORA).is_file() else {}
     lora = read_tensors(folder, ADAPTER_FILES)
     return _translated(folder, lora, _without_wrappers), _translated(folder / NON_LORA, trained, _without_wrappers)
 
@@ -307,11 +271,5 @@ def find_tokenizer_model(source: Path) -> Path:
             raise FileNotFoundError(
                 f"{source}: no tokenizer.model, which the original layout needs: copy liuhaotian/llava-v1.5-7b's there"
             )
-        source = Path(json.loads(settings.read_text(encoding="utf-8"))["base_model_name_or_path"])
+        source = Path(read_object(settings)["base_model_name_or_path"])
     return source / "tokenizer.model"
-
-
-def first_names(names: Iterable[str]) -> str:
-    """The first five names in order, and how many more there are."""
-    names = sorted(names)
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
