@@ -62,7 +62,6 @@ class Probe:
 
     regions: Tensor  # (B or 1, S, R) weights in [0, 1]; keys past S (generated tokens) weigh nothing
     layers: frozenset[int]  # zero-based
-    carries: bool = False  # after the regions comes one more column: what each head carries (`carried`)
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,12 +134,8 @@ def attention(
     is_scaled = plan.scale is not None and plan.scale.applies(module.layer_idx, key.shape[2])
     is_probed = plan.probe is not None and module.layer_idx in plan.probe.layers
     if is_scaled:
-        out, mass = _scaled(out, query, key, value, attention_mask, scaling, plan, module.layer_idx, is_probed)
-    else:
-        mass = _probed(query, key, attention_mask, scaling, plan) if is_probed else None
-    if is_probed and plan.probe.carries:
-        mass = torch.cat([mass, carried(module.o_proj, _measured_rows(out, plan))[..., None]], dim=-1)
-    return out, mass
+        return _scaled(out, query, key, value, attention_mask, scaling, plan, module.layer_idx, is_probed)
+    return out, _probed(query, key, attention_mask, scaling, plan) if is_probed else None
 
 
 def tree_attention(
@@ -194,23 +189,6 @@ def region_mass(
     with torch.autocast(query.device.type, enabled=False):
         mass = F.scaled_dot_product_attention(query.float(), key.float(), weights, attn_mask=mask, scale=scaling)
     return mass[..., :num_regions]
-
-
-@torch.no_grad()
-def carried(o_proj, out: Float[Tensor, "B T H D"]) -> Float[Tensor, "B H T"]:
-    """Norm of what each head adds to the residual stream: its output alone, through the output projection.
-
-    The projection is called as a module, so that its LoRA counts and its weight is there under ZeRO-3. A constant: it
-    has no gradient.
-    """
-    alone = torch.eye(out.shape[2], dtype=out.dtype, device=out.device)[:, None, None, :, None] * out
-    return o_proj(alone.flatten(-2)).float().norm(dim=-1).transpose(0, 1)
-
-
-def _measured_rows(out: Float[Tensor, "B Q H D"], plan: Plan) -> Float[Tensor, "B T H D"]:
-    if not plan.trees:
-        return out[:, -1:]
-    return torch.cat([out[:, slice(*tree.branches[0])] for tree in plan.trees], dim=1)
 
 
 def _probed(query: Tensor, key: Tensor, attention_mask: Tensor | None, scaling: float | None, plan: Plan) -> Tensor:
@@ -303,14 +281,14 @@ def mean_over_heads(
     return (masses * weights).sum(dim=-3) / weights.sum(dim=-3).clamp(min=1e-12)
 
 
-def mean_over_layers(values: Float[Tensor, "L *axes"], chosen: Float[Tensor, "L H"] | None = None) -> Tensor:
-    """Mean over the probed layers. Where heads were chosen (1, else 0) a layer counts by how many of its are.
+def mean_over_layers(values: Float[Tensor, "L *axes"], selected: Float[Tensor, "L H"] | None = None) -> Tensor:
+    """Mean over the probed layers. Where heads are selected (1, else 0) a layer counts by how many of its are.
 
-    So every chosen head counts the same, and all heads of some layers are those layers.
+    So every selected head counts the same, and all heads of some layers are those layers.
     """
-    if chosen is None:
+    if selected is None:
         return values.mean(dim=0)
-    shares = (chosen.sum(dim=1) / chosen.sum()).to(values)
+    shares = (selected.sum(dim=1) / selected.sum()).to(values)
     return (values * shares.view(-1, *[1] * (values.dim() - 1))).sum(dim=0)
 
 

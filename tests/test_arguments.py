@@ -57,9 +57,9 @@ def test_the_last_of_two_equal_flags_wins():
     assert parsed("--dpo_alpha", "1", "--dpo_alpha", "0.5")[2].dpo_alpha == 0.5
 
 
-def test_weights_of_the_loss_are_the_flags():
-    weights = parsed("--dpo_alpha", "0", "--gamma", "2", "--attention_weight", "0.3")[2].weights()
-    assert (weights.dpo_alpha, weights.gamma, weights.attention_weight) == (0.0, 2.0, 0.3)
+def test_settings_of_the_loss_are_the_flags():
+    settings = parsed("--dpo_alpha", "0", "--gamma", "2", "--attention_weight", "0.3")[2].settings()
+    assert (settings.dpo_alpha, settings.gamma, settings.attention_weight) == (0.0, 2.0, 0.3)
 
 
 def test_gradient_checkpointing_by_its_older_name():
@@ -139,6 +139,11 @@ def test_a_missing_required_flag_is_named(name):
         ("--dpo_alpha much", "--dpo_alpha"),
         ("--dpo_alpha nan", "--dpo_alpha"),
         ("--beta nan", "--beta"),
+        ("--attention_threshold nan", "--attention_threshold"),
+        ("--attention_threshold 2:0.85,default:0.75", "--attention_threshold"),
+        ("--attention_carry True", "b4cba4d"),
+        ("--attention_schedule linear_decay", "b4cba4d"),
+        ("--attention_warmup_share 0.1", "b4cba4d"),
         ("--lora_r 1.5", "--lora_r"),
         ("--label_smoothing 0.5", "--label_smoothing"),
         ("--label_smoothing -0.1", "--label_smoothing"),

@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig
 
 from llava.image import pixel_values
-from llava.layout import PatchGrid, collage_box, expand_images, pip_box, target_weights
+from llava.layout import PatchGrid, collage_box, expand_images, num_parts, pip_box, target_weights
 from llava.records import Prompt
 
 CANVAS = {2: (936, 488), 3: (1424, 488), 4: (936, 976), 6: (1424, 976), 9: (1424, 1464)}  # reference.md I.3
@@ -240,6 +240,14 @@ def test_a_processor_that_resizes_to_a_fixed_square():
     size = SimpleNamespace(do_resize=True, do_center_crop=False, size={"height": 72, "width": 72}, crop_size=None)
     grid = PatchGrid.of(size, CLIPVisionConfig(image_size=72, patch_size=12), False)
     assert weights_2d(grid, (0, 0, 100, 30), (200, 60)).tolist() == [[1, 1, 1, 0, 0, 0]] * 3 + [[0] * 6] * 3
+
+
+def test_pictures_of_a_prompt():
+    assert num_parts(prompt("sequence", num_images=3), ()) == 3
+    assert num_parts(prompt("collage", grid=(2, 3)), ()) == 6
+    assert num_parts(prompt("collage"), [(936, 488)]) == 2  # the published canvas
+    assert num_parts(prompt("collage"), [(72, 72)]) == 1
+    assert num_parts(prompt("pip"), ()) == 2 and num_parts(prompt("single"), ()) == 1
 
 
 # ---- image tokens

@@ -7,7 +7,7 @@ import torch
 
 from train.llava_hound_dpo.losses import (
     PREFERENCE_LOSSES,
-    Weights,
+    LossSettings,
     hinge_attention,
     log_attention,
     logits_margin,
@@ -51,9 +51,9 @@ def test_attention_log():
 
 @pytest.mark.parametrize("variant", ["hinge", "log"])
 def test_total_falls_when_target_mass_rises(variant):
-    weights = Weights(dpo_alpha=1.0, gamma=0.0, attention_loss=variant)
+    settings = LossSettings(dpo_alpha=1.0, gamma=0.0, attention_loss=variant)
     ratio = tensor(0.4).requires_grad_()
-    loss, _ = total_loss(weights, tensor(-3.0), tensor(2.0), ratio, tensor(0.0))
+    loss, _ = total_loss(settings, tensor(-3.0), tensor(2.0), ratio, tensor(0.0))
     loss.backward()
     assert ratio.grad.item() < 0
 
@@ -63,25 +63,25 @@ def test_total_is_the_formula_of_the_design():
     dpo = [math.log1p(math.exp(-0.1)), math.log1p(math.exp(0.2))]
     sft, attention = [1.5, 2.0], [0.25, 0.0]
     for alpha, gamma in [(1.0, 0.0), (0.0, 1.0), (0.5, 2.0)]:
-        weights = Weights(dpo_alpha=alpha, gamma=gamma)
-        found, parts = total_loss(weights, chosen, tokens, ratio, z if alpha else None)
+        settings = LossSettings(dpo_alpha=alpha, gamma=gamma)
+        found, parts = total_loss(settings, chosen, tokens, ratio, z if alpha else None)
         expected = [alpha * (d + 0.9 * a) + gamma * (s + 0.9 * a) for d, s, a in zip(dpo, sft, attention, strict=True)]
         assert found.item() == pytest.approx(sum(expected) / 2, abs=1e-5)
         assert ("dpo" in parts) == (alpha > 0)
 
 
 def test_weight_zero_is_plain_dpo():
-    weights = Weights(dpo_alpha=1.0, gamma=0.0, attention_weight=0.0)
-    loss, _ = total_loss(weights, tensor(-3.0), tensor(2.0), tensor(0.1), tensor(0.0))
+    settings = LossSettings(dpo_alpha=1.0, gamma=0.0, attention_weight=0.0)
+    loss, _ = total_loss(settings, tensor(-3.0), tensor(2.0), tensor(0.1), tensor(0.0))
     assert loss.item() == pytest.approx(math.log(2), abs=1e-6)
 
 
 def test_mean_over_pairs_does_not_depend_on_how_a_batch_is_split():
     torch.manual_seed(0)
     parts = [-5 * torch.rand(8), torch.randint(1, 9, (8,)).float(), torch.rand(8), torch.randn(8)]
-    weights = Weights(dpo_alpha=0.7, gamma=0.3)
-    whole, _ = total_loss(weights, *parts)
-    halves = [total_loss(weights, *(p[s] for p in parts))[0] for s in (slice(0, 4), slice(4, 8))]
+    settings = LossSettings(dpo_alpha=0.7, gamma=0.3)
+    whole, _ = total_loss(settings, *parts)
+    halves = [total_loss(settings, *(p[s] for p in parts))[0] for s in (slice(0, 4), slice(4, 8))]
     torch.testing.assert_close(whole, (halves[0] + halves[1]) / 2)
 
 

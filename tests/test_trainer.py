@@ -17,7 +17,7 @@ from tests.conftest import BASE, SIDE, tiny_model
 from train.llava_hound_dpo import checkpoints
 from train.llava_hound_dpo.arguments import ModelArguments, parse
 from train.llava_hound_dpo.checkpoints import COMPLETE, latest_checkpoint
-from train.llava_hound_dpo.losses import Weights
+from train.llava_hound_dpo.losses import LossSettings
 from train.llava_hound_dpo.model import make_trainable, parameter_table
 from train.llava_hound_dpo.run_dpo import build_trainer, describe_run, read_inputs
 from train.llava_hound_dpo.trainer import METRICS, AttentionAwareDPOTrainer
@@ -333,5 +333,5 @@ def test_policy_table_names_what_is_trained(processor):
 
 
 def test_weights_of_both_recipes():
-    assert Weights(dpo_alpha=1, gamma=0).needs_rejected
-    assert not Weights(dpo_alpha=0, gamma=1).needs_rejected
+    assert LossSettings(dpo_alpha=1, gamma=0).needs_rejected
+    assert not LossSettings(dpo_alpha=0, gamma=1).needs_rejected

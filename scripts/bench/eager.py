@@ -16,7 +16,7 @@ from torch import Tensor
 from llava.attention import layer_range
 from scripts.bench.pairs import Pairs
 from scripts.bench.steps import Step, autocast
-from train.llava_hound_dpo.losses import Weights
+from train.llava_hound_dpo.losses import LossSettings
 
 IGNORED = -100  # label of a token that is not of an answer
 
@@ -24,9 +24,9 @@ IGNORED = -100  # label of a token that is not of an answer
 class Eager(Step):
     """A step of `attention_aware_dpo`."""
 
-    def __init__(self, policy, weights: Weights):
+    def __init__(self, policy, settings: LossSettings):
         super().__init__(policy)
-        self.weights, self.batch = weights, None
+        self.settings, self.batch = settings, None
         self.layers = sorted(layer_range(policy.config.text_config.num_hidden_layers, "auto"))
 
     def load(self, pairs: Pairs) -> None:
@@ -37,7 +37,7 @@ class Eager(Step):
         """As a training loop written by hand."""
         self.policy.get_base_model().set_attn_implementation({"text_config": "eager"})
         with autocast():
-            loss = attention_aware_dpo(self.policy, self.batch, self.layers, self.weights)
+            loss = attention_aware_dpo(self.policy, self.batch, self.layers, self.settings)
         loss.backward()
         return loss
 
@@ -78,7 +78,7 @@ def collate(items: Sequence[dict[str, Any]], image_token: int, device: torch.dev
     return Batch(*(tensor.to(device) for tensor in (input_ids, mask, labels, pixels, regions)))
 
 
-def attention_aware_dpo(policy, batch: Batch, layers: Sequence[int], weights: Weights) -> Tensor:
+def attention_aware_dpo(policy, batch: Batch, layers: Sequence[int], settings: LossSettings) -> Tensor:
     """Mean loss of a batch: dpo_alpha · (L_dpo + λ·L_att), hinge, with all attention maps in memory."""
     model = policy.get_base_model()  # without accelerate's wrapper, which would turn all maps into fp32
     with torch.no_grad(), policy.disable_adapter():
@@ -86,10 +86,10 @@ def attention_aware_dpo(policy, batch: Batch, layers: Sequence[int], weights: We
     outputs = model(**batch.inputs, use_cache=False, output_attentions=True)
     margins = answer_logps(outputs.logits, batch.labels) - reference
     chosen, rejected = margins.chunk(2)
-    preference = -F.logsigmoid(weights.beta * (chosen - rejected))
+    preference = -F.logsigmoid(settings.beta * (chosen - rejected))
     ratio = target_share(torch.stack([outputs.attentions[layer] for layer in layers]), batch)
-    attention = F.relu(weights.attention_threshold - ratio)
-    return (weights.dpo_alpha * (preference + weights.attention_weight * attention)).mean()
+    attention = F.relu(settings.attention_threshold - ratio)
+    return (settings.dpo_alpha * (preference + settings.attention_weight * attention)).mean()
 
 
 def answer_logps(logits: Tensor, labels: Tensor) -> Tensor:

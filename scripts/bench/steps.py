@@ -15,12 +15,12 @@ from llava.attention import NAME, install, layer_range
 from scripts.bench.pairs import Pairs
 from train.llava_hound_dpo.arguments import TrainArguments
 from train.llava_hound_dpo.batches import make_plan
-from train.llava_hound_dpo.losses import PREFERENCE_LOSSES, Weights
+from train.llava_hound_dpo.losses import PREFERENCE_LOSSES, LossSettings
 from train.llava_hound_dpo.plan import shape_of
 from train.llava_hound_dpo.scoring import score
 from train.llava_hound_dpo.trainer import AttentionAwareDPOTrainer
 
-WEIGHTS = Weights(dpo_alpha=1.0, gamma=0.0)
+SETTINGS = LossSettings(dpo_alpha=1.0, gamma=0.0)
 NAMES = ("ours", "plain", "trl", "eager")
 
 
@@ -86,7 +86,7 @@ class PlainDPOTrainer(AttentionAwareDPOTrainer):
         row, pictures = inputs["row"], self._pictures(inputs["pixel_values"])
         reference = self._reference(model, inputs, pictures, self.train_dataset)
         z = self._margin(score(model, row, **pictures), reference)
-        return PREFERENCE_LOSSES[self.weights.loss_type](z, self.weights.beta, 0.0).mean()
+        return PREFERENCE_LOSSES[self.settings.loss_type](z, self.settings.beta, 0.0).mean()
 
 
 def build_trainer(
@@ -106,7 +106,7 @@ def build_trainer(
     args.accumulate(batches.accumulation)
     return kind(
         model=policy, args=args, train_dataset=pairs.dataset, batches=batches,
-        processing_class=pairs.processor, weights=WEIGHTS,
+        processing_class=pairs.processor, settings=SETTINGS,
         layers=layer_range(base.config.text_config.num_hidden_layers, "auto"), image_token=base.config.image_token_id,
     )  # fmt: skip
 
@@ -122,7 +122,7 @@ def build_steps(names: Sequence[str], policy, build_base, pairs: Pairs, folder: 
 
             steps[name] = Trl(build_base(), policy, pairs, folder / name)
         elif name == "eager":
-            steps[name] = Eager(policy, WEIGHTS)
+            steps[name] = Eager(policy, SETTINGS)
         else:
             kind = AttentionAwareDPOTrainer if name == "ours" else PlainDPOTrainer
             steps[name] = Ours(policy, pairs, folder / name, kind)

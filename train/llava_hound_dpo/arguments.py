@@ -13,14 +13,13 @@ from transformers import HfArgumentParser, TrainingArguments
 from llava.heads import TOP
 from train.llava_hound_dpo.losses import (
     ATTENTION_LOSSES,
-    DEFAULT,
     PREFERENCE_LOSSES,
-    SCHEDULES,
     SMOOTHED,
-    Weights,
+    LossSettings,
 )
 
-# Flags of the earlier public scripts that mean nothing here, with what to do instead.
+NO_GAIN = "the study found no gain; last commit with it b4cba4d"
+# Flags of earlier scripts that mean nothing here, with what to do instead.
 RETIRED = {
     "X": "images are the only modality",
     "training_modal": "images are the only modality",
@@ -41,6 +40,9 @@ RETIRED = {
     "double_quant": "always on with --bits 4",
     "quant_type": "always nf4 with --bits 4",
     "tok_beta": "it had no effect",
+    "attention_carry": f"heads by what they carry: {NO_GAIN}",
+    "attention_warmup_share": f"warm-up of λ: {NO_GAIN}",
+    "attention_schedule": f"decay of λ: {NO_GAIN}",
 }
 
 # Flags of transformers.TrainingArguments that would change which pairs a step has.
@@ -120,11 +122,7 @@ class LossArguments:
     loss_type: str = field(default="sigmoid", metadata={"help": "Preference loss.", "choices": list(PREFERENCE_LOSSES)})
     label_smoothing: float = field(default=0.0, metadata={"help": "Assumed share of flipped pairs (sigmoid, robust)."})
     attention_weight: float = field(default=0.9, metadata={"help": "λ; 0 gives plain DPO or SFT."})
-    attention_threshold: str = field(  # read_threshold makes it a number or a table
-        default="0.75",
-        metadata={"help": "τ: the ratio from which L_att (hinge) is 0; or one by the pictures of a prompt, as "
-                  "2:0.85,3:0.8,default:0.75."},
-    )  # fmt: skip
+    attention_threshold: float = field(default=0.75, metadata={"help": "τ: the ratio from which L_att (hinge) is 0."})
     attention_loss: str = field(
         default="hinge",
         metadata={"help": "hinge: max(0, τ - R); log: -log R.", "choices": list(ATTENTION_LOSSES)},
@@ -139,20 +137,9 @@ class LossArguments:
                   "of all heads."},
     )  # fmt: skip
     top_heads: int = field(default=TOP, metadata={"help": "How many of the best heads."})
-    attention_carry: bool = field(
-        default=False, metadata={"help": "Heads count in R by the norm of what they carry to the residual stream."}
-    )
-    attention_warmup_share: float = field(
-        default=0.0, metadata={"help": "λ rises linearly from 0 over this first share (0..1) of the steps."}
-    )
-    attention_schedule: str = field(
-        default="constant",
-        metadata={"help": "λ after that: constant, or linearly down to 0 at the end.", "choices": list(SCHEDULES)},
-    )
 
     def __post_init__(self):
-        self.attention_threshold = read_threshold(self.attention_threshold)
-        numbers = ("dpo_alpha", "gamma", "attention_weight", "attention_warmup_share", "beta", "label_smoothing")
+        numbers = ("dpo_alpha", "gamma", "attention_weight", "attention_threshold", "beta", "label_smoothing")
         for name in numbers:
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"--{name} {getattr(self, name)} must be a finite number")
@@ -166,28 +153,11 @@ class LossArguments:
             raise ValueError(f"--label_smoothing {self.label_smoothing} must be from 0 up to, not including, 0.5")
         if self.label_smoothing and self.loss_type not in SMOOTHED:
             raise ValueError(f"--loss_type {self.loss_type} knows no label smoothing; {' and '.join(SMOOTHED)} do")
-        if not 0 <= self.attention_warmup_share < 1:
-            raise ValueError(f"--attention_warmup_share {self.attention_warmup_share}: a share from 0 to below 1")
 
-    def weights(self) -> Weights:
+    def settings(self) -> LossSettings:
         """The same numbers as `losses.total_loss` takes them."""
-        names = Weights.__dataclass_fields__
-        return Weights(**{name: getattr(self, name) for name in names})
-
-
-def read_threshold(text: str | float | dict[str, float]) -> float | dict[str, float]:
-    """τ, or the table of `losses.threshold_of`. Raises ValueError."""
-    if isinstance(text, dict):
-        return text
-    words = [word.strip() if ":" in word else f"{DEFAULT}:{word}" for word in str(text).split(",")]
-    try:
-        table = {name: float(value) for name, value in (word.split(":") for word in words)}
-        is_known = all(name == DEFAULT or int(name) >= 1 for name in table)
-    except ValueError:
-        table, is_known = {}, False
-    if not is_known or DEFAULT not in table or len(table) < len(words) or not all(map(math.isfinite, table.values())):
-        raise ValueError(f"--attention_threshold {text}: write 0.75, or one by pictures as 2:0.85,3:0.8,default:0.75")
-    return table[DEFAULT] if len(table) == 1 else table
+        names = LossSettings.__dataclass_fields__
+        return LossSettings(**{name: getattr(self, name) for name in names})
 
 
 @dataclass

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from llava.conversation import encode_answer, encode_prompt
 from llava.image import ImageStore, pixel_values
-from llava.layout import EncodedPair, PackedRow, PatchGrid, expand_images, needs_sizes, num_parts, pack, target_weights
+from llava.layout import EncodedPair, PackedRow, PatchGrid, expand_images, needs_sizes, pack, target_weights
 from llava.records import FORMATS, DataError, Preference
 from llava.runtime import is_main_process
 
@@ -111,7 +111,6 @@ class PairDataset(Dataset):
         return {
             "index": index,
             "format": FORMATS.index(pair.record.image_type),
-            "num_images": num_parts(pair.record, sizes),
             "pair": EncodedPair(
                 prompt=expand_images(pair.prompt, self.image_token, self.grid.num_tokens),
                 chosen=pair.chosen,
@@ -136,7 +135,6 @@ class PairCollator:
         batch = {
             "index": torch.tensor([item["index"] for item in items]),  # first: the Trainer reads the batch size off it
             "format": torch.tensor([item["format"] for item in items]),
-            "num_images": torch.tensor([item["num_images"] for item in items]),
             "row": pack(pairs, self.image_token),
             "pixel_values": torch.cat([item["pixel_values"] for item in items]),
         }

@@ -32,15 +32,15 @@ class Scores:
 
 def score(
     model, row: PackedRow, pixel_values: Tensor | None = None, image_features: list[Tensor] | None = None,
-    layers: frozenset[int] = frozenset(), heads: Tensor | None = None, carries: bool = False,
+    layers: frozenset[int] = frozenset(), heads: Tensor | None = None,
 ) -> Scores:  # fmt: skip
-    """Scores of a packed row; probes attention in `layers`, of their heads as `head_weights` says.
+    """Scores of a packed row; probes attention in `layers`, over those `heads` (L, H) that have a 1 (None: all).
 
     Pictures come as `pixel_values` or, encoded before, as `image_features`. Raises RuntimeError if the masses are
     cut off from the weights while gradients are wanted (a reentrant checkpoint does that): the attention term would
     train nothing without a word.
     """
-    probe = Probe(row.regions, layers, carries) if layers else None
+    probe = Probe(row.regions, layers) if layers else None
     encoded = None
     if image_features is not None:
         encoded = {"image": BaseModelOutputWithPooling(pooler_output=image_features)}
@@ -74,19 +74,6 @@ def token_logps(logits: Float[Tensor, "T V"], labels: Tensor) -> Float[Tensor, "
     return torch.log_softmax(logits.float(), dim=-1).gather(-1, labels[:, None])[:, 0]
 
 
-def head_weights(
-    heads: Float[Tensor, "L H"] | None, carried: Float[Tensor, "L H T"] | None
-) -> Float[Tensor, "L H #T"] | None:
-    """How much each head counts in a row's mass: 1 if chosen, else 0, times what it carries to the residual stream.
-
-    A row's weights are relative to each other: every row counts the same. None: all heads alike.
-    """
-    if heads is None:
-        return carried
-    chosen = heads[..., None]
-    return chosen if carried is None else chosen * carried
-
-
 def _masses(attentions: tuple[Tensor, ...], row: PackedRow, layers: frozenset[int], heads: Tensor | None) -> Tensor:
     if len(attentions or ()) != len(layers):
         raise RuntimeError(f"{len(layers)} layers were probed but {len(attentions or ())} masses came back")
@@ -95,7 +82,6 @@ def _masses(attentions: tuple[Tensor, ...], row: PackedRow, layers: frozenset[in
             "the attention masses carry no gradient, so the attention term would train nothing; "
             "use non-reentrant checkpointing and do not detach the model's inputs"
         )
-    masses = torch.stack([mass[0] for mass in attentions])  # (L, H, T_chosen, 2), or 3 with what each head carries
-    carried = masses[..., 2].detach() if masses.shape[-1] > 2 else None
-    weights = head_weights(None if heads is None else heads.to(masses), carried)
-    return mean_masses(masses[..., :2], row.chosen_owner, row.num_pairs, weights)
+    masses = torch.stack([mass[0] for mass in attentions])  # (L, H, T_chosen, 2)
+    weights = None if heads is None else heads.to(masses)[..., None]
+    return mean_masses(masses, row.chosen_owner, row.num_pairs, weights)

@@ -1,4 +1,4 @@
-"""`AttentionAwareDPOTrainer`: transformers' Trainer with the loss of design §5 on packed rows."""
+"""`AttentionAwareDPOTrainer`: transformers' Trainer with the losses of `losses.py` on packed rows."""
 
 import logging
 import math
@@ -31,7 +31,7 @@ from train.llava_hound_dpo.checkpoints import (
     save_state,
 )
 from train.llava_hound_dpo.data import PairCollator, PairDataset
-from train.llava_hound_dpo.losses import Weights, logits_margin, total_loss
+from train.llava_hound_dpo.losses import LossSettings, logits_margin, total_loss
 from train.llava_hound_dpo.progress import StepLines, WatchChosen
 from train.llava_hound_dpo.reference import ReferenceCache
 from train.llava_hound_dpo.scoring import Scores, score
@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 METRICS = (
     "losses/total", "losses/dpo", "losses/sft", "losses/attention",
-    "attention/ratio", *(f"attention/ratio_{name}" for name in FORMATS), "attention/image_mass", "attention/weight",
+    "attention/ratio", *(f"attention/ratio_{name}" for name in FORMATS), "attention/image_mass",
     "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
     "logps/chosen", "logps/rejected",
 )  # fmt: skip
@@ -51,7 +51,7 @@ class AttentionAwareDPOTrainer(Trainer):
     """Trains a LLaVA, with or without LoRA, on packed preference pairs.
 
     `layers` are the probed layers of the language model, `heads` (L, H) has a 1 for those of their heads that count
-    (None: all), with `carries` by what they carry. `reference` is needed for full fine-tuning with a DPO share; without
+    (None: all). `reference` is needed for full fine-tuning with a DPO share; without
     it the reference is the model with its LoRA adapter off, computed at every step. `identity` describes the
     experiment; a checkpoint of another one is not resumed. `batches` says which pairs form which step and row.
     """
@@ -59,19 +59,17 @@ class AttentionAwareDPOTrainer(Trainer):
     def __init__(
         self,
         *args,
-        weights: Weights,
+        settings: LossSettings,
         layers: frozenset[int],
         image_token: int,
         batches: BatchPlan,
         heads: Tensor | None = None,
-        carries: bool = False,
         reference: ReferenceCache | None = None,
         identity: Mapping[str, Any] | None = None,
         **kwargs,
     ):
-        super().__init__(*args, data_collator=PairCollator(image_token, weights.needs_rejected), **kwargs)
-        self.weights, self.layers, self.reference = weights, layers, reference
-        self.heads, self.carries = heads, carries
+        super().__init__(*args, data_collator=PairCollator(image_token, settings.needs_rejected), **kwargs)
+        self.settings, self.layers, self.heads, self.reference = settings, layers, heads, reference
         self.batches, self._saved_step = batches, None
         assert (batches.accumulation, batches.world_size) == (
             self.args.gradient_accumulation_steps,
@@ -82,14 +80,14 @@ class AttentionAwareDPOTrainer(Trainer):
         self._sums = torch.zeros(2, len(METRICS), dtype=torch.float64)
         self.shares_images = not any(p.requires_grad for n, p in self.model.named_parameters() if PROJECTOR in n)
         is_lora = isinstance(self.model, PeftModel)
-        assert not weights.needs_rejected or is_lora or reference is not None, "no source of reference log-probs"
+        assert not settings.needs_rejected or is_lora or reference is not None, "no source of reference log-probs"
         self.add_callback(MarkComplete(identity or {}))
         self.stop = StopOnRequest()
         self.add_callback(self.stop)
         for standard in (ProgressCallback, PrinterCallback):
             self.remove_callback(standard)
         self.add_callback(StepLines())
-        self.add_callback(WatchChosen(weights.beta))
+        self.add_callback(WatchChosen(settings.beta))
         if reference is not None:
             self.add_callback(_ComputeReference(self))
 
@@ -102,17 +100,16 @@ class AttentionAwareDPOTrainer(Trainer):
         """
         row, pictures = inputs["row"], self._pictures(inputs["pixel_values"])
         dataset = self.train_dataset if model.training else self.eval_dataset
-        reference = self._reference(model, inputs, pictures, dataset) if self.weights.needs_rejected else None
-        policy = score(model, row, **pictures, layers=self.layers, heads=self.heads, carries=self.carries)
+        reference = self._reference(model, inputs, pictures, dataset) if self.settings.needs_rejected else None
+        policy = score(model, row, **pictures, layers=self.layers, heads=self.heads)
         ratio = mean_over_layers(attention_ratio(policy.masses), self.heads)
         z = self._margin(policy, reference) if reference else None
-        weights = self._weights(model.training)
-        loss, parts = total_loss(weights, policy.chosen, policy.chosen_tokens, ratio, z, inputs["num_images"])
+        loss, parts = total_loss(self.settings, policy.chosen, policy.chosen_tokens, ratio, z)
         if not torch.isfinite(parts["total"]).all():
             bad = inputs["index"][~torch.isfinite(parts["total"])].tolist()
             names = ", ".join(dataset.pairs[i].record.where for i in bad)
             raise FloatingPointError(f"the loss is not finite at step {self.state.global_step + 1}: {names}")
-        metrics = self._metrics(parts, policy, reference, ratio, inputs["format"], weights)
+        metrics = self._metrics(parts, policy, reference, ratio, inputs["format"])
         step_pairs = inputs.get("step_pairs")
         if step_pairs is not None:
             share = torch.where(step_pairs > 0, self.batches.rows_per_step / step_pairs, 0)
@@ -256,29 +253,21 @@ class AttentionAwareDPOTrainer(Trainer):
         model = self.accelerator.unwrap_model(model)
         return model.disable_adapter() if isinstance(model, PeftModel) else nullcontext()
 
-    def _weights(self, is_training: bool) -> Weights:
-        """λ as of this step; in evaluations what it is at most, so that they can be compared with each other."""
-        return self.weights.at(self.state.global_step / max(1, self.state.max_steps)) if is_training else self.weights
-
     def _margin(self, policy: Scores, reference: Scores) -> Tensor:
-        if self.weights.averages_logps:
+        if self.settings.averages_logps:
             return logits_margin(*policy.per_token, *reference.per_token)
         return logits_margin(policy.chosen, policy.rejected, reference.chosen, reference.rejected)
 
-    def _metrics(
-        self, parts: dict, policy: Scores, reference: Scores | None, ratio: Tensor, formats: Tensor, weights: Weights
-    ) -> Tensor:
+    def _metrics(self, parts: dict, policy: Scores, reference: Scores | None, ratio: Tensor, formats: Tensor) -> Tensor:
         """(N, metrics) matrix of one batch, NaN where a metric does not apply to a pair."""
         found = {f"losses/{name}": value for name, value in parts.items()}
         found |= {"logps/chosen": policy.chosen, "attention/ratio": ratio}
         found["attention/image_mass"] = mean_over_layers(policy.masses[..., 1], self.heads)
-        if self.weights.is_scheduled:
-            found["attention/weight"] = torch.full_like(ratio, weights.attention_weight)
         for number, name in enumerate(FORMATS):
             found[f"attention/ratio_{name}"] = torch.where(formats == number, ratio, math.nan)
         if reference is not None:
-            chosen = self.weights.beta * (policy.chosen - reference.chosen)
-            rejected = self.weights.beta * (policy.rejected - reference.rejected)
+            chosen = self.settings.beta * (policy.chosen - reference.chosen)
+            rejected = self.settings.beta * (policy.rejected - reference.rejected)
             found |= {
                 "rewards/chosen": chosen,
                 "rewards/rejected": rejected,
