@@ -5,11 +5,11 @@ A run that is killed at any moment goes on where it was, without losing or repea
 
 import json
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from llava.run_folder import Log, as_json, read_object, refuse_another
 from llava.runtime import is_main_process, write_run_json, write_text
 
 logger = logging.getLogger(__name__)
@@ -22,10 +22,11 @@ class AnswerStore:
     """
 
     def __init__(self, output: Path, identity: dict[str, Any]):
-        self.output, self.identity = output, json.loads(json.dumps(identity, default=str))
+        self.output, self.identity = output, as_json(identity)
         self.parts = output.with_name(output.name + ".parts")
         self.run_json = output.with_suffix(".run.json")
         self.marker = self.parts / "run.json"
+        self._logs: dict[int, Log] = {}
         if self.marker.is_file():
             self._refuse_another(self.marker, self.parts)
         elif output.exists():
@@ -47,16 +48,9 @@ class AnswerStore:
         return done
 
     def append(self, part: int, records: Sequence[dict[str, Any]]) -> None:
-        """Put answers, each with the `number` of its question, on disk before anything else happens.
-
-        Raises OSError, for example on a full disk; what was appended before stays.
-        """
-        # A line that a kill or a full disk cut short ends here, so that it cannot swallow the next one.
-        text = "\n" + "\n".join(json.dumps(record) for record in records) + "\n"
-        with (self.parts / f"{part}.jsonl").open("a", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        """Put answers, each with the `number` of its question, on disk before anything else happens. Raises OSError."""
+        log = self._logs.setdefault(part, Log(self.parts / f"{part}.jsonl"))
+        log.append(records)
 
     def finish(self, ids: Sequence[str]) -> int:
         """Write the answers file and its run.json, then remove the parts; how many answers were cut off.
@@ -79,26 +73,10 @@ class AnswerStore:
 
     def _lines(self) -> Iterator[dict[str, Any]]:
         for path in sorted(self.parts.glob("*.jsonl")):
-            for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-                try:
-                    yield json.loads(line)
-                except json.JSONDecodeError:  # cut short: its question is answered again
-                    continue
+            yield from Log(path)
 
     def _refuse_another(self, record: Path, what: Path) -> None:
         if not record.is_file():
             raise ValueError(f"{what} is there, but no {record.name}: choose another --output, or remove it")
-        there = self._flat(json.loads(record.read_text(encoding="utf-8")))
-        other = [name for name, value in self._flat(self.identity).items() if there.get(name) != value]
-        if other:
-            first = sorted(other, key=lambda name: (name not in there, name))[:5]
-            raise ValueError(
-                f"{what} holds answers of another run (it differs in {', '.join(first)}; see {record.name} "
-                "beside it): remove it or choose another --output"
-            )
-
-    @staticmethod
-    def _flat(record: dict[str, Any]) -> dict[str, Any]:
-        """The record with the fields of its groups beside the others."""
-        groups = {name: value for group in record.values() if isinstance(group, dict) for name, value in group.items()}
-        return {name: value for name, value in record.items() if not isinstance(value, dict)} | groups
+        there = {name: value for name, value in read_object(record).items() if name in self.identity}
+        refuse_another(what, there, self.identity, "remove it or choose another --output")

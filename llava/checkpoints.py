@@ -76,6 +76,16 @@ class Checkpoint:
             raise ValueError(f"{self.path}: {first_line(error)}") from error
         return config
 
+    @property
+    def num_layers(self) -> int:
+        """Blocks of the language model."""
+        return self.config.get_text_config().num_hidden_layers
+
+    @property
+    def num_heads(self) -> int:
+        """Attention heads of each block."""
+        return self.config.get_text_config().num_attention_heads
+
     @cached_property
     def family(self) -> Family:
         """Tokenizer, prompts and picture geometry. Raises ValueError if they are not the model's, FileNotFoundError."""

@@ -4,6 +4,7 @@ Letters: B prompts, S tokens of the longest, R regions (0 target, 1 all images, 
 T steps.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache, LogitsProcessor
 
 from llava.attention import Ambient, Plan, Probe, attention_ratio, mean_over_heads, mean_over_layers, use_plan
+from llava.families import Family
 from llava.scaling import Scale
 
 
@@ -24,19 +26,21 @@ class Generated:
     tokens: list[int]  # with the end token
     is_complete: bool  # it ended by itself, before the limit of new tokens
     confidence: float  # largest probability of the first answer token, at temperature 1, before any scaling
+    perplexity: float | None  # of a greedy answer, its end token included; else None
     factor: float  # of the attention on the scaled tokens; 1.0: plain
     masses: Tensor  # (L, R) attention mass on each region, mean over answer tokens and heads, per probed layer
     heads: Tensor | None = None  # (L, H) 1 for the heads that `masses` is a mean over, else 0; None: all
     by_head: Tensor | None = None  # (L, H, R) the masses of each head; empty where they were not asked for
+    by_token: Tensor | None = None  # (P,) mass on each image token, as R is computed; empty where it was not asked for
 
     @property
     def ratio_by_layer(self) -> list[float] | None:
-        """R_l of design §4 for each probed layer, in order; None if no layer was probed."""
+        """R of each probed layer, in order: mass on the target by mass on all images; None if no layer was probed."""
         return attention_ratio(self.masses[:, :2]).tolist() or None
 
     @property
     def ratio(self) -> float | None:
-        """R: mean of the ratio over the probed layers, of chosen heads as `mean_over_layers` says."""
+        """R: mean of the ratio over the probed layers, of selected heads as `mean_over_layers` says."""
         by_layer = self.ratio_by_layer
         if by_layer and self.heads is not None:
             return mean_over_layers(torch.tensor(by_layer), self.heads).item()
@@ -56,9 +60,10 @@ class PromptBatch:
 
     input_ids: Tensor  # (B, S), image tokens expanded
     attention_mask: Tensor  # (B, S)
-    pixel_values: Tensor  # (all images of all prompts in order, 3, side, side)
+    pixels: dict[str, Tensor]  # of all images of all prompts in order, as the family's model takes them
     regions: Tensor  # (B, S, R) weight of each token in each region; 0 for a region that a prompt does not have
     num_regions: tuple[int, ...]  # regions of each prompt, at least 2
+    num_mapped: tuple[int, ...]  # then so many columns of `regions` are one image token each: all of the prompt's, or 0
     image_types: tuple[str, ...] = ()  # format of each prompt, where it matters
 
     def to(self, device) -> "PromptBatch":
@@ -70,8 +75,9 @@ class PromptBatch:
         return self._map(Tensor.pin_memory)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "PromptBatch":
-        names = ("input_ids", "attention_mask", "pixel_values", "regions")
-        return replace(self, **{name: change(getattr(self, name)) for name in names})
+        names = ("input_ids", "attention_mask", "regions")
+        pixels = {name: change(tensor) for name, tensor in self.pixels.items()}
+        return replace(self, pixels=pixels, **{name: change(getattr(self, name)) for name in names})
 
 
 # What to scale, from the confidence (B,) of the first answer tokens of a batch; None: nothing.
@@ -79,29 +85,31 @@ Steer = Callable[[Tensor, PromptBatch], Scale | None]
 
 
 def batch_prompts(
-    prompts: Sequence[list[int]],
-    regions: Sequence[Tensor],
-    pixel_values: Tensor,
-    image_token: int,
-    pad_token: int,
-    image_types: Sequence[str] = (),
-) -> PromptBatch:
-    """Left-pad expanded prompts; `regions` are each prompt's (R, image tokens) weights, target and all images first."""
+    family: Family, prompts: Sequence[list[int]], regions: Sequence[Tensor], pixels: dict[str, Tensor],
+    image_types: Sequence[str] = (), is_mapped: Sequence[bool] = (),
+) -> PromptBatch:  # fmt: skip
+    """Left-pad expanded prompts; `regions` are each prompt's (R, image tokens) weights, target and all images first.
+
+    Of a prompt that `is_mapped` the mass on every single image token is measured, too.
+    """
+    counts = tuple(len(own) for own in regions)
+    is_mapped = is_mapped or [False] * len(prompts)
+    mapped = tuple(own.shape[1] if is_it else 0 for own, is_it in zip(regions, is_mapped, strict=True))
+    columns = [torch.cat([own, torch.eye(count)]) if count else own for own, count in zip(regions, mapped, strict=True)]
     longest = max(len(prompt) for prompt in prompts)
-    input_ids = torch.full((len(prompts), longest), pad_token)
+    input_ids = torch.full((len(prompts), longest), family.tokenizer.pad_token_id)
     attention_mask = torch.zeros(len(prompts), longest, dtype=torch.long)
-    weights = torch.zeros(len(prompts), longest, max(len(own) for own in regions))
-    for row, (prompt, own) in enumerate(zip(prompts, regions, strict=True)):
+    weights = torch.zeros(len(prompts), longest, max(map(len, columns)))
+    for row, (prompt, own) in enumerate(zip(prompts, columns, strict=True)):
         input_ids[row, longest - len(prompt) :] = torch.tensor(prompt)
         attention_mask[row, longest - len(prompt) :] = 1
-        weights[row, input_ids[row] == image_token, : len(own)] = own.T
-    counts = tuple(len(own) for own in regions)
-    return PromptBatch(input_ids, attention_mask, pixel_values, weights, counts, tuple(image_types))
+        weights[row, input_ids[row] == family.image_id, : len(own)] = own.T
+    return PromptBatch(input_ids, attention_mask, pixels, weights, counts, mapped, tuple(image_types))
 
 
 @torch.no_grad()
 def generate(
-    model, tokenizer, batch: PromptBatch, layers: Sequence[int], steer: Steer | None = None,
+    model, family: Family, batch: PromptBatch, layers: Sequence[int], steer: Steer | None = None,
     heads: Tensor | None = None, each_head: bool = False, **settings: Any,
 ) -> list[Generated]:  # fmt: skip
     """Answers of a batch, greedy unless `settings` (of transformers' `generate`) say otherwise.
@@ -111,42 +119,47 @@ def generate(
     scaling. `steer` decides on the scaling once the first token's confidence is known; where it changes a sample, the
     last prompt token alone is run again, on the cached prompt before it (which that scaling does not touch).
     """
-    settings = {"do_sample": False, "max_new_tokens": 128, "pad_token_id": tokenizer.pad_token_id, **settings}
-    beams, batch = settings.get("num_beams", 1), batch.to(model.device)
+    tokenizer, batch = family.tokenizer, batch.to(model.device)
+    # What a checkpoint's generation_config says else would act on greedy answers, too.
+    settings = {"do_sample": False, "max_new_tokens": 128, "pad_token_id": tokenizer.pad_token_id,
+                "eos_token_id": tokenizer.eos_token_id, "repetition_penalty": 1.0, **settings}  # fmt: skip
+    beams = settings.get("num_beams", 1)
     with use_plan(Plan(probe=Probe(batch.regions, frozenset(layers)) if layers else None)) as ambient:
-        first = FirstToken(model, batch, ambient, steer, beams)
-        settings["logits_processor"] = [first, *settings.get("logits_processor", ())]
+        watch = Watch(model, batch, ambient, steer, beams)
         out = model.generate(
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,
-            pixel_values=batch.pixel_values,
+            **batch.pixels,
             output_attentions=bool(layers),
             return_dict_in_generate=True,
-            **({} if first.cache is None else {"past_key_values": first.cache}),
+            logits_processor=[watch],
+            **({} if watch.cache is None else {"past_key_values": watch.cache}),
             **settings,
         )
     tokens = out.sequences[:, batch.input_ids.shape[1] :]
     lengths = _lengths(tokens, tokenizer.eos_token_id)
     masses = by_head = torch.zeros(len(tokens), 0, batch.regions.shape[2])
     if layers:
-        steps, rows = [first.corrected(out.attentions[0]), *out.attentions[1:]], _rows(out, tokens)
+        steps, rows = [watch.corrected(out.attentions[0]), *out.attentions[1:]], _rows(out, tokens)
         masses = _mean_masses([_over_heads(mass, heads) for mass in steps], rows, lengths)
         if each_head:
             by_head = _mean_masses([torch.stack([mass[:, :, 0] for mass in step]) for step in steps], rows, lengths)
-    return [
-        Generated(
-            text.strip(), own[:length], own[length - 1] == tokenizer.eos_token_id, confidence, factor,
-            mass[:, :count], heads, each[..., :count],
-        )
-        for text, own, length, confidence, factor, mass, each, count in zip(
-            tokenizer.batch_decode(tokens, skip_special_tokens=True), tokens.tolist(), lengths.tolist(),
-            first.confidence.tolist(), first.factor.tolist(), masses, by_head, batch.num_regions, strict=True,
-        )
-    ]  # fmt: skip
+    perplexities = watch.perplexities(lengths) if beams == 1 and not settings["do_sample"] else [None] * len(tokens)
+    texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    found = []
+    for row, (text, own, length) in enumerate(zip(texts, tokens.tolist(), lengths.tolist(), strict=True)):
+        count, mapped = batch.num_regions[row], batch.num_mapped[row]
+        by_token = masses[row][:, count : count + mapped]
+        found.append(Generated(
+            text.strip(), own[:length], own[length - 1] == tokenizer.eos_token_id, watch.confidence[row].item(),
+            perplexities[row], watch.factor[row].item(), masses[row][:, :count], heads, by_head[row][..., :count],
+            mean_over_layers(by_token, heads) if layers else by_token.flatten(),
+        ))  # fmt: skip
+    return found
 
 
-class FirstToken(LogitsProcessor):
-    """Steps in at the first answer token: notes its confidence and has the last prompt row scaled where asked.
+class Watch(LogitsProcessor):
+    """Notes how sure the model is, and at the first answer token has the last prompt row scaled where asked.
 
     transformers calls it with the raw scores, before temperature and top-p.
     """
@@ -157,11 +170,21 @@ class FirstToken(LogitsProcessor):
         self.factor = torch.ones(len(batch.input_ids))
         self.confidence: Tensor | None = None  # (B,)
         self.masses: list[Tensor] | None = None  # of the first token, where something was scaled
+        self._logs: list[Tensor] = []  # (rows,) log of the largest probability of every step, at temperature 1
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """The scores, those of scaled samples replaced."""
-        if self.confidence is not None:
-            return scores
+        """The scores, those of scaled samples replaced at the first step."""
+        if self.confidence is None:
+            scores = self._first(input_ids, scores)
+        self._logs.append(scores.float().log_softmax(dim=-1).amax(dim=-1))
+        return scores
+
+    def perplexities(self, num_tokens: Tensor) -> list[float]:
+        """exp of minus the mean note over each greedy answer's own tokens, its end token among them."""
+        logs = torch.stack(self._logs, dim=1).double().cpu()
+        return [math.exp(-row[:count].mean().item()) for row, count in zip(logs, num_tokens.tolist(), strict=True)]
+
+    def _first(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         self.confidence = torch.softmax(scores[:: self.beams].float(), dim=-1).amax(dim=-1)
         scale = self.steer(self.confidence, self.batch) if self.steer else None
         if scale is None or bool((scale.factor == 1).all()):

@@ -6,7 +6,6 @@ of pairs and AdaptViz take the best of its file (`--attention_heads FILE --top_h
 Letters: L layers, H heads, P parts of one prompt.
 """
 
-import argparse
 import dataclasses
 import functools
 import json
@@ -20,7 +19,9 @@ import torch
 from torch import Tensor
 
 from llava.attention import attention_ratio
-from llava.checkpoints import find_source, weight_digest
+from llava.checkpoints import Checkpoint
+from llava.command_line import flag
+from llava.run_folder import read_object
 from llava.runtime import is_main_process, write_text
 from llava.statistics import auc
 
@@ -59,7 +60,7 @@ class Heads:
 
     @property
     def layers(self) -> frozenset[int]:
-        """The layers that have a chosen head."""
+        """The layers that have a selected head."""
         return frozenset(self.by_layer)
 
     def __len__(self) -> int:
@@ -68,12 +69,12 @@ class Heads:
     def __str__(self) -> str:
         return ", ".join(f"{layer}.{head}" for layer, own in self.by_layer.items() for head in own)
 
-    def chosen(self, num_heads: int) -> Tensor:
+    def selected(self, num_heads: int) -> Tensor:
         """(L, H) 1 for the heads of each layer that has any, else 0."""
-        chosen = torch.zeros(len(self.by_layer), num_heads)
+        selected = torch.zeros(len(self.by_layer), num_heads)
         for row, own in enumerate(self.by_layer.values()):
-            chosen[row, list(own)] = 1.0
-        return chosen
+            selected[row, list(own)] = 1.0
+        return selected
 
     def check(self, num_layers: int, num_heads: int) -> None:
         """Raises ValueError for a head that a model does not have."""
@@ -127,8 +128,8 @@ class Ranking:
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file; `{DISCOVER}` writes one")
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(raw, dict) or "ranking" not in raw:
+            raw = read_object(path)
+            if "ranking" not in raw:
                 raise ValueError("it has no `ranking`")
             ranking = tuple(RankedHead(**one) for one in raw.pop("ranking"))
             found = cls(**raw, ranking=ranking)
@@ -166,43 +167,43 @@ def shares_of_parts(by_head: Tensor) -> Tensor:
     return attention_ratio(torch.stack([by_head[..., 2:], images], dim=-1))
 
 
-def add_head_arguments(parser: argparse.ArgumentParser) -> None:
-    """The two flags that choose heads."""
-    add = parser.add_argument
-    add("--attention_heads", help=f"file of `{DISCOVER}`: its best heads, of --attention_layers if\n"
-        "those are given, instead of all heads of the layers")  # fmt: skip
-    add("--top_heads", type=int, default=TOP, help="how many of the best heads")
+@dataclass(kw_only=True)
+class HeadSettings:
+    """The two flags that select heads."""
+
+    attention_heads: str | None = flag(
+        f"file of `{DISCOVER}`: its best heads, of --attention_layers if those are given, instead of all heads", None
+    )
+    top_heads: int = flag("how many of the best heads", TOP)
 
 
-def choose_heads(
-    path: str, count: int, model: str, num_layers: int, num_heads: int, layers: frozenset[int] | None = None
-) -> Heads:
+def select_heads(path: str, count: int, checkpoint: Checkpoint, layers: frozenset[int] | None = None) -> Heads:
     """The best heads of a file for a model, with one line that says what they were found on.
 
     Raises FileNotFoundError, or ValueError naming the file: malformed, of a model of another size, too few heads.
     """
     ranking = Ranking.read(path)
     try:
-        Heads.of((one.layer, one.head) for one in ranking.ranking).check(num_layers, num_heads)
+        Heads.of((one.layer, one.head) for one in ranking.ranking).check(checkpoint.num_layers, checkpoint.num_heads)
         heads = ranking.top(count, layers)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     if is_main_process():
-        _say_origin(path, ranking, heads, model)
+        _say_origin(path, ranking, heads, checkpoint)
     return heads
 
 
-def _say_origin(path: str, ranking: Ranking, heads: Heads, model: str) -> None:
-    base = find_source(model).root.path
-    if weight_digest(base) != ranking.base_weights:
+def _say_origin(path: str, ranking: Ranking, heads: Heads, checkpoint: Checkpoint) -> None:
+    base = checkpoint.root
+    if base.digest != ranking.base_weights:
         _say_once(
             logging.WARNING,
             f"{path}: the heads were found on another base model, {ranking.base}, and may not be those that route in "
-            f"{base}: run `{DISCOVER}` on it",
+            f"{base.path}: run `{DISCOVER}` on it",
         )
         return
-    is_same = weight_digest(model) == ranking.weights
-    origin = "this checkpoint" if is_same else f"{ranking.model}, of the same base as {model}"
+    is_same = checkpoint.digest == ranking.weights
+    origin = "this checkpoint" if is_same else f"{ranking.model}, of the same base as {checkpoint.path}"
     _say_once(logging.INFO, f"{path}: {len(heads)} heads (layer.head) {heads}; found on {origin}")
 
 

@@ -1,19 +1,14 @@
-"""Where an answer looked: attention mass on every patch, and its drawing on the original pictures."""
+"""Where an answer looked: attention mass on every image token, drawn on the original pictures."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import matplotlib
 import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageEnhance, ImageFont
 from torch import Tensor
-from transformers import LogitsProcessor
 
-from llava.attention import mean_over_layers
-from llava.generation import PromptBatch, Steer, generate
-from llava.layout import PatchGrid
+from llava.families import ImageTokens
 
 COLOURS = matplotlib.colormaps["inferno"]
 OPACITY = 0.75  # of the hottest patch
@@ -21,48 +16,15 @@ OUTLINE = (0, 229, 255)  # cyan stands out on inferno and on most pictures
 STRIP, GAP = 22, 8  # px of the line of text above a picture, and between pictures
 
 
-class Forced(LogitsProcessor):
-    """Lets `generate` say given tokens, so that the attention of an answer can be measured again."""
-
-    def __init__(self, tokens: Sequence[int]):
-        self.tokens = list(tokens)
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Scores that leave one token."""
-        forced = torch.full_like(scores, -torch.inf)
-        forced[:, self.tokens.pop(0)] = 0.0
-        return forced
-
-
-def patch_masses(
-    model, tokenizer, batch: PromptBatch, answer: Sequence[int], layers: Sequence[int], image_token: int,
-    steer: Steer | None = None, heads: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """(image tokens,) mean attention mass on each image token of a batch of one prompt while `answer` is given.
-
-    Mean over the rows that predict the answer's tokens, `layers` and `heads` (L, H; None: all): the mass of the
-    attention ratio (design §4), with every image token a region of its own. The answer (token ids) is said again, under
-    the same `steer`.
-    """
-    places = (batch.input_ids[0] == image_token).nonzero()[:, 0]
-    patches = torch.zeros(1, batch.input_ids.shape[1], len(places))
-    patches[0, places, torch.arange(len(places))] = 1.0
-    regions = torch.cat([batch.regions[..., :2], patches], dim=2)
-    batch = replace(batch, regions=regions, num_regions=(regions.shape[2],))
-    settings = {"max_new_tokens": len(answer), "logits_processor": [Forced(answer)]}
-    (again,) = generate(model, tokenizer, batch, layers, steer, heads, **settings)
-    assert again.tokens == list(answer)
-    return mean_over_layers(again.masses[:, 2:], heads)
-
-
-def attention_map(masses: Tensor, sizes: Sequence[tuple[int, int]], grid: PatchGrid) -> list[dict[str, Any]]:
-    """The masses as `attention_map` of an answer: per image the `area` in px of the stored picture that the patch grid
-    covers, and the `mass` of its patches, row by row."""
-    per_image = masses.view(len(sizes), grid.rows, grid.cols)
+def attention_map(masses: Tensor, images: Sequence[ImageTokens]) -> list[dict[str, Any]]:
+    """The mass (P,) of every image token as `attention_map` of an answer: per image the `area` in px of the stored
+    picture that its tokens cover, and the `mass` on it as a raster, row by row."""
+    parts = masses.split([len(image.areas) for image in images])
     return [
-        {"area": [round(v, 2) for v in grid.area(size)], "mass": [[float(f"{v:.3g}") for v in row] for row in mass]}
-        for size, mass in zip(sizes, per_image.tolist(), strict=True)
-    ]
+        {"area": [round(v, 2) for v in image.extent],
+         "mass": [[float(f"{v:.3g}") for v in row] for row in image.raster(mass).tolist()]}
+        for mass, image in zip(parts, images, strict=True)
+    ]  # fmt: skip
 
 
 def draw_prompt(

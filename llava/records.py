@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-
 FORMATS = ("sequence", "collage", "pip", "single", "multi")
 TARGET = re.compile(r"In Image(\d+)")
 IMAGE = "<image>"  # stands in a prompt for each picture

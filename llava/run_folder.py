@@ -99,7 +99,8 @@ class Log:
         lines = self.path.read_text(encoding="utf-8", errors="replace").split("\n")
         for number, line in enumerate(lines[:-1], 1):  # what follows the last line break was torn
             try:
-                yield json.loads(line)
+                if line:
+                    yield json.loads(line)
             except ValueError as error:
                 raise ValueError(f"{self.path} line {number}: a damaged line ({error}); remove it") from error
 

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from data_gen.sources import rng_of
-from llava.layout import target_box
+from llava.regions import target_box
 from llava.records import Question
 
 KINDS = ("none", "target", "whole", "published")

@@ -3,23 +3,22 @@
 Every answer comes with its attention ratio and confidence, and is on disk as soon as it is finished.
 """
 
-import argparse
 import sys
 
-from llava.answering import add_arguments, generated, identify, prepare, run
-from llava.runtime import ArgumentParser, leave, setup_logging, user_errors
+from llava.answering import answer, identify, prepare
+from llava.command_line import parse
+from llava.runtime import leave, setup_logging, user_errors
+from llava.settings import AnswerSettings, ModelSettings, QuestionFiles
 
 
 def main() -> None:
     """Check, answer what is not answered yet, merge."""
-    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    add_arguments(parser)
-    args = parser.parse_args()
     setup_logging()
     with user_errors():
-        job = prepare(args)
-        identity = identify(args, job)
-    run(args, job, identity, args.output, generated(args, job))
+        files, model, settings = parse((QuestionFiles, ModelSettings, AnswerSettings), __doc__)
+        job = prepare(model, settings, files.data_path)
+        identity = identify(job)
+    answer(job, files.output, identity)
     leave()
 
 

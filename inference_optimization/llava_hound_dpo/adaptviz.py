@@ -4,9 +4,7 @@ Source: AdaptVis, "Why Is Spatial Reasoning Hard for VLMs?" (Chen et al. 2025): 
 model is unsure and sharpened where it is sure. New here: several images, of which the prompt names one.
 """
 
-import argparse
 import dataclasses
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,9 +16,11 @@ from torch import Tensor
 
 from llava.answering import Job
 from llava.attention import layer_range
+from llava.command_line import flag
 from llava.generation import PromptBatch
-from llava.heads import Heads, choose_heads
-from llava.records import FORMATS, Question
+from llava.heads import Heads, select_heads
+from llava.records import FORMATS
+from llava.run_folder import read_object
 from llava.scaling import RULES, Scale
 
 SCOPES = ("target", "all", "balance")
@@ -126,18 +126,18 @@ class AdaptViz:
             heads=self.heads and self.heads.by_layer,
         )
 
-    def check(self, questions: Sequence[Question], num_layers: int, num_heads: int) -> None:
+    def check(self, job: Job) -> None:
         """Raises ValueError where a question has no target to scale, or a layer or head does not exist."""
-        without = [question for question in questions if question.target is None]
+        without = [question for question in job.questions if question.target is None]
         if self.scope != "all" and without:
             raise ValueError(
                 f"{without[0].where}: no image is referred to, so there is no target to scale ({len(without)} such "
                 "questions); use --scope all, or leave them out"
             )
         if self.layers is not None:
-            layer_range(num_layers, ",".join(map(str, self.layers)))
+            layer_range(job.checkpoint.num_layers, ",".join(map(str, self.layers)))
         if self.heads is not None:
-            self.heads.check(num_layers, num_heads)
+            self.heads.check(job.checkpoint.num_layers, job.checkpoint.num_heads)
             if self.layers is not None and not self.heads.layers & set(self.layers):
                 raise ValueError(f"nothing is scaled: none of the heads {self.heads} is in layers {self.layers}")
 
@@ -166,29 +166,30 @@ def read_config(path: Path) -> AdaptViz:
     if not path.is_file():
         raise FileNotFoundError(f"--config {path}: no such file")
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = read_object(path)
         return AdaptViz.from_dict(raw["adaptviz"] if "adaptviz" in raw else raw)
     except (ValueError, TypeError) as error:
         raise ValueError(f"--config {path}: {error}") from error
 
 
-def add_place_arguments(parser) -> None:
-    """The flags that say where in the model attention is scaled."""
-    add = parser.add_argument
-    add("--scale_layers", help="layers to scale: a range 8-20 or a list 3,5 (default: all)")
-    add("--scale_heads", help="file of heads whose best --top_heads alone are scaled, or all (default: the file of\n"
-        "--attention_heads, else all)")  # fmt: skip
+@dataclass(kw_only=True)
+class PlaceSettings:
+    """Where in the model attention is scaled."""
 
+    scale_layers: str | None = flag("layers to scale: a range 8-20 or a list 3,5; default: all", None)
+    scale_heads: str | None = flag(
+        "file of heads whose best --top_heads alone are scaled, or all; default: that of --attention_heads, else all",
+        None,
+    )
 
-def place_of(args: argparse.Namespace, job: Job) -> dict[str, Any]:
-    """The `layers` and `heads` of `AdaptViz` that the flags say; nothing of what they do not. Raises ValueError."""
-    among = layer_range(job.num_layers, args.scale_layers) if args.scale_layers else None
-    layers = among and tuple(sorted(among))
-    place: dict[str, Any] = {"layers": layers} if layers else {}
-    file = args.scale_heads or args.attention_heads
-    if file == "all":
-        return place | {"heads": None}
-    if file:
-        heads = choose_heads(file, args.top_heads, job.path, job.num_layers, job.num_heads, among)
-        return {"layers": layers, "heads": heads}
-    return place
+    def place(self, job: Job) -> dict[str, Any]:
+        """The `layers` and `heads` of `AdaptViz` that the flags say; nothing of what they do not. Raises ValueError."""
+        among = layer_range(job.checkpoint.num_layers, self.scale_layers) if self.scale_layers else None
+        layers = among and tuple(sorted(among))
+        place: dict[str, Any] = {"layers": layers} if layers else {}
+        file = self.scale_heads or job.settings.attention_heads
+        if file == "all":
+            return place | {"heads": None}
+        if file:
+            return {"layers": layers, "heads": select_heads(file, job.settings.top_heads, job.checkpoint, among)}
+        return place

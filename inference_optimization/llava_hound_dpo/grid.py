@@ -40,7 +40,7 @@ def answer_grid(
     """(confidence of every prompt, answer of every prompt and variant); `layers` and `heads` as of `Scale`."""
     batch, cache = batch.to(model.device), DynamicCache(config=model.config.get_text_config(decoder=True))
     out = model(
-        input_ids=batch.input_ids, attention_mask=batch.attention_mask, pixel_values=batch.pixel_values,
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask, **batch.pixels,
         position_ids=(batch.attention_mask.cumsum(dim=1) - 1).clamp(min=0), past_key_values=cache, use_cache=True,
         logits_to_keep=1,
     )  # fmt: skip

@@ -99,23 +99,8 @@ class Family:
 
     @property
     def lora_targets(self) -> str:
-        """Pattern of the seven linear layers of each block of the language model ("q_proj" alone fits the tower, too)."""
+        """Pattern of the seven linear layers of each block of the language model ("q_proj" alone fits the tower)."""
         return rf".*{self.language}.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
-
-    @property
-    def num_layers(self) -> int:
-        """Blocks of the language model."""
-        return self.config.get_text_config().num_hidden_layers
-
-    @property
-    def num_heads(self) -> int:
-        """Attention heads of each block."""
-        return self.config.get_text_config().num_attention_heads
-
-    @property
-    def context(self) -> int:
-        """Tokens that the language model was made for."""
-        return self.config.get_text_config().max_position_embeddings
 
     # ---- text
 
