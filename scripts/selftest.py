@@ -9,7 +9,8 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 from llava.attention import Plan, Probe, attention_ratio, install
 from llava.checkpoints import image_tokens
 from llava.image import pixel_values
-from llava.layout import EncodedPair, PatchGrid, pack
+from llava.layout import PatchGrid
+from train.llava_hound_dpo.packing import EncodedPair, pack
 from train.llava_hound_dpo.scoring import Scores, score
 
 LAYER = 1

@@ -6,11 +6,11 @@ import torch
 from llava.attention import attention_ratio, mean_over_layers
 from llava.checkpoints import weight_digest
 from llava.heads import Heads, RankedHead, Ranking
-from llava.layout import pack
 from tests.test_packing import eager_twin, pairs_of
 from tests.test_trainer import make_trainer, one_batch, pairs  # noqa: F401  two fixtures
 from train.llava_hound_dpo import trainer as trainer_module
 from train.llava_hound_dpo.losses import hinge_attention, total_loss
+from train.llava_hound_dpo.packing import pack
 from train.llava_hound_dpo.scoring import score
 from train.llava_hound_dpo.trainer import METRICS
 

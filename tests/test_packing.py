@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from llava.attention import Plan, Tree, install
-from llava.layout import EncodedPair, pack
 from tests.conftest import SIDE, tiny_model
+from train.llava_hound_dpo.packing import EncodedPair, pack
 from train.llava_hound_dpo.scoring import score
 
 TOKENS_PER_IMAGE = 36

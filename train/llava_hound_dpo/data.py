@@ -13,9 +13,10 @@ from tqdm import tqdm
 
 from llava.conversation import encode_answer, encode_prompt
 from llava.image import ImageStore, pixel_values
-from llava.layout import EncodedPair, PackedRow, PatchGrid, expand_images, needs_sizes, pack, target_weights
+from llava.layout import PatchGrid, expand_images, needs_sizes, target_weights
 from llava.records import FORMATS, DataError, Preference
 from llava.runtime import is_main_process
+from train.llava_hound_dpo.packing import EncodedPair, PackedRow, pack
 
 logger = logging.getLogger(__name__)
 

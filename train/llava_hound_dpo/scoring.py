@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from llava.attention import Plan, Probe, mean_masses
-from llava.layout import PackedRow
+from train.llava_hound_dpo.packing import PackedRow
 
 
 @dataclass(frozen=True, eq=False)
