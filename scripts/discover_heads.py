@@ -6,103 +6,103 @@ by how well its image mass on the answer's rows picks the referred part. The fil
 inference, data selection and AdaptViz.
 """
 
-import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from llava.answering import Job, add_model_arguments, identify, positive, prepare, spread, work
-from llava.checkpoints import find_source, weight_digest
-from llava.generation import PromptBatch, generate
+from llava.answering import Job, batches_of, identify, prepare, spread
+from llava.command_line import check_numbers, flag, parse
+from llava.generation import generate
 from llava.heads import TOP, Ranking, rank, shares_of_parts
 from llava.records import Question, read_prompts
-from llava.runtime import ArgumentParser, setup_logging, user_errors
+from llava.runtime import setup_logging, user_errors
+from llava.settings import AnswerSettings, ModelSettings
 
 logger = logging.getLogger(__name__)
 
 SEVERAL_PARTS = ("sequence", "collage", "pip")
 
 
+@dataclass(kw_only=True)
+class DiscoverSettings:
+    """What the heads are ranked on."""
+
+    _argument_group_name = "ranking"
+
+    data_path: str = flag("test set or preference pairs, not those to be tested on")
+    output: Path = flag("file to write (heads.json)")
+    limit: int | None = flag("how many prompts, spread over formats; default: all", None)
+    layers: str = flag("layers whose heads are ranked: all, 14-22 or 3,5", "all")
+    max_new_tokens: int = flag("tokens of an answer at most", 128)
+
+    def __post_init__(self):
+        check_numbers(self, limit=(1, None))
+
+
 def main() -> None:
     """Measures, ranks, writes, prints the best."""
-    args = parse_args()
     setup_logging()
     with user_errors():
-        check_output(args)
-        job = prepare(args, choose(args))
-    shares, targets = measure(args, job)
+        own, model = parse((DiscoverSettings, ModelSettings), __doc__)
+        check_output(own.output, model)
+        settings = AnswerSettings(attention_layers=own.layers, max_new_tokens=own.max_new_tokens, attention_maps=0)
+        job = prepare(model, settings, choose(own))
+    shares, targets = measure(job)
     with user_errors():
         if not shares:
-            raise ValueError(f"{args.data_path}: no prompt has several parts to tell apart; collages need their `grid`")
-        ranking = ranking_of(args, job, shares, targets)
-    ranking.write(args.output)
+            raise ValueError(f"{own.data_path}: no prompt has several parts to tell apart; collages need their `grid`")
+        ranking = ranking_of(job, shares, targets)
+    ranking.write(own.output)
     print(table(ranking))
-    print(f"{ranking.num_prompts} prompts; all {len(ranking.ranking)} heads in {args.output}")
+    print(f"{ranking.num_prompts} prompts; all {len(ranking.ranking)} heads in {own.output}")
 
 
-def parse_args() -> argparse.Namespace:
-    """The command line, with what `prepare` needs."""
-    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    add = parser.add_argument
-    add("--data_path", required=True, help="test set or preference pairs, not those to be tested on")
-    add("--output", type=Path, required=True, help="file to write (heads.json)")
-    add("--limit", type=positive, help="how many prompts, spread over formats (default: all)")
-    add("--layers", dest="attention_layers", default="all", help="layers whose heads are ranked: all, 14-22 or 3,5")
-    add("--max_new_tokens", type=positive, default=128, help="tokens of an answer at most")
-    add_model_arguments(parser)
-    args = parser.parse_args()
-    fixed = {"temperature": 0.0, "top_p": 1.0, "num_beams": 1, "seed": 0, "attention_maps": 0, "attention_heads": None}
-    return argparse.Namespace(**vars(args), **fixed)
-
-
-def check_output(args: argparse.Namespace) -> None:
+def check_output(output: Path, model: ModelSettings) -> None:
     """Raises ValueError for a file that cannot be written, or that would change the checkpoint's digest."""
-    if args.output.is_dir():
-        raise ValueError(f"--output {args.output} is a folder; give a file, as heads.json")
-    source = find_source(args.model_name_or_path, args.image_tower)
-    if args.output.resolve().parent in {Path(path).resolve() for path in (source.path, source.root.path)}:
+    if output.is_dir():
+        raise ValueError(f"--output {output} is a folder; give a file, as heads.json")
+    checkpoint = model.open()
+    if output.resolve().parent in {Path(path).resolve() for path in (checkpoint.path, checkpoint.root.path)}:
         raise ValueError(
-            f"--output {args.output} lies in the checkpoint, whose digest says which one it is: write it elsewhere"
+            f"--output {output} lies in the checkpoint, whose digest says which one it is: write it elsewhere"
         )
 
 
-def choose(args: argparse.Namespace) -> list[Question]:
+def choose(own: DiscoverSettings) -> list[Question]:
     """The prompts to ask. Raises DataError, ValueError, FileNotFoundError."""
-    questions = [question for question in read_prompts(args.data_path) if question.image_type in SEVERAL_PARTS]
+    questions = [question for question in read_prompts(own.data_path) if question.image_type in SEVERAL_PARTS]
     if not questions:
-        raise ValueError(f"{args.data_path}: no prompt refers to one of several images: there is nothing to tell apart")
-    chosen = spread(questions, len(questions) if args.limit is None else args.limit)
+        raise ValueError(f"{own.data_path}: no prompt refers to one of several images: there is nothing to tell apart")
+    chosen = spread(questions, len(questions) if own.limit is None else own.limit)
     return [questions[number] for number in sorted(chosen)]
 
 
-def measure(args: argparse.Namespace, job: Job) -> tuple[list[torch.Tensor], list[int]]:
+def measure(job: Job) -> tuple[list[torch.Tensor], list[int]]:
     """For every prompt with several parts (layers, heads, parts) shares of the image mass, and the part referred to."""
-
-    def records_of(model, numbers: Sequence[int], batch: PromptBatch) -> list[dict]:
-        settings = {"each_head": True, "max_new_tokens": args.max_new_tokens}
-        found = generate(model, job.processor.tokenizer, batch, job.layers, **settings)
-        return [
-            {"number": number, "shares": shares_of_parts(given.by_head)}
-            for number, given in zip(numbers, found, strict=True)
-        ]
-
-    batches = range(len(job.batches))
-    records = [r for records in work(args, job, batches, records_of) for r in records if r["shares"].shape[-1] > 1]
-    return [record["shares"] for record in records], [job.questions[record["number"]].target for record in records]
+    shares, targets = [], []
+    for model, numbers, batch in batches_of(job, range(len(job.batches))):
+        found = generate(model, job.family, batch, job.layers, each_head=True, **job.settings.generation)
+        for number, given in zip(numbers, found, strict=True):
+            own = shares_of_parts(given.by_head)
+            if own.shape[-1] > 1:
+                shares.append(own)
+                targets.append(job.questions[number].target)
+    return shares, targets
 
 
-def ranking_of(args: argparse.Namespace, job: Job, shares: Sequence[torch.Tensor], targets: Sequence[int]) -> Ranking:
+def ranking_of(job: Job, shares: Sequence[torch.Tensor], targets: Sequence[int]) -> Ranking:
     """The file's content. Raises ValueError where nothing can be ranked."""
-    base = find_source(job.path, args.image_tower).root.path
+    checkpoint = job.checkpoint
     return Ranking(
-        model=job.path,
-        base=base,
-        weights=weight_digest(job.path),
-        base_weights=weight_digest(base),
-        data=identify(args, job)["questions"],
+        model=checkpoint.path,
+        base=checkpoint.root.path,
+        weights=checkpoint.digest,
+        base_weights=checkpoint.root.digest,
+        data=identify(job)["questions"],
         num_prompts=len(shares),
         chance=sum(1 / own.shape[-1] for own in shares) / len(shares),
         ranking=rank(shares, targets, job.layers),

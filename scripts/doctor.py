@@ -5,7 +5,6 @@ Checks the installation, the checkpoint (dialect, every tensor by name and shape
 the attention term itself. Offline, in seconds for thousands of records. Lists all problems; exit code 1 if any.
 """
 
-import argparse
 import json
 import sys
 from collections import Counter
@@ -18,14 +17,15 @@ import torch
 
 import llava
 import train
-from llava.checkpoints import check_tensors, find_source, image_tokens, load_config, load_processor
+from llava.checkpoints import open_checkpoint
 from llava.checks import check_pictures
+from llava.command_line import flag, parse
+from llava.families import Family
 from llava.image import ImageStore
-from llava.layout import PatchGrid
 from llava.records import DataError, name_of, parse_preference, parse_question, read_json
-from llava.runtime import ArgumentParser, git_commit, setup_logging, versions, without_compiler
+from llava.runtime import git_commit, setup_logging, user_errors, versions, without_compiler
 from scripts import selftest
-from train.llava_hound_dpo.data import describe, tokenize, within_length
+from train.llava_hound_dpo.data import describe, tokenize_one, within_length
 
 ROOT = Path(__file__).resolve().parent.parent
 OURS = "attention-aware-dpo"
@@ -49,41 +49,44 @@ class Report:
         print(f"  FAIL  {text}")
 
 
+@dataclass(kw_only=True)
+class DoctorSettings:
+    """What is looked at; without any flag the installation alone."""
+
+    model_name_or_path: str | None = flag("checkpoint or adapter of any dialect", None)
+    base_model: str | None = flag("what an adapter stands on, instead of the base it names", None)
+    image_tower: str | None = flag("vision tower of an original checkpoint", None)
+    data_path: Path | None = flag("preference pairs (train.json) or a test set", None)
+    image_folder: str | None = flag("folder, .zip or .tar of the pictures", None)
+    model_max_length: int = flag("tokens that a pair may have", 4096)
+    fix_list: Path | None = flag("write the ids of bad records here (JSON)", None)
+
+    def __post_init__(self):
+        if self.data_path and not (self.image_folder and self.model_name_or_path):
+            raise ValueError("--data_path needs --image_folder and --model_name_or_path (for its tokenizer)")
+
+
 def main() -> None:
-    """Runs the sections that the arguments allow."""
-    args = parse_args()
+    """Runs the sections that the flags allow."""
     setup_logging()
     without_compiler()
+    with user_errors():
+        (own,) = parse((DoctorSettings,), __doc__)
     report = Report()
     print("installation")
     check_installation(report)
-    processor = None
-    if args.model_name_or_path:
+    family = None
+    if own.model_name_or_path:
         print("checkpoint")
-        processor = check_checkpoint(report, args)
-    if args.data_path:
+        family = check_checkpoint(report, own)
+    if own.data_path:
         print("data")
-        check_data(report, args, processor)
-        if args.fix_list:
-            args.fix_list.write_text(json.dumps(report.bad_records, indent=1) + "\n", encoding="utf-8")
-            print(f"  ids of {len(report.bad_records)} bad records written to {args.fix_list}")
+        check_data(report, own, family)
+        if own.fix_list:
+            own.fix_list.write_text(json.dumps(report.bad_records, indent=1) + "\n", encoding="utf-8")
+            print(f"  ids of {len(report.bad_records)} bad records written to {own.fix_list}")
     print("no problem found" if not report.problems else f"{report.problems} problems found")
     sys.exit(1 if report.problems else 0)
-
-
-def parse_args() -> argparse.Namespace:
-    """The command line."""
-    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--model_name_or_path", help="checkpoint or adapter of any dialect")
-    parser.add_argument("--image_tower", help="vision tower of an original checkpoint")
-    parser.add_argument("--data_path", type=Path, help="preference pairs (train.json) or a test set")
-    parser.add_argument("--image_folder", help="folder, .zip or .tar of the pictures")
-    parser.add_argument("--model_max_length", type=int, default=4096, help="tokens that a pair may have")
-    parser.add_argument("--fix_list", "--fix-list", type=Path, help="write the ids of bad records here (JSON)")
-    args = parser.parse_args()
-    if args.data_path and not (args.image_folder and args.model_name_or_path):
-        parser.error("--data_path needs --image_folder and --model_name_or_path (for its tokenizer)")
-    return args
 
 
 def check_installation(report: Report) -> None:
@@ -102,58 +105,47 @@ def check_installation(report: Report) -> None:
             report.bad(f"the package {distribution} also brings a module `{name}`: pip uninstall {distribution}")
 
 
-def check_checkpoint(report: Report, args: argparse.Namespace):
-    """Dialect, tensors, processor, and the attention term on its shape. Gives the processor if there is one."""
+def check_checkpoint(report: Report, own: DoctorSettings) -> Family | None:
+    """Dialect, tensors, processor, and the attention term on its shape. Gives the family if there is one."""
     try:
-        source = find_source(args.model_name_or_path, args.image_tower)
-        report.ok(str(source))
-        config = load_config(args.model_name_or_path, args.image_tower)
-        report.ok(f"{check_tensors(args.model_name_or_path, args.image_tower):,} tensors, none missing, none left over")
+        checkpoint = open_checkpoint(own.model_name_or_path, own.base_model, own.image_tower)
+        report.ok(str(checkpoint))
+        report.ok(f"{checkpoint.check_tensors():,} tensors, none missing, none left over")
+        family = checkpoint.family
     except (ValueError, OSError) as error:
         report.bad(str(error))
         return None
-    try:
-        processor = load_processor(args.model_name_or_path, args.image_tower)
-        PatchGrid.of(processor.image_processor, config.vision_config, pad=True)
-    except (ValueError, OSError) as error:
-        report.bad(str(error))
-        return None
-    report.ok(f"processor fits the model, {image_tokens(config)} tokens per image")
-    for name, problem in selftest.run(config, processor.image_processor):
+    report.ok(f"processor fits the model, {family.num_image_tokens()} tokens per image")
+    for name, problem in selftest.run(family):
         report.bad(f"{name}: {problem}") if problem else report.ok(name)
-    return processor
+    return family
 
 
-def check_data(report: Report, args: argparse.Namespace, processor) -> None:
+def check_data(report: Report, own: DoctorSettings, family: Family | None) -> None:
     """Every record: its fields, tokens, length and pictures."""
-    if processor is None:
+    if family is None:
         report.bad("records cannot be checked without a tokenizer: mend the checkpoint first")
         return
     try:
-        raw, store = read_json(args.data_path), ImageStore(args.image_folder)
+        raw, store = read_json(own.data_path), ImageStore(own.image_folder)
     except (ValueError, OSError) as error:
         report.bad(str(error))
         return
-    config = load_config(args.model_name_or_path, args.image_tower)
-    grid = PatchGrid.of(processor.image_processor, config.vision_config, pad=True)
     pairs, questions, problems = [], [], []
     for number, record in enumerate(raw, 1):
-        where = name_of(args.data_path, number, record)
+        where = name_of(own.data_path, number, record)
         try:
             if is_question(record):
                 questions.append(parse_question(record, where))
                 continue
-            parsed = parse_preference(record, where)
-            pairs += tokenize([parsed], processor.tokenizer, config.image_token_id, grid.num_tokens)
-        except DataError as error:
-            problems += error.problems
-        except ValueError as error:
+            pairs.append(tokenize_one(parse_preference(record, where), family, store))
+        except (ValueError, OSError) as error:
             problems.append(f"{where}: {error}")
-    problems += list(problems_of(within_length, pairs, args.model_max_length, "error"))
+    problems += list(problems_of(within_length, pairs, own.model_max_length, "error"))
     records = [*(pair.record for pair in pairs), *questions]
-    problems += list(problems_of(check_pictures, records, store, grid, "full"))
-    problems += repeated_ids(args.data_path, raw)
-    report.bad_records = bad_ids(args.data_path, raw, problems)
+    problems += list(problems_of(check_pictures, records, store, family, "full"))
+    problems += repeated_ids(own.data_path, raw)
+    report.bad_records = bad_ids(own.data_path, raw, problems)
     for problem in problems[:SHOWN]:
         report.bad(problem)
     if len(problems) > SHOWN:

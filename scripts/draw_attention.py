@@ -5,78 +5,93 @@ Answers the questions and draws the attention mass of every image patch, average
 outlined. With --answers, the answers of that file are looked at instead, whoever gave them.
 """
 
-import argparse
 import re
+import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from PIL import Image
 from tqdm import tqdm
 
-from llava.answering import dtype_of, make_batch, own_device, positive, prepare
-from llava.checkpoints import load_model
-from llava.conversation import encode_answer
-from llava.generation import generate
-from llava.heads import add_head_arguments
-from llava.heatmap import attention_map, draw_prompt, patch_masses
-from llava.layout import needs_sizes, target_box
+from llava.answering import Job, batches_of, prepare
+from llava.attention import mean_over_layers
+from llava.command_line import check_numbers, flag, parse
+from llava.generation import PromptBatch, generate
+from llava.heads import HeadSettings
+from llava.heatmap import attention_map, draw_prompt
+from llava.measuring import masses_of
 from llava.records import read_answers
-from llava.runtime import ArgumentParser, setup_logging, user_errors
+from llava.regions import needs_sizes, target_box
+from llava.runtime import setup_logging, user_errors
+from llava.settings import AnswerSettings, ModelSettings
+
+
+@dataclass(kw_only=True)
+class DrawSettings(HeadSettings):
+    """What is drawn."""
+
+    _argument_group_name = "maps"
+
+    data_path: str = flag("test set: JSON array or JSONL")
+    answers: Path | None = flag("answers.jsonl whose answers are looked at; default: the model's own", None)
+    output: Path = flag("folder for the PNG files")
+    ids: list[str] | None = flag("questions to draw; default: --limit of them, spread over formats", None)
+    limit: int = flag("how many questions to draw without --ids", 12)
+    attention_layers: str = flag("layers to average over: auto, 14-22 or 3,5", "auto")
+    height: int = flag("px of a drawn picture", 336)
+    max_new_tokens: int = flag("tokens of an answer at most", 128)
+
+    def __post_init__(self):
+        check_numbers(self, limit=(1, None), height=(1, None))
+
+    def answering(self) -> AnswerSettings:
+        """The same, as a job takes them."""
+        names = ("attention_layers", "attention_heads", "top_heads", "max_new_tokens")
+        return AnswerSettings(attention_maps=self.limit, **{name: getattr(self, name) for name in names})
 
 
 def main() -> None:
     """Draws the maps of the chosen questions."""
-    args = parse_args()
     setup_logging()
     with user_errors():
-        job = prepare(args)
-        texts = {a.question_id: a.text for a in read_answers(args.answers)} if args.answers else None
-        chosen = choose(args, [question.id for question in job.questions], job.mapped, texts)
-        args.output.mkdir(parents=True, exist_ok=True)
-        model = load_model(job.path, dtype_of(args), args.image_tower).eval().to(own_device())
-    for number in tqdm(chosen, desc="maps", unit="prompt"):
-        question, tokenizer = job.questions[number], job.processor.tokenizer
-        batch = make_batch(job, [number])
-        if texts is None:
-            tokens = generate(model, tokenizer, batch, [], max_new_tokens=args.max_new_tokens)[0].tokens
-        else:
-            tokens = encode_answer(tokenizer, question.prompt, texts[question.id])
-        masses = patch_masses(model, tokenizer, batch, tokens, job.layers, job.image_token, heads=job.chosen)
-        pictures = [job.store.open(name) for name in question.images]
-        sizes = [picture.size for picture in pictures]
-        box = target_box(question, sizes[0]) if needs_sizes(question) else None
-        sheet = draw_prompt(pictures, attention_map(masses, sizes, job.grid), question.target, box, args.height)
-        path = args.output / f"{file_name(question.id)}.png"
-        sheet.save(path)
-        tqdm.write(f"{path}  {question.prompt.splitlines()[-1]}  {tokenizer.decode(tokens, skip_special_tokens=True)}")
+        own, model = parse((DrawSettings, ModelSettings), __doc__)
+        job = prepare(replace(model, batch_size=1), own.answering(), own.data_path)
+        texts = {a.question_id: a.text for a in read_answers(own.answers)} if own.answers else None
+        chosen = choose(own, [question.id for question in job.questions], job.mapped, texts)
+        own.output.mkdir(parents=True, exist_ok=True)
+    job = replace(job, mapped=frozenset(chosen), batches=[[number] for number in chosen])
+    for model, (number,), batch in batches_of(job, range(len(chosen))):
+        question = job.questions[number]
+        text, masses = look(model, job, batch, None if texts is None else (question.prompt, texts[question.id]))
+        path = own.output / f"{file_name(question.id)}.png"
+        draw(job, number, masses, own.height).save(path)
+        tqdm.write(f"{path}  {question.prompt.splitlines()[-1]}  {text}")
 
 
-def parse_args() -> argparse.Namespace:
-    """The command line, with what `prepare` needs."""
-    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    add = parser.add_argument
-    add("--model_name_or_path", required=True, help="checkpoint or adapter of any dialect")
-    add("--only_base_model", action="store_true", help="look with the base below the adapter")
-    add("--image_tower", help="vision tower of an original checkpoint")
-    add("--data_path", required=True, help="test set: JSON array or JSONL")
-    add("--image_folder", required=True, help="folder, .zip or .tar of the pictures")
-    add("--answers", type=Path, help="answers.jsonl whose answers are looked at (default: the model's own)")
-    add("--output", type=Path, required=True, help="folder for the PNG files")
-    add("--ids", nargs="+", help="questions to draw (default: --limit of them, spread over formats)")
-    add("--limit", dest="attention_maps", type=positive, default=12, help="how many questions to draw without --ids")
-    add("--attention_layers", default="auto", help="layers to average over: auto, 14-22 or 3,5")
-    add_head_arguments(parser)
-    add("--height", type=positive, default=336, help="px of a drawn picture")
-    add("--max_new_tokens", type=positive, default=128, help="tokens of an answer at most")
-    add("--image_aspect_ratio", choices=["pad", "crop"], default="pad", help="as in training")
-    add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto", help="precision of the model")
-    fixed = {"batch_size": 1, "temperature": 0.0, "top_p": 1.0, "num_beams": 1, "check_images": "exists"}
-    return argparse.Namespace(**vars(parser.parse_args()), **fixed)
+@torch.no_grad()
+def look(model, job: Job, batch: PromptBatch, given: tuple[str, str] | None) -> tuple[str, torch.Tensor]:
+    """(answer, mass on each image token): the model's own answer to a batch of one, or a `given` one to its prompt."""
+    if given is None:
+        (found,) = generate(model, job.family, batch, job.layers, None, job.selected, **job.settings.generation)
+        return found.text, found.by_token
+    masses = masses_of(model, batch, job.family.encode_answer(*given), job.layers, job.selected)
+    return given[1], mean_over_layers(masses[:, batch.num_regions[0] :], job.selected)
 
 
-def choose(args: argparse.Namespace, ids: list[str], spread: frozenset[int], texts: dict | None) -> list[int]:
+def draw(job: Job, number: int, masses: torch.Tensor, height: int) -> Image.Image:
+    """The pictures of a question with the map over them and its target outlined."""
+    question = job.questions[number]
+    pictures = [job.store.open(name) for name in question.images]
+    maps = attention_map(masses, [job.family.image(picture.size) for picture in pictures])
+    box = target_box(question, pictures[0].size) if needs_sizes(question) else None
+    return draw_prompt(pictures, maps, question.target, box, height)
+
+
+def choose(own: DrawSettings, ids: list[str], spread: frozenset[int], texts: dict | None) -> list[int]:
     """Numbers of the questions to draw. Raises ValueError for an id that is not there or has no answer."""
-    wanted = args.ids or [ids[number] for number in sorted(spread)]
-    for where, known in ((args.data_path, ids), (args.answers, texts)):
+    wanted = own.ids or [ids[number] for number in sorted(spread)]
+    for where, known in ((own.data_path, ids), (own.answers, texts)):
         missing = [id for id in wanted if known is not None and id not in known]
         if missing:
             raise ValueError(f"{where}: no {missing[0]!r} there ({len(missing)} of {len(wanted)} ids are missing)")
@@ -89,5 +104,4 @@ def file_name(id: str) -> str:
 
 
 if __name__ == "__main__":
-    with torch.inference_mode():
-        main()
+    sys.exit(main())

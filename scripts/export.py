@@ -4,18 +4,22 @@ Writes a llava-hf folder (safetensors, processor, chat template), which transfor
 with `--format original` the layout of liuhaotian/llava-v1.5. The result is loaded again and compared with the source.
 """
 
-import argparse
 import logging
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from huggingface_hub import save_torch_state_dict
 from peft import PeftModel
+from PIL import Image
 
-from llava.checkpoints import image_tokens, load_model, load_processor
-from llava.conversation import SYSTEM
-from llava.original import write_checkpoint
-from llava.runtime import ArgumentParser, setup_logging, stop, user_errors
+from llava.checkpoints import open_checkpoint
+from llava.command_line import flag, parse
+from llava.families import Family
+from llava.families.llava15 import SYSTEM
+from llava.families.llava15_original import write_checkpoint
+from llava.runtime import setup_logging, stop, user_errors
 
 logger = logging.getLogger("scripts.export")
 
@@ -27,7 +31,7 @@ PUBLISHED = (
     ("model.vision_tower.", "vision_tower.vision_model."),
     ("model.multi_modal_projector.", "multi_modal_projector."),
 )
-# vicuna_v1 as in llava/conversation.py; the pictures of a turn come before its text, one a line.
+# vicuna_v1 as in llava/families/llava15.py; the pictures of a turn come before its text, one a line.
 CHAT_TEMPLATE = (
     SYSTEM + " {% for message in messages %}{% set content = message['content'] %}"
     "{% if message['role'] == 'user' %}USER: {% if content is string %}{{ content }}{% else %}"
@@ -39,44 +43,50 @@ CHAT_TEMPLATE = (
 )
 
 
+@dataclass(kw_only=True)
+class ExportSettings:
+    """What is merged, and how it is written."""
+
+    model_name_or_path: str = flag("adapter or checkpoint of any dialect")
+    output: Path = flag("folder to write, new or empty")
+    format: str = flag("layout", "hf", choices=["hf", "original"])
+    dtype: str = flag("precision", "bfloat16", choices=list(DTYPES))
+    base_model: str | None = flag("what an adapter stands on, instead of the base it names", None)
+    image_tower: str | None = flag("vision tower of an original checkpoint", None)
+
+    def __post_init__(self):
+        if self.output.exists() and not self.output.is_dir():
+            raise NotADirectoryError(f"--output {self.output} is a file; give a folder")
+        if self.output.exists() and any(self.output.iterdir()):
+            raise ValueError(f"{self.output}: the folder is not empty")
+
+
 def main() -> None:
     """Merge, write, read again, compare."""
-    args = parse_args()
     setup_logging()
     with user_errors():
-        if args.output.exists() and any(args.output.iterdir()):
-            raise ValueError(f"{args.output}: the folder is not empty")
-        processor = load_processor(args.model_name_or_path, args.image_tower)
-        model = load_model(args.model_name_or_path, torch.float32, args.image_tower).eval()
-    probe = example(model)
-    before = logits(model, probe)
+        (own,) = parse((ExportSettings,), __doc__)
+        checkpoint = open_checkpoint(own.model_name_or_path, own.base_model, own.image_tower)
+        family, model = checkpoint.family, checkpoint.load(torch.float32).eval()
+    probe = example(family)
+    before = logits(model, family, probe)
     merged = model.merge_and_unload() if isinstance(model, PeftModel) else model
     with user_errors():
-        write(merged.to(DTYPES[args.dtype]), processor, args.output, args.format, args.model_name_or_path)
-    again = load_model(str(args.output), torch.float32).eval()
-    difference = (logits(again, probe) - before).abs().max().item()
-    logger.info("wrote %s (%s, %s)", args.output, args.format, args.dtype)
+        if own.format == "original":
+            write_checkpoint(merged.to(DTYPES[own.dtype]), family.image_processor, own.output, Path(checkpoint.path))
+        else:
+            write(merged.to(DTYPES[own.dtype]), family, own.output)
+    again = open_checkpoint(str(own.output)).load(torch.float32).eval()
+    difference = (logits(again, family, probe) - before).abs().max().item()
+    logger.info("wrote %s (%s, %s)", own.output, own.format, own.dtype)
     logger.info("largest difference of logits to the source: %.2e (logits up to %.1f)", difference, before.abs().max())
-    if args.dtype == "float32" and difference > 1e-3:
-        stop(f"{args.output}: the written checkpoint does not give the logits of {args.model_name_or_path}")
+    if own.dtype == "float32" and difference > 1e-3:
+        stop(f"{own.output}: the written checkpoint does not give the logits of {checkpoint}")
 
 
-def parse_args() -> argparse.Namespace:
-    """The command line."""
-    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--model_name_or_path", required=True, help="adapter or checkpoint of any dialect")
-    parser.add_argument("--output", type=Path, required=True, help="folder to write, new or empty")
-    parser.add_argument("--format", choices=["hf", "original"], default="hf", help="layout (default: hf)")
-    parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16", help="precision (default: bfloat16)")
-    parser.add_argument("--image_tower", help="vision tower of an original checkpoint")
-    return parser.parse_args()
-
-
-def write(model, processor, folder: Path, layout: str, source: str) -> None:
-    """The merged model in one of the two layouts."""
-    if layout == "original":
-        write_checkpoint(model, processor, folder, Path(source))
-        return
+def write(model, family: Family, folder: Path) -> None:
+    """The merged model as a llava-hf folder."""
+    processor = family.processor()
     processor.chat_template = processor.chat_template or CHAT_TEMPLATE
     processor.save_pretrained(folder)
     model.config.architectures, model.config.dtype = [type(model).__name__], model.dtype
@@ -99,23 +109,21 @@ def published_name(name: str, tower: str = CLIP) -> str:
     raise KeyError(name)
 
 
-def example(model) -> dict[str, torch.Tensor]:
+def example(family: Family) -> dict[str, torch.Tensor]:
     """A seeded random prompt around two random pictures."""
-    config = model.config
     generator = torch.Generator().manual_seed(0)
-    words = torch.randint(3, config.image_token_id, (24,), generator=generator)
-    image = torch.full((image_tokens(config),), config.image_token_id)
-    side = config.vision_config.image_size
-    ids = torch.cat([words[:8], image, words[8:12], image, words[12:]])[None]
-    return {"input_ids": ids, "pixel_values": torch.randn(2, 3, side, side, generator=generator)}
+    words = torch.randint(3, family.image_id, (24,), generator=generator).tolist()
+    pixels = family.pixels([Image.new("RGB", (64, 64)), Image.new("RGB", (64, 64))])
+    pixels = {name: torch.randn(tensor.shape, generator=generator) for name, tensor in pixels.items()}
+    ids = [*words[:8], family.image_id, *words[8:12], family.image_id, *words[12:]]
+    return {"input_ids": torch.tensor([family.expand(ids, [family.image((64, 64))] * 2)]), **pixels}
 
 
 @torch.no_grad()
-def logits(model, probe: dict[str, torch.Tensor]) -> torch.Tensor:
+def logits(model, family: Family, probe: dict[str, torch.Tensor]) -> torch.Tensor:
     """Logits at the last twelve places, over the vocabulary that both layouts have."""
-    out = model(**probe, logits_to_keep=12).logits
-    return out[..., : model.config.image_token_id].float()
+    return model(**probe, logits_to_keep=12).logits[..., : family.image_id].float()
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

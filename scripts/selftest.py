@@ -4,32 +4,29 @@ from collections.abc import Iterator
 
 import torch
 from PIL import Image, ImageDraw
-from transformers import LlavaConfig, LlavaForConditionalGeneration
+from transformers import LlavaForConditionalGeneration
 
 from llava.attention import Plan, Probe, attention_ratio, install
-from llava.checkpoints import image_tokens
-from llava.image import pixel_values
-from llava.layout import PatchGrid
+from llava.families import Family
 from train.llava_hound_dpo.packing import EncodedPair, pack
 from train.llava_hound_dpo.scoring import Scores, score
 
 LAYER = 1
 
 
-def run(config: LlavaConfig, image_processor) -> Iterator[tuple[str, str]]:
+def run(family: Family) -> Iterator[tuple[str, str]]:
     """(what was tested, problem or "") for every check."""
-    model = small_twin(config)
+    model = small_twin(family.config)
     yield "region mass equals eager attention", mass_against_eager(model)
     yield "the attention term's gradient reaches query and key", gradient_of_term(model)
     yield "a step along the attention term raises the target's share", sign_of_term(model)
     yield "a rejected answer does not see the chosen one", packing(model)
-    grid = PatchGrid.of(image_processor, config.vision_config, pad=True)
-    yield "target boxes fall on the right image tokens", painted_box(grid, image_processor)
+    yield "target boxes fall on the right image tokens", painted_box(family)
 
 
-def small_twin(config: LlavaConfig) -> LlavaForConditionalGeneration:
+def small_twin(config) -> LlavaForConditionalGeneration:
     """A random model of the same class and patch grid, small enough for seconds on a CPU, with peaky attention."""
-    twin = LlavaConfig.from_dict(config.to_dict())
+    twin = type(config).from_dict(config.to_dict())
     text, vision = twin.text_config, twin.vision_config
     share = max(1, text.num_attention_heads // (text.num_key_value_heads or text.num_attention_heads))
     text.hidden_size, text.intermediate_size, text.num_hidden_layers = 64, 96, 3
@@ -45,10 +42,11 @@ def small_twin(config: LlavaConfig) -> LlavaForConditionalGeneration:
     return model
 
 
-def example(model) -> tuple[EncodedPair, torch.Tensor]:
+def example(model) -> tuple[EncodedPair, dict[str, torch.Tensor]]:
     """A pair about the second of two random pictures."""
     config = model.config
-    side, tokens = config.vision_config.image_size, image_tokens(config)
+    side = config.vision_config.image_size
+    tokens = (side // config.vision_config.patch_size) ** 2
     image = [config.image_token_id] * tokens
     pair = EncodedPair(
         prompt=[1, 11, *image, 12, *image, 13, 14],
@@ -56,7 +54,8 @@ def example(model) -> tuple[EncodedPair, torch.Tensor]:
         rejected=[31, 32],
         target=torch.cat([torch.zeros(tokens), torch.ones(tokens)]),
     )
-    return pair, torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+    pixels = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+    return pair, {"pixel_values": pixels}
 
 
 def mass_against_eager(model) -> str:
@@ -66,7 +65,7 @@ def mass_against_eager(model) -> str:
     inputs = {
         "input_ids": row.input_ids,  # without a rejected answer a packed row is prompt and answer, as they stand
         "attention_mask": torch.ones_like(row.input_ids),
-        "pixel_values": pixels,
+        **pixels,
         "output_attentions": True,
         "use_cache": False,
     }
@@ -121,16 +120,17 @@ def packing(model) -> str:
     return "" if error < 1e-4 else f"log-probs differ by {error:.1e}"
 
 
-def painted_box(grid: PatchGrid, image_processor) -> str:
+def painted_box(family: Family) -> str:
     """Paint a box into a landscape and a portrait picture: the tokens inside it change, those far from it do not."""
+    patch = family.side // family.rows
     for size in ((300, 200), (200, 300)):
         box = (60, 50, 140, 150)
         plain, painted = Image.new("RGB", size, "white"), Image.new("RGB", size, "white")
         ImageDraw.Draw(painted).rectangle((box[0], box[1], box[2] - 1, box[3] - 1), fill="black")
-        change = (pixel_values([plain], image_processor, True) - pixel_values([painted], image_processor, True)).abs()
-        patches = change[0].amax(0).unfold(0, grid.patch, grid.patch).unfold(1, grid.patch, grid.patch).amax((-1, -2))
-        weights = grid.weights(box, size).view(grid.rows, grid.cols)
+        first, second = (family.pixels([picture])["pixel_values"] for picture in (plain, painted))
+        patches = (first - second).abs()[0].amax(0).unfold(0, patch, patch).unfold(1, patch, patch).amax((-1, -2))
+        weights = family.image(size).weights(box).view(family.rows, family.rows)
         near = torch.nn.functional.max_pool2d(weights[None], 3, stride=1, padding=1)[0] > 0
-        if (patches[weights == 1] == 0).any() or (patches[~near] > 0).any():
+        if (patches[weights > 1 - 1e-6] == 0).any() or (patches[~near] > 0).any():
             return f"a box in a {size[0]} x {size[1]} picture changes other tokens than its weights say"
     return ""

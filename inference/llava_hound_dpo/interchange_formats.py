@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llava.conversation import IMAGE
+
 from llava.records import PLACEHOLDER_OF_MIA_DPO, TARGET
 from llava.scorers import normalise, true_choice
 

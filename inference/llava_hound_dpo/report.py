@@ -12,16 +12,16 @@ from typing import Any
 
 import jinja2
 import numpy as np
+from llava.conversation import IMAGE
+from llava.layout import needs_sizes, target_box
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
 from inference.llava_hound_dpo.compat_scorers import DRAWS_AT_RANDOM
 from inference.llava_hound_dpo.summary import Row, confusion
-from llava.conversation import IMAGE
 from llava.heatmap import draw_prompt
 from llava.image import ImageStore
-from llava.layout import needs_sizes, target_box
 from llava.records import FORMATS, Answer, Question
 from llava.scorers import WRONG
 

@@ -97,10 +97,10 @@ class Family:
         """Id of an image token."""
         return self.config.image_token_id
 
-    @property
-    def lora_targets(self) -> str:
+    @classmethod
+    def lora_targets(cls) -> str:
         """Pattern of the seven linear layers of each block of the language model ("q_proj" alone fits the tower)."""
-        return rf".*{self.language}.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+        return rf".*{cls.language}.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
     # ---- text
 

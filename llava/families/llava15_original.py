@@ -228,7 +228,7 @@ def _translated(path: Path, tensors: Mapping[str, torch.Tensor], bare: Callable[
     return found
 
 
-def write_checkpoint(model, processor, folder: Path, source: Path) -> None:
+def write_checkpoint(model, image_processor, folder: Path, source: Path) -> None:
     """Write a model in the original layout: one safetensors file, vision tower and its processor in `vision_tower/`.
 
     `tokenizer.model` cannot be made from a fast tokenizer: it is copied from the checkpoint that `source` is or stands
@@ -248,7 +248,7 @@ def write_checkpoint(model, processor, folder: Path, source: Path) -> None:
     tower = CLIPVisionModel(config.vision_config).to(model.dtype)
     tower.load_state_dict(model.model.vision_tower.state_dict())
     tower.save_pretrained(folder / "vision_tower")
-    processor.image_processor.save_pretrained(folder / "vision_tower")
+    image_processor.save_pretrained(folder / "vision_tower")
     text = config.text_config
     written = {name: getattr(text, name) for name in TEXT_FIELDS if hasattr(text, name)}
     written |= {"rope_theta": text.rope_parameters.get("rope_theta", 10000.0), "vocab_size": config.image_token_id}

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from llava.layout import PatchGrid
 from PIL import Image
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from llava.image import ImageStore
-from llava.layout import PatchGrid
 from llava.records import Preference, read_preferences
 from scripts.bench import common
 from scripts.miniature.model import build_processor

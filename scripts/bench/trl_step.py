@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from llava.conversation import render
 from PIL import Image
 from trl import DPOConfig, DPOTrainer
 
-from llava.conversation import render
 from scripts.bench.pairs import Pairs
 from scripts.bench.steps import TrainerStep
 

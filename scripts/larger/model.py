@@ -5,6 +5,8 @@ tower's last but one layer without the class token.
 """
 
 import torch
+from llava.conversation import END, IMAGE
+from llava.original import pad_rows
 from tokenizers import AddedToken
 from tokenizers.processors import TemplateProcessing
 from transformers import (
@@ -17,9 +19,6 @@ from transformers import (
     LlavaProcessor,
     PreTrainedTokenizerFast,
 )
-
-from llava.conversation import END, IMAGE
-from llava.original import pad_rows
 
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # what DINOv2 was trained with
 PADDED_TO = 64  # rows of the vocabulary are a multiple of it

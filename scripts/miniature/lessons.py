@@ -9,10 +9,10 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
+from llava.conversation import render
 from PIL import Image
 from transformers import LlavaProcessor
 
-from llava.conversation import render
 from scripts.miniature import draw
 from scripts.miniature.model import PATCH_SIDE
 from scripts.miniature.prompts import Prompt, sample_prompt

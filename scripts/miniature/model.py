@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterable
 
 import torch
+from llava.conversation import SYSTEM
 from tokenizers import (
     AddedToken,
     Regex,
@@ -26,7 +27,6 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from llava.conversation import SYSTEM
 from scripts.miniature.draw import SIDE
 from scripts.miniature.prompts import CENTRE_PHRASES, QUESTIONS
 from scripts.miniature.world import ATTRIBUTES

@@ -4,9 +4,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+from llava.conversation import render
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from llava.conversation import render
 from scripts.miniature.lessons import encode
 from scripts.miniature.prompts import SEQUENCE_LENGTHS, Prompt, sample_prompt
 

@@ -11,10 +11,10 @@ import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from llava.conversation import encode_answer, encode_prompt
-from llava.image import ImageStore, pixel_values
-from llava.layout import PatchGrid, expand_images, needs_sizes, target_weights
+from llava.families import Family
+from llava.image import ImageStore
 from llava.records import FORMATS, DataError, Preference
+from llava.regions import target_weights
 from llava.runtime import is_main_process
 from train.llava_hound_dpo.packing import EncodedPair, PackedRow, pack
 
@@ -23,35 +23,52 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Pair:
-    """A checked record with its token ids; `<image>` still counts as one token of the prompt."""
+    """A checked record with its token ids; in `prompt` one image token stands for each picture."""
 
     record: Preference
     prompt: list[int]
     chosen: list[int]
     rejected: list[int]
-    num_tokens: int  # prompt with image tokens, and the longer answer: what must fit the model's context
+    image_tokens: int  # of all pictures together
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Length of the prompt with its image tokens."""
+        return len(self.prompt) - len(self.record.images) + self.image_tokens
+
+    @property
+    def num_tokens(self) -> int:
+        """Of the prompt and the longer answer: what must fit the model's context."""
+        return self.prompt_tokens + max(len(self.chosen), len(self.rejected))
 
 
-def tokenize(records: Sequence[Preference], tokenizer, image_token: int, tokens_per_image: int) -> list[Pair]:
-    """Token ids of every record. Raises DataError listing all records that cannot be tokenised as a pair."""
+def tokenize(records: Sequence[Preference], family: Family, store: ImageStore | None) -> list[Pair]:
+    """Token ids of every record. Raises DataError listing all records that cannot be tokenised as a pair.
+
+    `store` is read for the sizes of pictures where a family's image tokens depend on them, else never.
+    """
     pairs, problems = [], []
     for record in tqdm(records, desc="tokenising", disable=not is_main_process() or len(records) < 1000):
         try:
-            prompt = encode_prompt(tokenizer, record.prompt)
-            chosen = encode_answer(tokenizer, record.prompt, record.chosen)
-            rejected = encode_answer(tokenizer, record.prompt, record.rejected)
-            if prompt.count(image_token) != len(record.images):
-                raise ValueError(f"{prompt.count(image_token)} image tokens for {len(record.images)} images")
-            if chosen == rejected:
-                raise ValueError("chosen and rejected are the same tokens")
-        except ValueError as error:
+            pairs.append(tokenize_one(record, family, store))
+        except (OSError, ValueError) as error:
             problems.append(f"{record.where}: {error}")
-            continue
-        length = len(prompt) + (tokens_per_image - 1) * len(record.images) + max(len(chosen), len(rejected))
-        pairs.append(Pair(record, prompt, chosen, rejected, length))
     if problems:
         raise DataError(problems)
     return pairs
+
+
+def tokenize_one(record: Preference, family: Family, store: ImageStore | None) -> Pair:
+    """Token ids of one record. Raises ValueError, OSError."""
+    prompt = family.encode_prompt(record.prompt)
+    chosen = family.encode_answer(record.prompt, record.chosen)
+    rejected = family.encode_answer(record.prompt, record.rejected)
+    if prompt.count(family.image_id) != len(record.images):
+        raise ValueError(f"{prompt.count(family.image_id)} image tokens for {len(record.images)} images")
+    if chosen == rejected:
+        raise ValueError("chosen and rejected are the same tokens")
+    sizes = [None if family.fixed else store.size(name) for name in record.images]
+    return Pair(record, prompt, chosen, rejected, sum(map(family.num_image_tokens, sizes)))
 
 
 def within_length(pairs: Sequence[Pair], max_length: int, overlong: str) -> tuple[list[Pair], list[Pair]]:
@@ -95,9 +112,8 @@ def describe(pairs: Sequence[Pair]) -> dict[str, Any]:
 class PairDataset(Dataset):
     """Pairs with their pictures and target weights. An item is a dict of tensors of one pair."""
 
-    def __init__(self, pairs: Sequence[Pair], store: ImageStore, image_processor, grid: PatchGrid, image_token: int):
-        self.pairs, self.store, self.grid = list(pairs), store, grid
-        self.image_processor, self.image_token = image_processor, image_token
+    def __init__(self, pairs: Sequence[Pair], store: ImageStore, family: Family):
+        self.pairs, self.store, self.family = list(pairs), store, family
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -108,17 +124,17 @@ class PairDataset(Dataset):
             pictures = [self.store.open(name) for name in pair.record.images]
         except (OSError, ValueError) as error:
             raise DataError([f"{pair.record.where}: {error}"]) from error
-        sizes = [picture.size for picture in pictures] if needs_sizes(pair.record) else []
+        images = [self.family.image(picture.size) for picture in pictures]
         return {
             "index": index,
             "format": FORMATS.index(pair.record.image_type),
             "pair": EncodedPair(
-                prompt=expand_images(pair.prompt, self.image_token, self.grid.num_tokens),
+                prompt=self.family.expand(pair.prompt, images),
                 chosen=pair.chosen,
                 rejected=pair.rejected,
-                target=target_weights(pair.record, sizes, self.grid),
+                target=target_weights(pair.record, images),
             ),
-            "pixel_values": pixel_values(pictures, self.image_processor, self.grid.pad),
+            "pixels": self.family.pixels(pictures),
         }
 
 
@@ -137,7 +153,7 @@ class PairCollator:
             "index": torch.tensor([item["index"] for item in items]),  # first: the Trainer reads the batch size off it
             "format": torch.tensor([item["format"] for item in items]),
             "row": pack(pairs, self.image_token),
-            "pixel_values": torch.cat([item["pixel_values"] for item in items]),
+            "pixels": {name: torch.cat([item["pixels"][name] for item in items]) for name in items[0]["pixels"]},
         }
         if "step_pairs" in items[0]:  # of a training step
             batch["step_pairs"] = torch.tensor([item["step_pairs"] for item in items])

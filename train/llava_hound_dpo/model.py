@@ -3,14 +3,11 @@
 import torch
 from accelerate import init_empty_weights
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-from transformers import BitsAndBytesConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import BitsAndBytesConfig, PreTrainedConfig
 from transformers.utils import is_bitsandbytes_available
 
-from llava.checkpoints import LORA_TARGETS, PROJECTOR
+from llava.families import Family, find_family
 from train.llava_hound_dpo.arguments import ModelArguments
-
-PARTS = ("vision_tower", PROJECTOR, "language_model", "lm_head")
-NOT_QUANTISED = ["model.vision_tower", f"model.{PROJECTOR}", "lm_head"]
 
 
 def refuse_quantised(arguments: ModelArguments, zero_stage: int) -> None:
@@ -31,7 +28,7 @@ def refuse_quantised(arguments: ModelArguments, zero_stage: int) -> None:
         raise ValueError(f"{bits} needs a CUDA device, and there is none here: use --bits 16")
 
 
-def quantisation(bits: int, dtype: torch.dtype, device: str | torch.device) -> dict:
+def quantisation(bits: int, family: type[Family], dtype: torch.dtype, device: str | torch.device) -> dict:
     """What transformers' `from_pretrained` takes for a language model of this many bits; nothing for 16.
 
     Linear layers of the language model only: the vision tower, the projector and the head stay as they are. QLoRA's
@@ -43,17 +40,19 @@ def quantisation(bits: int, dtype: torch.dtype, device: str | torch.device) -> d
         "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True,
         "bnb_4bit_compute_dtype": dtype,
     }  # fmt: skip
-    settings = BitsAndBytesConfig(**kind, llm_int8_skip_modules=NOT_QUANTISED)
+    skipped = [f"model.{family.tower}", f"model.{family.projector}", "lm_head"]
+    settings = BitsAndBytesConfig(**kind, llm_int8_skip_modules=skipped)
     return {"quantization_config": settings, "device_map": {"": str(device)}}
 
 
-def build_on_meta(config: LlavaConfig, arguments: ModelArguments):
+def build_on_meta(config: PreTrainedConfig, arguments: ModelArguments):
     """The policy without any weight, for counting."""
     with init_empty_weights():
-        return make_trainable(LlavaForConditionalGeneration(config), arguments)
+        family = find_family(config.model_type)
+        return make_trainable(family.model_class(config), family, arguments)
 
 
-def make_trainable(model, arguments: ModelArguments, fp32_adapter: bool = False):
+def make_trainable(model, family: type[Family], arguments: ModelArguments, fp32_adapter: bool = False):
     """Freeze the vision tower always, the projector unless asked for; add LoRA or free the language model.
 
     `fp32_adapter` keeps LoRA in fp32 on a reduced-precision base: needed where the optimiser has no master copy.
@@ -66,24 +65,25 @@ def make_trainable(model, arguments: ModelArguments, fp32_adapter: bool = False)
             r=arguments.lora_r,
             lora_alpha=arguments.lora_alpha,
             lora_dropout=arguments.lora_dropout,
-            target_modules=LORA_TARGETS,
+            target_modules=family.lora_targets(),
             # As a saved module the projector is in every checkpoint's adapter, and the reference keeps the old one.
-            modules_to_save=None if arguments.freeze_mm_mlp_adapter else [PROJECTOR],
+            modules_to_save=None if arguments.freeze_mm_mlp_adapter else [family.projector],
         )
         # DeepSpeed has its own fp32 copy, and ZeRO-3 stops at fp32 LoRA weights beside a bf16 projector.
         return get_peft_model(model, settings, autocast_adapter_dtype=fp32_adapter)
     for name, parameter in model.named_parameters():
-        is_projector = PROJECTOR in name
-        trained = not arguments.freeze_mm_mlp_adapter if is_projector else "vision_tower" not in name
+        is_projector = family.projector in name
+        trained = not arguments.freeze_mm_mlp_adapter if is_projector else family.tower not in name
         parameter.requires_grad_(trained)
     return model
 
 
-def parameter_table(model) -> str:
+def parameter_table(model, family: type[Family]) -> str:
     """One line per part of the model: parameters, how many are trained, dtype."""
-    rows = {part: [0, 0, set()] for part in PARTS}
+    parts = (family.tower, family.projector, family.language, "lm_head")
+    rows = {part: [0, 0, set()] for part in parts}
     for name, parameter in model.named_parameters():
-        row = rows[next(part for part in PARTS if part in name)]
+        row = rows[next(part for part in parts if part in name)]
         count = _size(parameter)
         row[0] += count
         row[1] += count if parameter.requires_grad else 0

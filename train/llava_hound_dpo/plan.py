@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
-from llava.checkpoints import load_config
+from llava.checkpoints import open_checkpoint
 from llava.runtime import ArgumentParser, setup_logging, user_errors
 from train.llava_hound_dpo.arguments import LossArguments, ModelArguments, TrainArguments, refuse_missing_deepspeed
 from train.llava_hound_dpo.batches import BatchPlan
@@ -54,11 +54,10 @@ def world_size() -> int:
     return int(per_node) * int(os.environ.get("SLURM_NNODES", "1"))
 
 
-def shape_of(pair: Pair, tokens_per_image: int, with_rejected: bool) -> PairShape:
+def shape_of(pair: Pair, with_rejected: bool) -> PairShape:
     """A pair's packed row: prompt once, and both answers."""
-    images = len(pair.record.images)
-    shared = len(pair.prompt) - 1 + (tokens_per_image - 1) * images
-    return PairShape(shared, len(pair.chosen), len(pair.rejected) if with_rejected else 0, images)
+    rejected = len(pair.rejected) if with_rejected else 0
+    return PairShape(pair.prompt_tokens - 1, len(pair.chosen), rejected, len(pair.record.images))
 
 
 def recipe_of(model: ModelArguments, loss: LossArguments, args: TrainArguments, num_lora: int) -> Recipe:
@@ -75,7 +74,7 @@ def recipe_of(model: ModelArguments, loss: LossArguments, args: TrainArguments, 
 
 def plan(
     model_arguments: ModelArguments, loss: LossArguments, args: TrainArguments, config: LlavaConfig,
-    pairs: Sequence[Pair], held_out: Sequence[Pair], dropped: Sequence[Pair], tokens_per_image: int,
+    pairs: Sequence[Pair], held_out: Sequence[Pair], dropped: Sequence[Pair],
     batches: BatchPlan, reference: ReferenceCache | None = None,
 ) -> str:  # fmt: skip
     """The text of the plan."""
@@ -84,7 +83,7 @@ def plan(
     model = build_on_meta(config, model_arguments).to(dtype)
     num_all, num_trained = count_parameters(model)
     num_lora = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
-    shapes = [shape_of(pair, tokens_per_image, loss.dpo_alpha > 0) for pair in pairs]
+    shapes = [shape_of(pair, loss.dpo_alpha > 0) for pair in pairs]
     batch = sorted(shapes, key=lambda shape: shape.tokens)[-args.per_device_train_batch_size :]
     tokens = args.tokens_per_batch or sum(shape.tokens for shape in batch)  # a row holds so many at most
     answers = sum(shape.answers for shape in batch)
@@ -102,7 +101,7 @@ def plan(
     rows = {
         "pairs": f"{len(pairs):,} to train on, {len(held_out):,} held out, {len(dropped):,} dropped as too long",
         "formats": _counts(counts["by_format"]),
-        "images": f"{_counts(counts['by_images'])} (images: pairs), {tokens_per_image} tokens each",
+        "images": f"{_counts(counts['by_images'])} (images: pairs), {_per_image(pairs)} tokens each",
         "tokens/pair": f"{lengths['min']:,} to {lengths['max']:,}, median {lengths['median']:,} (longer answer)",
         "loss": f"{loss.dpo_alpha:g} x (dpo + {weight}) + {loss.gamma:g} x (sft + {weight})",
         "batch": f"{effective} pairs = {per_device} x {accumulation} accumulated x {world} processes",
@@ -118,6 +117,12 @@ def plan(
     table = ["    " + line for line in parameter_table(model).splitlines()]
     head = ["plan (no weights are loaded)", f"  {'model':<15}{model_arguments.model_name_or_path}", *table]
     return "\n".join(head + [f"  {name:<15}{text}" for name, text in rows.items()])
+
+
+def _per_image(pairs: Sequence[Pair]) -> str:
+    """Fewest and most image tokens of a picture, as a mean of each prompt's."""
+    means = [pair.image_tokens / len(pair.record.images) for pair in pairs]
+    return " to ".join(dict.fromkeys(f"{value:,.0f}" for value in (min(means), max(means))))
 
 
 def cost(
@@ -215,7 +220,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 def _config(model: str) -> LlavaConfig:
     """LLaVA-1.5's shape by its size, or of a checkpoint."""
     if model not in SIZES:
-        return load_config(model)
+        return open_checkpoint(model).config
     width, feed_forward, blocks, heads = SIZES[model]
     text = LlamaConfig(vocab_size=32064, hidden_size=width, intermediate_size=feed_forward, num_hidden_layers=blocks,
                        num_attention_heads=heads)  # fmt: skip

@@ -19,7 +19,7 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
-from llava.checkpoints import weight_digest
+from llava.checkpoints import Checkpoint
 from llava.image import ImageStore
 from llava.records import DataError
 from llava.runtime import write_text
@@ -164,18 +164,16 @@ class ReferenceCache:
         )
 
 
-def describe_reference(
-    model_path: str, image_tower: str | None, commit: str | None, precision: str, image_processor, aspect_ratio: str
-) -> dict[str, Any]:
+def describe_reference(checkpoint: Checkpoint, precision: str) -> dict[str, Any]:
     """What decides reference log-probs apart from the pair: weights, precision, picture settings, layout."""
     return {
         "layout": LAYOUT_VERSION,
-        "weights": weight_digest(model_path)[:16],
-        "image_tower": image_tower,
-        "commit": commit,
+        "weights": checkpoint.digest[:16],
+        "image_tower": checkpoint.image_tower,
+        "commit": getattr(checkpoint.config, "_commit_hash", None),
         "precision": precision,
-        "image_processor": image_processor.to_dict(),
-        "image_aspect_ratio": aspect_ratio,
+        "image_processor": checkpoint.family.image_processor.to_dict(),
+        "image_aspect_ratio": "pad" if checkpoint.pad else "crop",
     }
 
 

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlavaConfig, set_seed
+from transformers import set_seed
 
 from llava.attention import layer_range
-from llava.checkpoints import find_source, image_tokens, load_config, load_model, load_processor
+from llava.checkpoints import Checkpoint, open_checkpoint
 from llava.checks import check_pictures
-from llava.heads import Heads, choose_heads
+from llava.families import Family
+from llava.heads import Heads, select_heads
 from llava.image import ImageStore
-from llava.layout import PatchGrid
 from llava.records import read_preferences
 from llava.runtime import (
     is_main_process,
@@ -65,9 +65,7 @@ SCHEDULE = (
 class Inputs:
     """Everything the run reads before its weights, checked."""
 
-    config: LlavaConfig
-    processor: Any
-    grid: PatchGrid
+    checkpoint: Checkpoint
     store: ImageStore
     layers: frozenset[int]
     heads: Heads | None  # of these layers; None: all
@@ -79,7 +77,7 @@ class Inputs:
 
     def dataset(self, pairs: Sequence[Pair]) -> PairDataset:
         """The pairs with their pictures."""
-        return PairDataset(pairs, self.store, self.processor.image_processor, self.grid, self.config.image_token_id)
+        return PairDataset(pairs, self.store, self.checkpoint.family)
 
 
 @lost_peers()
@@ -108,16 +106,16 @@ def main() -> int:
             model_args,
             loss_args,
             args,
-            inputs.config,
+            inputs.checkpoint.config,
             inputs.train,
             inputs.evaluation,
             inputs.dropped,
         )
-        logger.info(plan(*arguments, inputs.grid.num_tokens, inputs.batches, inputs.reference))
+        logger.info(plan(*arguments, inputs.batches, inputs.reference))
         return 0
     with user_errors():
         refuse_data_parallel(args)
-        policy = load_policy(model_args, args)
+        policy = load_policy(inputs.checkpoint, model_args, args)
     trainer = build_trainer(policy, model_args, loss_args, args, inputs, identity)
     record_run(model_args, data_args, loss_args, args, inputs)
     with one_line_errors():
@@ -132,36 +130,35 @@ def main() -> int:
 
 def read_inputs(model: ModelArguments, data: DataArguments, loss: LossArguments, args: TrainArguments) -> Inputs:
     """Read and check config, processor, records and pictures. Raises ValueError or FileNotFoundError for bad input."""
-    source = find_source(model.model_name_or_path, model.image_tower)
-    if source.base:
+    pad = data.image_aspect_ratio == "pad"
+    checkpoint = open_checkpoint(model.model_name_or_path, image_tower=model.image_tower, pad=pad)
+    if checkpoint.base:
         raise ValueError(
-            f"{source}: training starts from a whole model; merge it with `python -m scripts.export` first"
+            f"{checkpoint}: training starts from a whole model; merge it with `python -m scripts.export` first"
         )
-    logger.info("model: %s", source)
-    config = load_config(source.path, source.image_tower)
-    processor = load_processor(source.path, source.image_tower)
-    grid = PatchGrid.of(processor.image_processor, config.vision_config, pad=data.image_aspect_ratio == "pad")
-    layers, heads = _probed(loss, source.path, config)
+    logger.info("model: %s", checkpoint)
+    family = checkpoint.family
+    layers, heads = _probed(loss, checkpoint)
     store = ImageStore(data.image_folder)
-    pairs, dropped = _pairs(data.data_path, data, config, processor)
+    pairs, dropped = _pairs(data.data_path, data, family, store)
     if data.eval_data_path:
         train = pairs
-        evaluation, dropped_too = _pairs(data.eval_data_path, data, config, processor)
+        evaluation, dropped_too = _pairs(data.eval_data_path, data, family, store)
         dropped = dropped + dropped_too
     else:
         train, evaluation = split(pairs, data.eval_split, args.seed)
     if args.eval_strategy != "no" and not evaluation:
         raise ValueError("--eval_strategy needs something to evaluate on: give --eval_split or --eval_data_path")
     if is_main_process():  # if it finds something it ends, and the launcher ends the others
-        check_pictures([pair.record for pair in (*train, *evaluation)], store, grid, data.check_images)
-    batches = plan_batches(train, grid.num_tokens, loss, args)
-    reference = open_reference(model, data, loss, args, config, processor.image_processor, store)
-    return Inputs(config, processor, grid, store, layers, heads, train, evaluation, dropped, batches, reference)
+        check_pictures([pair.record for pair in (*train, *evaluation)], store, family, data.check_images)
+    batches = plan_batches(train, loss, args)
+    reference = open_reference(checkpoint, model, loss, args, store)
+    return Inputs(checkpoint, store, layers, heads, train, evaluation, dropped, batches, reference)
 
 
-def plan_batches(pairs: Sequence[Pair], tokens_per_image: int, loss: LossArguments, args: TrainArguments) -> BatchPlan:
+def plan_batches(pairs: Sequence[Pair], loss: LossArguments, args: TrainArguments) -> BatchPlan:
     """Steps and rows of the run. Raises ValueError for a pair longer than --tokens_per_batch."""
-    lengths = [shape_of(pair, tokens_per_image, loss.dpo_alpha > 0).tokens for pair in pairs]
+    lengths = [shape_of(pair, loss.dpo_alpha > 0).tokens for pair in pairs]
     limit = args.tokens_per_batch
     if limit < 0:
         raise ValueError(f"--tokens_per_batch {limit}: a number of tokens, or 0 for rows of so many pairs")
@@ -178,7 +175,7 @@ def plan_batches(pairs: Sequence[Pair], tokens_per_image: int, loss: LossArgumen
     )  # fmt: skip
 
 
-def open_reference(model, data, loss, args, config, image_processor, store: ImageStore) -> ReferenceCache | None:
+def open_reference(checkpoint: Checkpoint, model, loss, args, store: ImageStore) -> ReferenceCache | None:
     """The cache of reference log-probs, read; None where they are computed at every step, or not needed.
 
     Raises ValueError if it was made from something else, or is damaged.
@@ -191,23 +188,19 @@ def open_reference(model, data, loss, args, config, image_processor, store: Imag
         return None
     dtypes = " computed in ".join(str(dtype).removeprefix("torch.") for dtype in precision(model, args))
     exact = dtypes if model.bits == 16 else f"{model.bits} bits and {dtypes}"
-    made_from = describe_reference(
-        model.model_name_or_path, model.image_tower, getattr(config, "_commit_hash", None), exact, image_processor,
-        data.image_aspect_ratio,
-    )  # fmt: skip
-    cache = ReferenceCache(Path(args.reference_cache or Path(args.output_dir) / "reference"), made_from, store)
+    folder = Path(args.reference_cache or Path(args.output_dir) / "reference")
+    cache = ReferenceCache(folder, describe_reference(checkpoint, exact), store)
     cache.load()
     return cache
 
 
-def _probed(loss: LossArguments, model: str, config: LlavaConfig) -> tuple[frozenset[int], Heads | None]:
+def _probed(loss: LossArguments, checkpoint: Checkpoint) -> tuple[frozenset[int], Heads | None]:
     """Layers and heads of the attention term."""
-    num_layers, num_heads = config.text_config.num_hidden_layers, config.text_config.num_attention_heads
-    layers = layer_range(num_layers, loss.attention_layers)
+    layers = layer_range(checkpoint.num_layers, loss.attention_layers)
     if not loss.attention_heads:
         return layers, None
     among = None if loss.attention_layers == "auto" else layers
-    heads = choose_heads(loss.attention_heads, loss.top_heads, model, num_layers, num_heads, among)
+    heads = select_heads(loss.attention_heads, loss.top_heads, checkpoint, among)
     return heads.layers, heads
 
 
@@ -217,13 +210,12 @@ def refuse_data_parallel(args: TrainArguments) -> None:
         raise ValueError(f"{args.n_gpu} GPUs but one process: start with torchrun --nproc_per_node={args.n_gpu} -m ...")
 
 
-def _pairs(path: str, data: DataArguments, config: LlavaConfig, processor) -> tuple[list[Pair], list[Pair]]:
-    records = read_preferences(path)
-    pairs = tokenize(records, processor.tokenizer, config.image_token_id, image_tokens(config))
+def _pairs(path: str, data: DataArguments, family: Family, store: ImageStore) -> tuple[list[Pair], list[Pair]]:
+    pairs = tokenize(read_preferences(path), family, store)
     return within_length(pairs, data.model_max_length, data.overlong)
 
 
-def load_policy(model: ModelArguments, args: TrainArguments):
+def load_policy(checkpoint: Checkpoint, model: ModelArguments, args: TrainArguments):
     """The policy in the training precision. Must come after TrainArguments exist, or ZeRO-3 is not seen."""
     if args.deepspeed and args.use_cpu:
         import deepspeed
@@ -231,10 +223,10 @@ def load_policy(model: ModelArguments, args: TrainArguments):
         # Without it DeepSpeed believes in one process while the weights are partitioned.
         deepspeed.init_distributed(dist_backend="gloo")
     dtype, computed = precision(model, args)
-    settings = quantisation(model.bits, computed, args.device)
-    policy = load_model(model.model_name_or_path, dtype, model.image_tower, **settings)
+    family = type(checkpoint.family)
+    policy = checkpoint.load(dtype, **quantisation(model.bits, family, computed, args.device))
     set_seed(args.seed)  # after loading, which draws differently under ZeRO-3: LoRA starts the same everywhere
-    return make_trainable(policy, model, fp32_adapter=not args.deepspeed)
+    return make_trainable(policy, family, model, fp32_adapter=not args.deepspeed)
 
 
 def precision(model: ModelArguments, args: TrainArguments) -> tuple[torch.dtype, torch.dtype]:
@@ -249,18 +241,18 @@ def build_trainer(policy, model, loss, args, inputs: Inputs, identity: dict[str,
     """The trainer with its data, loss and source of reference log-probs."""
     offline_wandb(args.report_to)
     args.accumulate(inputs.batches.accumulation)  # before the Trainer and DeepSpeed take it from there
-    logger.info("%s", parameter_table(policy))
+    logger.info("%s", parameter_table(policy, type(inputs.checkpoint.family)))
     logger.info("%d pairs per step in %s", inputs.batches.pairs_per_step, inputs.batches)
     return AttentionAwareDPOTrainer(
         model=policy,
         args=args,
         train_dataset=inputs.dataset(inputs.train),
         eval_dataset=inputs.dataset(inputs.evaluation) if inputs.evaluation else None,
-        processing_class=inputs.processor,
+        processing_class=inputs.checkpoint.family.processor(),
         settings=loss.settings(),
         layers=inputs.layers,
-        heads=inputs.heads and inputs.heads.chosen(inputs.config.text_config.num_attention_heads),
-        image_token=inputs.config.image_token_id,
+        heads=inputs.heads and inputs.heads.selected(inputs.checkpoint.num_heads),
+        family=inputs.checkpoint.family,
         reference=inputs.reference,
         identity=identity,
         batches=inputs.batches,

@@ -1,5 +1,6 @@
 """One forward pass over a packed row: log-probs of its answers and the attention of its chosen ones."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,12 +32,12 @@ class Scores:
 
 
 def score(
-    model, row: PackedRow, pixel_values: Tensor | None = None, image_features: list[Tensor] | None = None,
+    model, row: PackedRow, pixels: Mapping[str, Tensor] | None = None, image_features: Sequence[Tensor] | None = None,
     layers: frozenset[int] = frozenset(), heads: Tensor | None = None,
 ) -> Scores:  # fmt: skip
     """Scores of a packed row; probes attention in `layers`, over those `heads` (L, H) that have a 1 (None: all).
 
-    Pictures come as `pixel_values` or, encoded before, as `image_features`. Raises RuntimeError if the masses are
+    Pictures come as `pixels` (of `Family.pixels`) or, encoded before, as `image_features`. Raises RuntimeError if the masses are
     cut off from the weights while gradients are wanted (a reentrant checkpoint does that): the attention term would
     train nothing without a word.
     """
@@ -49,7 +50,7 @@ def score(
         # An explicit mask of ones: without any, restarted positions are taken for separate documents.
         attention_mask=torch.ones_like(row.input_ids),
         position_ids=row.position_ids,
-        pixel_values=pixel_values,
+        **(pixels or {}),
         mm_encoder_outputs=encoded,
         logits_to_keep=row.keep,
         use_cache=False,

@@ -18,7 +18,7 @@ from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from llava.attention import attention_ratio, mean_over_layers
-from llava.checkpoints import PROJECTOR
+from llava.families import Family
 from llava.records import FORMATS
 from llava.runtime import is_main_process
 from train.llava_hound_dpo.batches import BatchPlan, RowLoader
@@ -61,16 +61,16 @@ class AttentionAwareDPOTrainer(Trainer):
         *args,
         settings: LossSettings,
         layers: frozenset[int],
-        image_token: int,
+        family: Family,
         batches: BatchPlan,
         heads: Tensor | None = None,
         reference: ReferenceCache | None = None,
         identity: Mapping[str, Any] | None = None,
         **kwargs,
     ):
-        super().__init__(*args, data_collator=PairCollator(image_token, settings.needs_rejected), **kwargs)
+        super().__init__(*args, data_collator=PairCollator(family.image_id, settings.needs_rejected), **kwargs)
         self.settings, self.layers, self.heads, self.reference = settings, layers, heads, reference
-        self.batches, self._saved_step = batches, None
+        self.family, self.batches, self._saved_step = family, batches, None
         assert (batches.accumulation, batches.world_size) == (
             self.args.gradient_accumulation_steps,
             self.args.world_size,
@@ -78,7 +78,7 @@ class AttentionAwareDPOTrainer(Trainer):
         self.model_accepts_loss_kwargs = False  # our loss is a mean over pairs: let the Trainer average micro-batches
         self.compute_metrics = _mean_metrics
         self._sums = torch.zeros(2, len(METRICS), dtype=torch.float64)
-        self.shares_images = not any(p.requires_grad for n, p in self.model.named_parameters() if PROJECTOR in n)
+        self.shares_images = not any(p.requires_grad for p in self._projector())
         is_lora = isinstance(self.model, PeftModel)
         assert not settings.needs_rejected or is_lora or reference is not None, "no source of reference log-probs"
         self.add_callback(MarkComplete(identity or {}))
@@ -98,7 +98,7 @@ class AttentionAwareDPOTrainer(Trainer):
         Trainer averages over micro-batches, and the processes average their gradients. Raises FloatingPointError,
         before any update, if the loss of a pair is not finite.
         """
-        row, pictures = inputs["row"], self._pictures(inputs["pixel_values"])
+        row, pictures = inputs["row"], self._pictures(inputs["pixels"])
         dataset = self.train_dataset if model.training else self.eval_dataset
         reference = self._reference(model, inputs, pictures, dataset) if self.settings.needs_rejected else None
         policy = score(model, row, **pictures, layers=self.layers, heads=self.heads)
@@ -156,7 +156,7 @@ class AttentionAwareDPOTrainer(Trainer):
         rate = getattr(self.args, "mm_projector_lr", None)
         if rate is None:
             return optimizer
-        projector = {id(p) for n, p in self.model.named_parameters() if PROJECTOR in n and p.requires_grad}
+        projector = {id(p) for p in self._projector() if p.requires_grad}
         for group in list(optimizer.param_groups):
             moved = [p for p in group["params"] if id(p) in projector]
             if moved:
@@ -219,7 +219,7 @@ class AttentionAwareDPOTrainer(Trainer):
             own = start + args.process_index
             indices = batches[own] if own < len(batches) else batches[0]
             inputs = self.data_collator([dataset[index] for index in indices])
-            row, pixels = inputs["row"].to(args.device), inputs["pixel_values"].to(args.device)
+            row, pixels = inputs["row"].to(args.device), {n: t.to(args.device) for n, t in inputs["pixels"].items()}
             with torch.no_grad(), self._adapter_off(model), self.compute_loss_context_manager():
                 scores = score(model, row, **self._pictures(pixels))
             if own < len(batches):
@@ -227,13 +227,16 @@ class AttentionAwareDPOTrainer(Trainer):
         model.train(was_training)
         self.reference.share()
 
-    def _pictures(self, pixel_values: Tensor) -> dict[str, Any]:
+    def _projector(self) -> list[Tensor]:
+        return [p for name, p in self.model.named_parameters() if self.family.projector in name]
+
+    def _pictures(self, pixels: Mapping[str, Tensor]) -> dict[str, Any]:
         """Pictures encoded once for policy and reference, unless the two see them through different projectors."""
         if not self.shares_images:
-            return {"pixel_values": pixel_values}
+            return {"pixels": pixels}
         model = self.accelerator.unwrap_model(self.model_wrapped)
         with torch.no_grad():
-            encoded = _base(model).get_image_features(pixel_values=pixel_values, return_dict=True)
+            encoded = _base(model).get_image_features(**pixels, return_dict=True)
         return {"image_features": encoded.pooler_output}
 
     def _reference(
