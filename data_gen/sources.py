@@ -18,8 +18,7 @@ import numpy as np
 from data_gen.drops import Drop, Unusable
 from data_gen.pictures import Picture, PictureFiles, decode
 from data_gen.tables import Place, open_table
-from llava.conversation import IMAGE, check_answer
-from llava.records import name_of, texts
+from llava.records import IMAGE, check_answer, name_of, texts
 
 BOX = re.compile(r"\[\s*\d+(\.\d+)?(,\s*\d+(\.\d+)?){3}\s*\]")  # a bounding box: four numbers in brackets
 NO_SUBSET = "all"

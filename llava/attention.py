@@ -62,6 +62,7 @@ class Probe:
 
     regions: Tensor  # (B or 1, S, R) weights in [0, 1]; keys past S (generated tokens) weigh nothing
     layers: frozenset[int]  # zero-based
+    each_key: bool = False  # after the regions come the S keys, one column each (generation only)
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,7 +196,7 @@ def region_mass(
 def _probed(query: Tensor, key: Tensor, attention_mask: Tensor | None, scaling: float | None, plan: Plan) -> Tensor:
     key, regions = _repeat_heads(query, key), plan.probe.regions
     if not plan.trees:
-        return _mass_of(_last_scores(query, key, attention_mask, scaling).softmax(dim=-1), regions)
+        return _mass_of(_last_scores(query, key, attention_mask, scaling).softmax(dim=-1), plan.probe)
     masses = []
     for tree, q, k in zip(plan.trees, _by_tree(query, plan.trees), _by_tree(key, plan.trees), strict=True):
         begin = tree.prompt[0]
@@ -223,7 +224,7 @@ def _scaled(
     if heads is not None:
         changed = changed & heads[:, None]
     out = torch.cat([out[:, :-rows], torch.where(changed, last, out[:, -rows:])], dim=1)
-    return out, _mass_of(probabilities[:, :, -1:], plan.probe.regions) if is_probed else None
+    return out, _mass_of(probabilities[:, :, -1:], plan.probe) if is_probed else None
 
 
 def _last_scores(
@@ -238,12 +239,13 @@ def _last_scores(
     return scores.masked_fill(~attention_mask[:, :, -rows:, : key.shape[2]], -torch.inf)
 
 
-def _mass_of(probabilities: Float[Tensor, "B H Q K"], regions: Float[Tensor, "b S R"]) -> Float[Tensor, "B H Q R"]:
+def _mass_of(probabilities: Float[Tensor, "B H Q K"], probe: Probe) -> Float[Tensor, "B H Q R"]:
     """Mass on each region. Keys after the prompt weigh nothing; beams of one sample are neighbours in the batch."""
-    times, length = len(probabilities) // len(regions), regions.shape[1]
-    regions = regions if times == 1 else regions.repeat_interleave(times, dim=0)
+    times, length = len(probabilities) // len(probe.regions), probe.regions.shape[1]
+    regions = probe.regions if times == 1 else probe.regions.repeat_interleave(times, dim=0)
     with torch.autocast(probabilities.device.type, enabled=False):
-        return probabilities[..., :length] @ regions[:, None]
+        mass = probabilities[..., :length] @ regions[:, None]
+    return torch.cat([mass, probabilities[..., :length]], dim=-1) if probe.each_key else mass
 
 
 def _repeat_heads(query: Tensor, key: Tensor) -> Tensor:

@@ -8,16 +8,17 @@ from tqdm import tqdm
 from llava.families import Family
 from llava.image import ImageStore
 from llava.records import DataError, Prompt
-from llava.regions import target_weights
+from llava.regions import needs_sizes, target_box, target_weights
 from llava.runtime import is_main_process
 
 DEPTHS = ("full", "header", "exists")
 
 
 def check_pictures(records: Sequence[Prompt], store: ImageStore, family: Family | None, depth: str) -> None:
-    """Look at every picture: `full` decodes, `header` reads sizes, `exists` looks whether it is there .
+    """Look at every picture: `full` decodes, `header` reads sizes, `exists` looks whether it is there.
 
-    Raises DataError with one line per record whose pictures are missing, damaged, or without the cell it points at.
+    Raises DataError with one line per record whose pictures are missing, damaged, or without the cell it points at;
+    with a family also where the model does not see that cell.
     """
     looked_at = _look_at(store, {name for record in records for name in record.images}, depth)
     problems = []
@@ -52,9 +53,12 @@ def _look_at(store: ImageStore, names: Iterable[str], depth: str) -> dict[str, t
     return dict(zip(names, found, strict=True))
 
 
-def _target_problem(record: Prompt, sizes: list[tuple[int, int]], family: Family) -> list[str]:
+def _target_problem(record: Prompt, sizes: list[tuple[int, int]], family: Family | None) -> list[str]:
     try:
-        target_weights(record, [family.image(size) for size in sizes])
+        if family:
+            target_weights(record, [family.image(size) for size in sizes])
+        elif needs_sizes(record):
+            target_box(record, sizes[0])
     except ValueError as error:
-        return [str(error)]
+        return [str(error) if family else f"{record.where}: {error}"]
     return []

@@ -31,7 +31,7 @@ class Generated:
     masses: Tensor  # (L, R) attention mass on each region, mean over answer tokens and heads, per probed layer
     heads: Tensor | None = None  # (L, H) 1 for the heads that `masses` is a mean over, else 0; None: all
     by_head: Tensor | None = None  # (L, H, R) the masses of each head; empty where they were not asked for
-    by_token: Tensor | None = None  # (P,) mass on each image token, as R is computed; empty where it was not asked for
+    by_token: Tensor | None = None  # (P,) mass on each image token, as R is computed; None or empty: not asked for
 
     @property
     def ratio_by_layer(self) -> list[float] | None:
@@ -63,7 +63,7 @@ class PromptBatch:
     pixels: dict[str, Tensor]  # of all images of all prompts in order, as the family's model takes them
     regions: Tensor  # (B, S, R) weight of each token in each region; 0 for a region that a prompt does not have
     num_regions: tuple[int, ...]  # regions of each prompt, at least 2
-    num_mapped: tuple[int, ...]  # then so many columns of `regions` are one image token each: all of the prompt's, or 0
+    is_mapped: tuple[bool, ...] = ()  # of these prompts the mass on every image token is wanted
     image_types: tuple[str, ...] = ()  # format of each prompt, where it matters
 
     def to(self, device) -> "PromptBatch":
@@ -93,18 +93,15 @@ def batch_prompts(
     Of a prompt that `is_mapped` the mass on every single image token is measured, too.
     """
     counts = tuple(len(own) for own in regions)
-    is_mapped = is_mapped or [False] * len(prompts)
-    mapped = tuple(own.shape[1] if is_it else 0 for own, is_it in zip(regions, is_mapped, strict=True))
-    columns = [torch.cat([own, torch.eye(count)]) if count else own for own, count in zip(regions, mapped, strict=True)]
     longest = max(len(prompt) for prompt in prompts)
     input_ids = torch.full((len(prompts), longest), family.tokenizer.pad_token_id)
     attention_mask = torch.zeros(len(prompts), longest, dtype=torch.long)
-    weights = torch.zeros(len(prompts), longest, max(map(len, columns)))
-    for row, (prompt, own) in enumerate(zip(prompts, columns, strict=True)):
+    weights = torch.zeros(len(prompts), longest, max(counts))
+    for row, (prompt, own) in enumerate(zip(prompts, regions, strict=True)):
         input_ids[row, longest - len(prompt) :] = torch.tensor(prompt)
         attention_mask[row, longest - len(prompt) :] = 1
         weights[row, input_ids[row] == family.image_id, : len(own)] = own.T
-    return PromptBatch(input_ids, attention_mask, pixels, weights, counts, mapped, tuple(image_types))
+    return PromptBatch(input_ids, attention_mask, pixels, weights, counts, tuple(is_mapped), tuple(image_types))
 
 
 @torch.no_grad()
@@ -124,7 +121,8 @@ def generate(
     settings = {"do_sample": False, "max_new_tokens": 128, "pad_token_id": tokenizer.pad_token_id,
                 "eos_token_id": tokenizer.eos_token_id, "repetition_penalty": 1.0, **settings}  # fmt: skip
     beams = settings.get("num_beams", 1)
-    with use_plan(Plan(probe=Probe(batch.regions, frozenset(layers)) if layers else None)) as ambient:
+    probe = Probe(batch.regions, frozenset(layers), each_key=any(batch.is_mapped)) if layers else None
+    with use_plan(Plan(probe=probe)) as ambient:
         watch = Watch(model, batch, ambient, steer, beams)
         out = model.generate(
             input_ids=batch.input_ids,
@@ -138,7 +136,7 @@ def generate(
         )
     tokens = out.sequences[:, batch.input_ids.shape[1] :]
     lengths = _lengths(tokens, tokenizer.eos_token_id)
-    masses = by_head = torch.zeros(len(tokens), 0, batch.regions.shape[2])
+    masses = by_head = torch.zeros(len(tokens), 0, 0)
     if layers:
         steps, rows = [watch.corrected(out.attentions[0]), *out.attentions[1:]], _rows(out, tokens)
         masses = _mean_masses([_over_heads(mass, heads) for mass in steps], rows, lengths)
@@ -146,14 +144,14 @@ def generate(
             by_head = _mean_masses([torch.stack([mass[:, :, 0] for mass in step]) for step in steps], rows, lengths)
     perplexities = watch.perplexities(lengths) if beams == 1 and not settings["do_sample"] else [None] * len(tokens)
     texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
-    found = []
+    found, width, is_image = [], batch.regions.shape[2], (batch.input_ids == family.image_id).cpu()
     for row, (text, own, length) in enumerate(zip(texts, tokens.tolist(), lengths.tolist(), strict=True)):
-        count, mapped = batch.num_regions[row], batch.num_mapped[row]
-        by_token = masses[row][:, count : count + mapped]
+        count = batch.num_regions[row]
+        by_token = masses[row][:, width:][:, is_image[row]] if any(batch.is_mapped) else masses[row][:, :0]
         found.append(Generated(
             text.strip(), own[:length], own[length - 1] == tokenizer.eos_token_id, watch.confidence[row].item(),
             perplexities[row], watch.factor[row].item(), masses[row][:, :count], heads, by_head[row][..., :count],
-            mean_over_layers(by_token, heads) if layers else by_token.flatten(),
+            mean_over_layers(by_token, heads) if layers else None,
         ))  # fmt: skip
     return found
 

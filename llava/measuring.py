@@ -13,9 +13,9 @@ from llava.generation import PromptBatch
 def masses_of(
     model, batch: PromptBatch, answer: Sequence[int], layers: Sequence[int], heads: Tensor | None = None
 ) -> Tensor:
-    """(L, R) attention mass on each region while `answer` (token ids) is said after the prompt of a batch of one.
+    """(L, R + S) attention mass on each region and each prompt token while `answer` (token ids) is said after it.
 
-    Mean over the rows that predict the answer's tokens, and over `heads` (L, H; None: all), as `generate` measures.
+    The batch has one prompt. Mean over the rows that predict the answer's tokens, and over `heads` (L, H; None: all), as `generate` measures.
     """
     assert len(batch.input_ids) == 1, "one prompt"
     batch, prompt = batch.to(model.device), batch.input_ids.shape[1]
@@ -23,7 +23,8 @@ def masses_of(
     input_ids = torch.cat([batch.input_ids, said], dim=1)
     # The last prompt token opens the answer's branch: its row predicts the first token.
     tree = Tree.of((0, prompt - 1), ((prompt - 1, prompt - 1 + len(answer)),))
-    regions = torch.cat([batch.regions, batch.regions.new_zeros(1, said.shape[1], batch.regions.shape[2])], dim=1)
+    each = torch.cat([batch.regions, torch.eye(prompt, device=model.device)[None]], dim=2)
+    regions = torch.cat([each, each.new_zeros(1, said.shape[1], each.shape[2])], dim=1)
     out = model(
         input_ids=input_ids, attention_mask=torch.ones_like(input_ids), **batch.pixels, use_cache=False,
         output_attentions=True, logits_to_keep=1, plan=Plan((tree,), Probe(regions, frozenset(layers))),

@@ -76,7 +76,8 @@ def look(model, job: Job, batch: PromptBatch, given: tuple[str, str] | None) -> 
         (found,) = generate(model, job.family, batch, job.layers, None, job.selected, **job.settings.generation)
         return found.text, found.by_token
     masses = masses_of(model, batch, job.family.encode_answer(*given), job.layers, job.selected)
-    return given[1], mean_over_layers(masses[:, batch.num_regions[0] :], job.selected)
+    is_image = batch.input_ids[0] == job.family.image_id
+    return given[1], mean_over_layers(masses[:, batch.num_regions[0] :][:, is_image], job.selected)
 
 
 def draw(job: Job, number: int, masses: torch.Tensor, height: int) -> Image.Image:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import sentencepiece
 import torch
+from llava.original import build_tokenizer, pad_rows
 from safetensors.torch import save_file
 from transformers import (
     CLIPImageProcessorPil,
@@ -16,7 +17,6 @@ from transformers import (
     LlavaProcessor,
 )
 
-from llava.original import build_tokenizer, pad_rows
 from scripts.miniature.model import world_text
 
 SIDE, PATCH, WIDTH, LAYERS = 28, 7, 32, 3

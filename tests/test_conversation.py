@@ -1,7 +1,6 @@
 """The text of vicuna_v1, written out by hand, and its tokens."""
 
 import pytest
-
 from llava.conversation import check_answer, encode_answer, encode_prompt, render
 
 ONE_OPEN = (

@@ -6,11 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from llava.layout import PatchGrid
 from PIL import Image
 
 from llava.checks import check_pictures
 from llava.image import ImageStore
-from llava.layout import PatchGrid
 from llava.records import FORMATS, DataError, read_preferences
 from tests.conftest import preference
 from train.llava_hound_dpo.data import (

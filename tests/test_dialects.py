@@ -5,12 +5,12 @@ import shutil
 
 import pytest
 import torch
+from llava.conversation import encode_answer, encode_prompt, render
+from llava.original import pad_rows, translate_config, translate_name
 from safetensors.torch import load_file, save_file
 from sentencepiece import SentencePieceProcessor
 
 from llava.checkpoints import account, find_source, load_config, load_model, load_processor, shapes_of
-from llava.conversation import encode_answer, encode_prompt, render
-from llava.original import pad_rows, translate_config, translate_name
 from tests.dialects import SIDE, make_formats
 
 

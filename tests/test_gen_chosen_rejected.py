@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from llava.conversation import render
 
 from data_gen.gen_chosen_rejected import __main__ as gen_chosen_rejected
 from data_gen.gen_chosen_rejected.others import bare_question
 from data_gen.gen_instruction import __main__ as gen_instruction
 from llava.checkpoints import load_model, load_processor
-from llava.conversation import render
 from llava.image import ImageStore, pixel_values
 from llava.records import read_instructions, read_preferences
 from scripts.miniature import make_source

@@ -5,11 +5,11 @@ import json
 import numpy as np
 import pytest
 import torch
+from llava.layout import CELL, MARGIN, PatchGrid, collage_box
 from PIL import Image
 
 from data_gen.gen_instruction.collage import GRIDS, LABEL_LEFT, Collage, canvas_size, corner, fitted
 from data_gen.gen_instruction.pic_in_pic import inner_box, paste_inside
-from llava.layout import CELL, MARGIN, PatchGrid, collage_box
 from tests.single_images import colour, generate, lines, save_pictures, write
 
 CLIP = PatchGrid(rows=24, cols=24, patch=14, pad=True, shortest_edge=336, size=None, crop=(336, 336))

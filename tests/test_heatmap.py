@@ -6,11 +6,11 @@ import sys
 import numpy as np
 import pytest
 import torch
+from llava.layout import PatchGrid
 from PIL import Image
 
 from llava.generation import batch_prompts, generate
 from llava.heatmap import OUTLINE, STRIP, attention_map, draw_prompt, patch_masses
-from llava.layout import PatchGrid
 from scripts import draw_attention
 from tests.conftest import SIDE
 from tests.test_layout import grid_of

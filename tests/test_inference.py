@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from llava.conversation import render
+from llava.layout import PatchGrid, part_weights, target_weights
 
 from inference.llava_hound_dpo import run_inference
 from llava.answers import AnswerStore
 from llava.checkpoints import load_config, load_model, load_processor
-from llava.conversation import render
 from llava.image import ImageStore, pixel_values
-from llava.layout import PatchGrid, part_weights, target_weights
 from llava.records import read_questions
 from tests.conftest import kill_with_workers
 

@@ -7,10 +7,10 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-
-from llava.checkpoints import load_config, load_model, load_processor
 from llava.conversation import encode_answer, encode_prompt
 from llava.layout import PatchGrid
+
+from llava.checkpoints import load_config, load_model, load_processor
 from scripts import export
 from scripts.larger import build_base, draw, parts, world
 from scripts.larger.model import assemble, build_processor

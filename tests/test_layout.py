@@ -5,11 +5,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from llava.layout import PatchGrid, collage_box, expand_images, num_parts, pip_box, target_weights
 from PIL import Image, ImageDraw
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig
 
 from llava.image import pixel_values
-from llava.layout import PatchGrid, collage_box, expand_images, num_parts, pip_box, target_weights
 from llava.records import Prompt
 
 CANVAS = {2: (936, 488), 3: (1424, 488), 4: (936, 976), 6: (1424, 976), 9: (1424, 1464)}  # reference.md I.3

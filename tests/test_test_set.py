@@ -7,12 +7,12 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from llava.layout import collage_box
 from PIL import Image
 
 from data_gen.gen_instruction.rewriting import CENTRE_PHRASES
 from data_gen.gen_instruction.test_set import SIZES, slots
 from llava.image import ImageStore
-from llava.layout import collage_box
 from llava.records import TARGET, read_questions
 from tests.single_images import colour, digest, generate, generate_test_set, lines, save_pictures, write
 

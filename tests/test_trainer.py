@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from llava.conversation import render
 from PIL import Image
 
 from llava.checkpoints import load_model, load_processor
-from llava.conversation import render
 from llava.records import read_preferences
 from llava.runtime import write_text
 from tests.conftest import BASE, SIDE, tiny_model

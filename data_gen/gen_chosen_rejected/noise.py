@@ -9,8 +9,8 @@ import numpy as np
 from PIL import Image
 
 from data_gen.sources import rng_of
-from llava.regions import target_box
 from llava.records import Question
+from llava.regions import target_box
 
 KINDS = ("none", "target", "whole", "published")
 PUBLISHED = {"collage": "target", "pip": "whole"}  # what MIA-DPO's data was made with; its sequences were clean

@@ -9,8 +9,7 @@ from data_gen.gen_chosen_rejected.correctness import is_right
 from data_gen.gen_chosen_rejected.rules import Candidate, num_pictures
 from data_gen.sources import parse_source, rng_of, source_paths
 from data_gen.tables import open_table
-from llava.conversation import IMAGE
-from llava.records import TARGET, Question, texts
+from llava.records import IMAGE, TARGET, Question, texts
 
 logger = logging.getLogger(__name__)
 Answers = dict[str, dict[str, str]]  # path of a source picture: question in small letters: answer

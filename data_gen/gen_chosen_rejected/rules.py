@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from data_gen.gen_chosen_rejected.correctness import edit_distance, is_right, length_ratio
-from llava.conversation import check_answer
-from llava.layout import num_parts
-from llava.records import FORMATS, DataError, Question, texts
+from llava.records import FORMATS, DataError, Question, check_answer, texts
+from llava.regions import num_parts
 from llava.scorers import true_choice, words
 
 # Highest share of the image attention on the target at which a wrong answer is kept: format, pictures of the prompt.

@@ -4,7 +4,7 @@ from functools import cache
 
 from PIL import Image, ImageDraw, ImageFont
 
-from llava.layout import CELL, MARGIN
+from llava.regions import CELL, MARGIN
 
 GRIDS = {2: (1, 2), 3: (1, 3), 4: (2, 2), 6: (2, 3), 9: (3, 3)}  # pictures: rows, cols
 # Published collages of each size. One record asks: counted before those with bounding boxes were dropped.

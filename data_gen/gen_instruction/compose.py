@@ -21,7 +21,7 @@ from data_gen.gen_instruction.schedule import PROMPTS, Task
 from data_gen.gen_instruction.sequence import placeholders
 from data_gen.pictures import encode
 from data_gen.sources import Source, Sources
-from llava.conversation import IMAGE
+from llava.records import IMAGE
 
 
 @dataclass(frozen=True)

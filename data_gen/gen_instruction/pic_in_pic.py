@@ -2,7 +2,7 @@
 
 from PIL import Image
 
-from llava.layout import PIP_SHARE
+from llava.regions import PIP_SHARE
 
 Box = tuple[int, int, int, int]
 

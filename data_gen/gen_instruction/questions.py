@@ -17,7 +17,7 @@ from data_gen.gen_instruction.rewriting import CENTRE_PHRASES, ask, numbered
 from data_gen.gen_instruction.sequence import placeholders
 from data_gen.pictures import encode
 from data_gen.sources import Source, Sources
-from llava.conversation import IMAGE
+from llava.records import IMAGE
 
 # Endings and bytes of the pictures to store, the sources in order, fields of the record.
 Pasted = tuple[list[tuple[str, bytes]], list[Source], dict[str, Any]]

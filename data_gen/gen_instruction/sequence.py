@@ -1,6 +1,6 @@
 """Sequences: several pictures in a prompt, each as it is stored."""
 
-from llava.conversation import IMAGE
+from llava.records import IMAGE
 
 SHARES = {2: 34_300, 3: 10_050, 4: 9_950, 5: 8_161}  # published sequences of each number of pictures
 

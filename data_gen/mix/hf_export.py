@@ -12,8 +12,7 @@ from typing import Any
 
 from data_gen.drops import Unusable
 from data_gen.pictures import PictureFiles
-from llava.conversation import IMAGE
-from llava.records import DataError, Preference, parse_preference, read_json, read_preferences
+from llava.records import IMAGE, DataError, Preference, parse_preference, read_json, read_preferences
 
 TYPED = ("image_type", "target", "target_box", "grid", "gt", "attention_ratio", "perplexity", "rejected_from")
 MORE = "more"  # JSON of a record's further fields

@@ -8,8 +8,7 @@ from typing import Any
 
 from data_gen.mix.hf_export import MORE
 from data_gen.pictures import decode
-from llava.conversation import IMAGE
-from llava.records import DataError, parse_preference
+from llava.records import IMAGE, DataError, parse_preference
 from llava.runtime import write_text
 
 ROWS = 100  # read at once

@@ -11,9 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llava.conversation import IMAGE
-
-from llava.records import PLACEHOLDER_OF_MIA_DPO, TARGET
+from llava.records import IMAGE, PLACEHOLDER_OF_MIA_DPO, TARGET
 from llava.scorers import normalise, true_choice
 
 CLOSING = "Answer with the option's letter from the given choices directly."

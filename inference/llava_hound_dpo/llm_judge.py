@@ -23,12 +23,11 @@ from urllib.parse import urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 import numpy as np
-from llava.conversation import IMAGE
 from tqdm import tqdm
 
 from inference.llava_hound_dpo.summary import Row
 from llava.image import ImageStore
-from llava.records import FORMATS, DataError, Question, read_questions
+from llava.records import FORMATS, IMAGE, DataError, Question, read_questions
 from llava.statistics import bootstrap_interval, paired_difference
 
 log = logging.getLogger(__name__)

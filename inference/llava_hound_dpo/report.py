@@ -12,8 +12,6 @@ from typing import Any
 
 import jinja2
 import numpy as np
-from llava.conversation import IMAGE
-from llava.layout import needs_sizes, target_box
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
@@ -22,7 +20,8 @@ from inference.llava_hound_dpo.compat_scorers import DRAWS_AT_RANDOM
 from inference.llava_hound_dpo.summary import Row, confusion
 from llava.heatmap import draw_prompt
 from llava.image import ImageStore
-from llava.records import FORMATS, Answer, Question
+from llava.records import FORMATS, IMAGE, Answer, Question
+from llava.regions import needs_sizes, target_box
 from llava.scorers import WRONG
 
 log = logging.getLogger(__name__)

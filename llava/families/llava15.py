@@ -58,17 +58,8 @@ class Llava15(Family):
         )  # fmt: skip
 
     def render(self, turns: Sequence[tuple[str, str | None]]) -> str:
-        """The template LLaVA-1.5 was trained with (`--version v1`): a space between turns, `</s>` and no space after an
-        answer. Raises ValueError if a turn follows an unanswered one."""
-        text = SYSTEM + " "
-        for number, (prompt, answer) in enumerate(turns):
-            text += f"USER: {prompt} ASSISTANT:"
-            if answer is None:
-                if number != len(turns) - 1:
-                    raise ValueError(f"turn {number + 1} has no answer but another turn follows it")
-                return text
-            text += f" {answer}{END}"
-        return text
+        """As `vicuna_v1`."""
+        return vicuna_v1(turns)
 
     def image(self, size: tuple[int, int]) -> ImageTokens:
         """A square grid of patches, row by row, over what padding, resizing and cropping leave of the picture."""
@@ -113,6 +104,23 @@ class Llava15(Family):
             return width, height
         longer = int(self._shortest * max(width, height) / min(width, height))
         return (self._shortest, longer) if width <= height else (longer, self._shortest)
+
+
+def vicuna_v1(turns: Sequence[tuple[str, str | None]]) -> str:
+    """Text of a conversation of (prompt, answer); an answer of None ends it at `ASSISTANT:`, ready to be continued.
+
+    Source: the template LLaVA-1.5 was trained with (`--version v1`): a space between turns, `</s>` and no space after
+    an answer. Raises ValueError if a turn follows an unanswered one.
+    """
+    text = SYSTEM + " "
+    for number, (prompt, answer) in enumerate(turns):
+        text += f"USER: {prompt} ASSISTANT:"
+        if answer is None:
+            if number != len(turns) - 1:
+                raise ValueError(f"turn {number + 1} has no answer but another turn follows it")
+            return text
+        text += f" {answer}{END}"
+    return text
 
 
 def pad_to_square(picture: Image.Image, colour: tuple[int, int, int]) -> Image.Image:

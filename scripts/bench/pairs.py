@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from llava.layout import PatchGrid
 from PIL import Image
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from llava.image import ImageStore
 from llava.records import Preference, read_preferences
+from llava.regions import PatchGrid
 from scripts.bench import common
 from scripts.miniature.model import build_processor
 from scripts.miniature.world import ATTRIBUTES

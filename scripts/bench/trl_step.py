@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from llava.conversation import render
 from PIL import Image
 from trl import DPOConfig, DPOTrainer
 
+from llava.families.llava15 import vicuna_v1
 from scripts.bench.pairs import Pairs
 from scripts.bench.steps import TrainerStep
 
@@ -55,7 +55,7 @@ def examples(pairs: Pairs) -> list[dict[str, Any]]:
     return [
         {
             "images": [Image.open(folder / name) for name in record.images],
-            "prompt": "<s>" + render([(record.prompt, None)]),
+            "prompt": "<s>" + vicuna_v1([(record.prompt, None)]),
             "chosen": record.chosen + "</s>",
             "rejected": record.rejected + "</s>",
         }

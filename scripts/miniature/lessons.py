@@ -9,10 +9,10 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
-from llava.conversation import render
 from PIL import Image
 from transformers import LlavaProcessor
 
+from llava.families.llava15 import vicuna_v1
 from scripts.miniature import draw
 from scripts.miniature.model import PATCH_SIDE
 from scripts.miniature.prompts import Prompt, sample_prompt
@@ -72,7 +72,7 @@ def conversation_batch(
     for _ in range(size):
         first = sample(rng, "train", image_type, num_scenes)
         prompts = [first, *_follow_ups(rng, first, num_questions - 1)]
-        texts.append(render([(p.text if p is first else p.question, p.answer) for p in prompts]))
+        texts.append(vicuna_v1([(p.text if p is first else p.question, p.answer) for p in prompts]))
         pictures += first.pictures()
         targets.append([p.target for p in prompts])
     batch = encode(processor, texts, pictures)

@@ -4,7 +4,6 @@ import json
 from collections.abc import Iterable
 
 import torch
-from llava.conversation import SYSTEM
 from tokenizers import (
     AddedToken,
     Regex,
@@ -27,6 +26,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from llava.families.llava15 import SYSTEM
 from scripts.miniature.draw import SIDE
 from scripts.miniature.prompts import CENTRE_PHRASES, QUESTIONS
 from scripts.miniature.world import ATTRIBUTES

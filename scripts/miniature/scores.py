@@ -4,9 +4,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from llava.conversation import render
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
+from llava.families.llava15 import vicuna_v1
 from scripts.miniature.lessons import encode
 from scripts.miniature.prompts import SEQUENCE_LENGTHS, Prompt, sample_prompt
 
@@ -53,7 +53,7 @@ def answer(model: LlavaForConditionalGeneration, processor: LlavaProcessor, prom
     words = []
     for start in range(0, len(prompts), BATCH):
         part = prompts[start : start + BATCH]
-        texts = [render([(prompt.text, prompt.answer)]) for prompt in part]
+        texts = [vicuna_v1([(prompt.text, prompt.answer)]) for prompt in part]
         batch = encode(processor, texts, [picture for prompt in part for picture in prompt.pictures()])
         batch = batch.to(model.device)
         inputs = {"input_ids": batch.input_ids, "pixel_values": batch.pixel_values}

@@ -37,9 +37,9 @@ def score(
 ) -> Scores:  # fmt: skip
     """Scores of a packed row; probes attention in `layers`, over those `heads` (L, H) that have a 1 (None: all).
 
-    Pictures come as `pixels` (of `Family.pixels`) or, encoded before, as `image_features`. Raises RuntimeError if the masses are
-    cut off from the weights while gradients are wanted (a reentrant checkpoint does that): the attention term would
-    train nothing without a word.
+    Pictures come as `pixels` (as of `Family.pixels`) or, encoded before, as `image_features`. Raises RuntimeError
+    if the masses are cut off from the weights while gradients are wanted (a reentrant checkpoint does that): the
+    attention term would train nothing without a word.
     """
     probe = Probe(row.regions, layers) if layers else None
     encoded = None
