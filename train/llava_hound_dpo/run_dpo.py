@@ -104,16 +104,9 @@ def main() -> int:
     if checkpoint:
         logger.info("continuing from %s", checkpoint)
     if args.dry_run:
-        arguments = (
-            model_args,
-            loss_args,
-            args,
-            inputs.config,
-            inputs.train,
-            inputs.evaluation,
-            inputs.dropped,
-        )
-        logger.info(plan(*arguments, inputs.grid.num_tokens, inputs.batches, inputs.reference))
+        found = (inputs.config, len(inputs.layers), inputs.train, inputs.evaluation, inputs.dropped)
+        tokens_per_image = inputs.grid.num_tokens
+        logger.info(plan(model_args, loss_args, args, *found, tokens_per_image, inputs.batches, inputs.reference))
         return 0
     with user_errors():
         refuse_data_parallel(args)
@@ -250,7 +243,7 @@ def build_trainer(policy, model, loss, args, inputs: Inputs, identity: dict[str,
     offline_wandb(args.report_to)
     args.accumulate(inputs.batches.accumulation)  # before the Trainer and DeepSpeed take it from there
     logger.info("%s", parameter_table(policy))
-    logger.info("%d pairs per step in %s", inputs.batches.pairs_per_step, inputs.batches)
+    logger.info("%s per step in %s", inputs.batches.step_sizes, inputs.batches)
     return AttentionAwareDPOTrainer(
         model=policy,
         args=args,
