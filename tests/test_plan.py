@@ -121,8 +121,8 @@ def dry(checkpoint, data, **settings):
 
 def text_of(arguments, inputs):
     model, _, loss, args = arguments
-    pairs = inputs.train, inputs.evaluation, inputs.dropped
-    text = plan(model, loss, args, inputs.config, *pairs, inputs.grid.num_tokens, inputs.batches, inputs.reference)
+    found = inputs.config, len(inputs.layers), inputs.train, inputs.evaluation, inputs.dropped
+    text = plan(model, loss, args, *found, inputs.grid.num_tokens, inputs.batches, inputs.reference)
     return {line.split()[0]: re.sub(r"\s+", " ", line.strip()) for line in text.splitlines()}
 
 
@@ -155,6 +155,13 @@ def test_tokens_of_the_longest_batch(checkpoint, data, one_process):
         wanted = sum(len(p.prompt) - 1 + 35 * len(p.record.images) + answers * len(p.chosen) for p in long)
         assert all(len(p.chosen) == len(p.rejected) for p in long)
         assert f"({wanted:,} tokens)" in text_of(arguments, inputs)["memory"]
+
+
+def test_the_batch_is_what_a_step_really_has(checkpoint, data, one_process):
+    """7 pairs in steps of at most 6 are two steps, of 3 and of 4."""
+    data([preference(n) for n in range(7)])
+    row = text_of(*dry(checkpoint, data))["batch"]
+    assert row == "batch 3 or 4 pairs, of at most 6 = 2 x 3 accumulated x 1 processes"
 
 
 def test_max_steps_overrides_epochs(checkpoint, data, one_process):

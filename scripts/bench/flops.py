@@ -9,7 +9,7 @@ The vision tower runs forward only. LoRA's own operations are left out.
 from dataclasses import dataclass
 
 from scripts.bench.pairs import Shape
-from train.llava_hound_dpo.flops import A100_PEAK, block_parameters, projector_flops, tower_flops
+from train.llava_hound_dpo.flops import A100_PEAK, count
 
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": A100_PEAK, "L40S": 362e12}  # dense bf16 of the SXM boards, per second
 TEXT = 60  # prompt tokens that are not of images
@@ -32,17 +32,16 @@ class Forward:
 
 def forward(config, shape: Shape, text: int = TEXT, packed: bool = True, every_row: bool = False) -> Forward:
     """Of a pair: packed, or as two rows with every prompt token and picture twice; `every_row`: logits of all rows."""
-    language, vision = config.text_config, config.vision_config
-    hidden = language.hidden_size
+    costs, vision = count(config), config.vision_config
     prompt = (vision.image_size // vision.patch_size) ** 2 * shape.images + text
     answers = (shape.chosen, shape.rejected)
     lengths = [prompt + sum(answers)] if packed else [prompt + answer for answer in answers]
     rows = sum(lengths) if every_row else sum(answers)
     return Forward(
-        linear=2 * block_parameters(config) * sum(lengths),
-        attention=sum(2 * length**2 * hidden * language.num_hidden_layers for length in lengths),  # causal: half
-        output=2 * hidden * language.vocab_size * rows,
-        vision=shape.images * (tower_flops(config) + projector_flops(config)) * len(lengths),
+        linear=costs.token * sum(lengths),
+        attention=sum(costs.attended * length**2 / 2 for length in lengths),  # causal: half
+        output=costs.answer * rows,
+        vision=shape.images * costs.picture * len(lengths),
     )
 
 

@@ -43,6 +43,13 @@ class BatchPlan:
         """Rows of a step over all processes."""
         return self.world_size * self.accumulation
 
+    @property
+    def step_sizes(self) -> str:
+        """Pairs that a step really has, in words."""
+        least, rest = divmod(len(self.lengths), self.steps_per_epoch)
+        own = f"{least} or {least + 1}" if rest else f"{least}"
+        return f"{own} pairs" + (f", of at most {self.pairs_per_step}" if least < self.pairs_per_step else "")
+
     def steps(self, epoch: int) -> list[list[int]]:
         """The pairs of every step of an epoch, whatever the number of processes."""
         return epoch_steps(len(self.lengths), self.pairs_per_step, self.seed, epoch)

@@ -1,17 +1,82 @@
-"""How much a pair costs to train on: floating-point operations from shapes, and hours from them.
+"""How much a pair costs to train on: floating-point operations of a forward pass, counted, and hours from them.
 
-Counted are matrix products (2 per multiply-add): the linear layers, the attention products and the vision tower. Left
-out is what is less than a percent of them: norms, activations, the softmax, the probe of the attention term, the
+Counted are matrix products (2 per multiply-add) of the model itself, run without weights on the meta device: the vision
+tower, the projector and the linear layers. The attention products of a packed row, and of the probe's second attention
+call, follow from its shape. Left out is what is less than a percent of them: norms, activations, the softmax, the
 optimiser. An estimate to compare settings by, not a measurement.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from transformers import LlavaConfig
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForImageTextToText, PretrainedConfig
+
+from llava.families import find_family
 
 A100_PEAK = 312e12  # FLOP/s of dense bf16 products, by the data sheet
 ATTENTION_BACKWARD = 2.5  # of its forward: five products against two, as fused kernels recompute the scores
+
+
+@dataclass(frozen=True)
+class ForwardFlops:
+    """FLOPs of one forward pass of a model's parts."""
+
+    tower: float  # a picture
+    projector: float  # a picture
+    token: float  # through the linear layers of all blocks of the language model: twice their weights
+    attended: float  # a (query, key) pair in all blocks: scores, and their product with the values
+    answer: float  # logits of a row
+    blocks: int  # of the language model
+
+    @property
+    def picture(self) -> float:
+        """A picture through tower and projector."""
+        return self.tower + self.projector
+
+
+_counted: dict[str, ForwardFlops] = {}  # by the config's JSON
+
+
+def count(config: PretrainedConfig) -> ForwardFlops:
+    """FLOPs of a model of this config, whatever its family, run on the meta device: seconds for 7B."""
+    key = config.to_json_string(use_diff=False)
+    if key not in _counted:
+        with torch.device("meta"):
+            _counted[key] = _count(AutoModelForImageTextToText.from_config(config), config)
+    return _counted[key]
+
+
+@torch.no_grad()
+def _count(model, config: PretrainedConfig) -> ForwardFlops:
+    text, side = config.get_text_config(), config.vision_config.image_size
+    projector = type(model.get_submodule(f"model.{find_family(config.model_type).projector}")).__name__
+    pictures = _flops(lambda: model.get_image_features(pixel_values=torch.empty(1, 3, side, side)))
+
+    def language_model(tokens: int) -> int:
+        embeddings, mask = torch.empty(1, tokens, text.hidden_size), torch.empty(1, 1, tokens, tokens, dtype=torch.bool)
+        forward = model.model.language_model
+        return _flops(lambda: forward(inputs_embeds=embeddings, attention_mask=mask, use_cache=False))["Global"]
+
+    # linear + attended of one token, 2 linear + 4 attended of two: nothing of the layers needs to be known
+    one, two = language_model(1), language_model(2)
+    attended = (two - 2 * one) / 2
+    return ForwardFlops(
+        tower=pictures["Global"] - pictures[projector],
+        projector=pictures[projector],
+        token=one - attended,
+        attended=attended,
+        answer=_flops(lambda: model.lm_head(torch.empty(1, text.hidden_size)))["Global"],
+        blocks=text.num_hidden_layers,
+    )
+
+
+def _flops(forward: Callable[[], object]) -> dict[str, int]:
+    """By module; "Global" is all of them."""
+    with FlopCounterMode(display=False, depth=None) as counter:
+        forward()
+    return {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
 
 
 @dataclass(frozen=True)
@@ -33,6 +98,15 @@ class PairShape:
         """Tokens of the packed row."""
         return self.shared + self.answers
 
+    def attended(self, answer: int) -> float:
+        """(query, key) pairs of an answer of so many tokens."""
+        return answer * self.shared + answer * answer / 2
+
+    @property
+    def attended_pairs(self) -> float:
+        """(query, key) pairs of the packed row: of the shared prompt and of each answer's branch."""
+        return self.shared**2 / 2 + self.attended(self.chosen) + self.attended(self.rejected)
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -43,6 +117,7 @@ class Recipe:
     is_lora: bool = True
     checkpointing: bool = True
     trains_projector: bool = False
+    probed_layers: int = 0
 
 
 @dataclass(frozen=True)
@@ -60,93 +135,39 @@ class Work:
         """All of them."""
         return sum(vars(self).values())
 
-    def __add__(self, other: "Work") -> "Work":
-        return Work(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
 
-
-def block_parameters(config: LlavaConfig) -> int:
-    """Weights of the linear layers of all blocks of the language model: each costs 2 FLOPs per token."""
-    text = config.text_config
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    queries, keys = text.num_attention_heads * head_dim, text.num_key_value_heads * head_dim
-    attention = text.hidden_size * (2 * queries + 2 * keys)
-    return text.num_hidden_layers * (attention + 3 * text.hidden_size * text.intermediate_size)
-
-
-def attended_pairs(shape: PairShape) -> float:
-    """(query, key) pairs of a packed row: s²/2 of the shared prompt, and a·s + a²/2 of an answer of a tokens."""
-    answers = sum(a * shape.shared + a * a / 2 for a in (shape.chosen, shape.rejected))
-    return shape.shared**2 / 2 + answers
-
-
-def attention_flops(config: LlavaConfig, shape: PairShape) -> float:
-    """Scores and their product with the values: 2 · 2 · width · layers per (query, key) pair."""
-    text = config.text_config
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return 4 * text.num_attention_heads * head_dim * text.num_hidden_layers * attended_pairs(shape)
-
-
-def tower_flops(config: LlavaConfig) -> float:
-    """One picture through all blocks of the vision tower: 2 per weight and token, 4 · width · tokens² of attention."""
-    vision = config.vision_config
-    patches, width = (vision.image_size // vision.patch_size) ** 2, vision.hidden_size
-    tokens = patches + 1
-    weights = 4 * width**2 + 2 * width * vision.intermediate_size
-    blocks = vision.num_hidden_layers * (2 * weights * tokens + 4 * width * tokens**2)
-    return blocks + 2 * patches * 3 * vision.patch_size**2 * width
-
-
-def projector_flops(config: LlavaConfig) -> float:
-    """One picture's patches through the projector's two layers."""
-    vision, text = config.vision_config, config.text_config
-    weights = vision.hidden_size * text.hidden_size + text.hidden_size**2
-    return 2 * (vision.image_size // vision.patch_size) ** 2 * weights
-
-
-def forward_flops(config: LlavaConfig, shape: PairShape) -> float:
-    """The language model on a packed row, without pictures: blocks, attention, and the head on answer rows only."""
-    return 2 * block_parameters(config) * shape.tokens + attention_flops(config, shape) + head_flops(config, shape)
-
-
-def head_flops(config: LlavaConfig, shape: PairShape) -> float:
-    """Logits of the answer rows."""
-    return 2 * config.text_config.hidden_size * config.text_config.vocab_size * shape.answers
-
-
-def pair_work(config: LlavaConfig, shape: PairShape, recipe: Recipe) -> Work:
-    """FLOPs of one pair in one step. With N block weights, K LoRA weights, S tokens, attention T and head H:
+def work(costs: ForwardFlops, shapes: Sequence[PairShape], recipe: Recipe) -> Work:
+    """FLOPs of all these pairs in one step each. With B of the blocks, T of the attention, P of the probe, H of the
+    head, and A of the adapter (2 per weight and token):
 
     pictures    tower and projector once per image; twice where a trained projector keeps the reference's apart
-    forward     2NS + T + H + 2KS
-    recomputed  2NS + T + 2KS with checkpointing, else 0
-    backward    LoRA: 2NS + H for the inputs, 4KS for the adapter; full: twice 2NS + H; and 2.5 T
-    reference   2NS + T + H at every step, 0 from a cache or without DPO
+    forward     B + T + P + H + A
+    recomputed  B + T + P + A with checkpointing, else 0
+    backward    LoRA: B + H for the inputs, 2 A for the adapter; full: twice B + H; and 2.5 (T + P)
+    reference   B + T + H at every step, 0 from a cache or without DPO
     """
-    blocks, attention = 2 * block_parameters(config) * shape.tokens, attention_flops(config, shape)
-    head, adapter = head_flops(config, shape), 2 * recipe.lora_parameters * shape.tokens
-    encoded = tower_flops(config) + projector_flops(config)
-    times = 2 if recipe.trains_projector and recipe.reference == "step" else 1
-    backward = (blocks + head + 2 * adapter) if recipe.is_lora else 2 * (blocks + head)
-    backward += ATTENTION_BACKWARD * attention
+    tokens, images = sum(shape.tokens for shape in shapes), sum(shape.images for shape in shapes)
+    blocks, head = costs.token * tokens, costs.answer * sum(shape.answers for shape in shapes)
+    attention = costs.attended * sum(shape.attended_pairs for shape in shapes)
+    probed = costs.attended * recipe.probed_layers / costs.blocks
+    probe = probed * sum(shape.attended(shape.chosen) for shape in shapes)
+    adapter = 2 * recipe.lora_parameters * tokens
+    backward = blocks + head + 2 * adapter if recipe.is_lora else 2 * (blocks + head)
     if recipe.trains_projector:
-        backward += shape.images * 2 * projector_flops(config)
+        backward += images * 2 * costs.projector
     return Work(
-        pictures=shape.images * encoded * times,
-        forward=blocks + attention + head + adapter,
-        recomputed=blocks + attention + adapter if recipe.checkpointing else 0.0,
-        backward=backward,
-        reference=forward_flops(config, shape) if recipe.reference == "step" else 0.0,
+        pictures=images * costs.picture * (2 if recipe.trains_projector and recipe.reference == "step" else 1),
+        forward=blocks + attention + probe + head + adapter,
+        recomputed=blocks + attention + probe + adapter if recipe.checkpointing else 0.0,
+        backward=backward + ATTENTION_BACKWARD * (attention + probe),
+        reference=blocks + attention + head if recipe.reference == "step" else 0.0,
     )
 
 
-def filling_flops(config: LlavaConfig, shape: PairShape) -> float:
-    """One pair's share of filling a reference cache, once: its pictures and a forward pass."""
-    return shape.images * (tower_flops(config) + projector_flops(config)) + forward_flops(config, shape)
-
-
-def epoch_work(config: LlavaConfig, shapes: Sequence[PairShape], recipe: Recipe) -> Work:
-    """Sum of `pair_work` over all pairs."""
-    return sum((pair_work(config, shape, recipe) for shape in shapes), Work(0, 0, 0, 0, 0))
+def filling_flops(costs: ForwardFlops, shapes: Sequence[PairShape]) -> float:
+    """What filling a reference cache takes, once: the pictures and a forward pass of every pair."""
+    found = work(costs, shapes, Recipe("step"))
+    return found.pictures + found.reference
 
 
 def hours(flops: float, gpus: int, utilization: float, peak: float = A100_PEAK) -> float:

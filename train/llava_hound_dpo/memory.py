@@ -4,9 +4,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import LlavaConfig
-
-from train.llava_hound_dpo.flops import block_parameters
+from transformers import PretrainedConfig
 
 GIB = 1024**3
 # Bytes per quantised weight. nf4 keeps a constant per 64 weights in 8 bits, and one per 256 of these in 32 bits.
@@ -63,24 +61,24 @@ class Zero:
 
 
 def estimate_memory(
-    config: LlavaConfig, num_all: int, num_trained: int, tokens: int, answers: int, dtype_bytes: int, zero: Zero,
-    world: int, checkpointing: bool, bits: int = 16,
+    config: PretrainedConfig, num_all: int, num_trained: int, num_blocks: float, tokens: int, answers: int,
+    dtype_bytes: int, zero: Zero, world: int, checkpointing: bool, bits: int = 16,
 ) -> Memory:  # fmt: skip
     """Bytes per process.
 
-    weights: all parameters, shared out under ZeRO-3, on the CPU with its offload; below 16 bits the blocks take
-    `QUANTISED_BYTES` each. gathered: what ZeRO-3 brings together at once, at most its live parameters. Gradients in
-    the training dtype, Adam's two moments and (below fp32) a master copy in fp32 for trained ones, shared out from
-    ZeRO-2 on, on the CPU with their offload. Activations per token: the inputs of every block when checkpointing plus
-    one block in full, else every block in full; a block keeps about 12 hidden and 3 feed-forward vectors. Logits at
-    answer rows only, in the training dtype and twice in fp32.
+    weights: all parameters, shared out under ZeRO-3, on the CPU with its offload; below 16 bits the `num_blocks`
+    weights of the blocks take `QUANTISED_BYTES` each. gathered: what ZeRO-3 brings together at once, at most its live
+    parameters. Gradients in the training dtype, Adam's two moments and (below fp32) a master copy in fp32 for trained
+    ones, shared out from ZeRO-2 on, on the CPU with their offload. Activations per token: the inputs of every block
+    when checkpointing plus one block in full, else every block in full; a block keeps about 12 hidden and 3
+    feed-forward vectors. Logits at answer rows only, in the training dtype and twice in fp32.
     """
-    text = config.text_config
+    text = config.get_text_config()
     moments = 8 + (4 if dtype_bytes < 4 else 0)
     block = 12 * text.hidden_size + 3 * text.intermediate_size
     layers = text.num_hidden_layers
     kept = layers * text.hidden_size + block if checkpointing else layers * block
-    quantised = block_parameters(config) if bits < 16 else 0
+    quantised = num_blocks if bits < 16 else 0
     weights = (num_all - quantised) * dtype_bytes + quantised * QUANTISED_BYTES.get(bits, 0)
     weights /= world if zero.stage == 3 else 1
     states = num_trained * (dtype_bytes + moments) / (world if zero.stage >= 2 else 1)

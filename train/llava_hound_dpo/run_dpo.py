@@ -102,16 +102,8 @@ def main() -> int:
     if checkpoint:
         logger.info("continuing from %s", checkpoint)
     if args.dry_run:
-        arguments = (
-            model_args,
-            loss_args,
-            args,
-            inputs.checkpoint.config,
-            inputs.train,
-            inputs.evaluation,
-            inputs.dropped,
-        )
-        logger.info(plan(*arguments, inputs.batches, inputs.reference))
+        found = (inputs.checkpoint.config, len(inputs.layers), inputs.train, inputs.evaluation, inputs.dropped)
+        logger.info(plan(model_args, loss_args, args, *found, inputs.batches, inputs.reference))
         return 0
     with user_errors():
         refuse_data_parallel(args)
