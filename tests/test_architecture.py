@@ -146,17 +146,18 @@ def test_shell_scripts_are_executable_and_parse(path):
 
 
 STUB = """#!/bin/bash
-printf '%s\\t' "$(basename "$0")" "$PWD" "$@" >>"$CALLS"
+printf '%s\\t' "$(basename "$0")" "$PWD" "$PYTHONPATH" "$PYTHONSAFEPATH" "$@" >>"$CALLS"
 printf '\\n' >>"$CALLS"
 exit "${STUB_EXIT:-0}"
 """
 
 
 class Call:
-    """One recorded command line: program, working folder, words, and the last value of each flag."""
+    """One recorded command line: program, working folder, where modules come from, words, last value of each flag."""
 
     def __init__(self, line):
-        self.program, self.folder, *self.words = line.rstrip("\t").split("\t")
+        self.program, self.folder, self.modules, safe, *self.words = line.rstrip("\t").split("\t")
+        self.is_safe = safe == "1"
         self.flags = {}
         for word, value in zip(self.words, [*self.words[1:], ""], strict=True):
             if word.startswith("--"):
@@ -218,8 +219,13 @@ def test_values_of_the_script(launch):
     for call in launch()[2]:
         flags = call.flags
         assert (flags["dpo_alpha"], flags["gamma"], flags["beta"]) == ("1.0", "0.0", "0.1")
-        assert (flags["lora_r"], flags["lora_alpha"], flags["deepspeed"]) == ("128", "256", "scripts/zero2.json")
-        assert (ROOT / flags["deepspeed"]).is_file()
+        assert (flags["lora_r"], flags["lora_alpha"]) == ("128", "256")
+        assert flags["deepspeed"] == str(ROOT / "scripts/zero2.json") and Path(flags["deepspeed"]).is_file()
+
+
+def test_every_stage_of_deepspeed_is_a_knob(launch):
+    for stage in ("3", "3_offload"):
+        assert Path(launch(ZERO=stage)[2][-1].flags["deepspeed"]).is_file()
 
 
 @pytest.mark.parametrize("how", ["from /", "from its folder", "spool copy", "spool copy of a subfolder's job"])
@@ -235,7 +241,14 @@ def test_the_repository_is_found(launch, tmp_path, how):
     }[how]
     code, stderr, calls = launch(**options)
     assert code == 0, stderr
-    assert [call.folder for call in calls] == [str(ROOT)] * 2
+    assert [call.modules for call in calls] == [str(ROOT)] * 2
+
+
+def test_paths_are_those_of_the_callers_folder(launch, tmp_path):
+    """Knobs and flags alike, as they are spelled; a module of that folder never hides one of ours."""
+    calls = launch("--output_dir", "out", cwd=tmp_path, DATA="d.json", PYTHONPATH="mine")[2]
+    assert [(call.folder, call.modules, call.is_safe) for call in calls] == [(str(tmp_path), f"{ROOT}:mine", True)] * 2
+    assert (calls[1].flags["data_path"], calls[1].flags["output_dir"]) == ("d.json", "out")
 
 
 def test_outside_the_repository_the_script_says_so(launch, tmp_path):
