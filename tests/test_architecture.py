@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from scripts import measures
 from train.llava_hound_dpo.arguments import DataArguments, LossArguments, ModelArguments, TrainArguments
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -89,6 +90,30 @@ def test_the_rules_can_fail(tmp_path, monkeypatch):
     with pytest.raises(AssertionError):
         test_python_files_need_no_tricks(bad)
     assert ABSOLUTE.search('DATA="/' + 'home/alice/data"') and not ABSOLUTE.search("path/to/home/x")
+
+
+def test_no_import_leads_back_to_its_module():
+    trees = {measures.module_of(path): ast.parse(path.read_text(encoding="utf-8")) for path in PYTHON}
+    assert measures.import_circle(trees) == []
+
+
+def test_circles_are_those_of_loading():
+    """Through a package and an `if`; not through a function, which runs later."""
+    texts = {"a": "from b import c", "b": "x = 1", "b.c": "if True:\n    import a", "d": "def f():\n    import a"}
+    assert set(measures.import_circle({name: ast.parse(text) for name, text in texts.items()})) == {"a", "b.c"}
+    texts["b.c"] = "def f():\n    import a"
+    assert measures.import_circle({name: ast.parse(text) for name, text in texts.items()}) == []
+
+
+def test_the_measures_name_what_does_not_hold(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(measures, "ROOT", tmp_path)
+    (tmp_path / "llava").mkdir()
+    (tmp_path / "llava/x.py").write_text("import llava.y\n\ndef f():\n    return 1\n" + "\n" * 500)
+    (tmp_path / "llava/y.py").write_text('"""Documented."""\n\nfrom llava import x\n')
+    assert measures.main() == 1
+    said = capsys.readouterr().out.splitlines()
+    assert [line[:2] for line in said] == ["ok", "NO", "NO", "ok", "ok", "NO"] and "33.3 %" in said[5]
+    assert "llava/x.py): 504" in said[1] and "llava.x > llava.y" in said[2]
 
 
 def test_every_package_folder_has_an_init():
