@@ -107,6 +107,8 @@ def versions() -> dict[str, str]:
 def git_commit(apart_from: Path | None = None) -> str:
     """Commit of this source tree, with `-dirty` if it has changes (but of one file); "unknown" outside a checkout."""
     root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():  # installed, perhaps below the folder of another project of git's
+        return "unknown"
     others = [f":(exclude){apart_from.relative_to(root)}"] if apart_from and apart_from.is_relative_to(root) else []
     commands = (
         ["git", "rev-parse", "HEAD"], ["git", "status", "--porcelain", "--untracked-files=no", "--", ".", *others],

@@ -15,6 +15,9 @@ from pathlib import Path
 
 import torch
 
+import data_gen
+import inference
+import inference_optimization
 import llava
 import train
 from llava.checkpoints import open_checkpoint
@@ -95,12 +98,12 @@ def check_installation(report: Report) -> None:
     report.ok(f"commit {git_commit()}")
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     report.ok(f"devices: {', '.join(devices) or 'CPU only'}")
-    for package in (llava, train):
+    for package in (llava, train, inference, inference_optimization, data_gen):
         place = Path(package.__file__).resolve()
         if ROOT not in place.parents:
             report.bad(f"`import {package.__name__}` gives {place}, not this repository: use a fresh environment")
     installed = packages_distributions()
-    for name in ("llava", "train", "inference", "data_gen"):
+    for name in ("llava", "train", "inference", "inference_optimization", "data_gen", "scripts"):
         for distribution in sorted(set(installed.get(name, ())) - {OURS}):
             report.bad(f"the package {distribution} also brings a module `{name}`: pip uninstall {distribution}")
 

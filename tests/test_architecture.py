@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from scripts import measures
 from train.llava_hound_dpo.arguments import DataArguments, LossArguments, ModelArguments, TrainArguments
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -91,6 +92,30 @@ def test_the_rules_can_fail(tmp_path, monkeypatch):
     assert ABSOLUTE.search('DATA="/' + 'home/alice/data"') and not ABSOLUTE.search("path/to/home/x")
 
 
+def test_no_import_leads_back_to_its_module():
+    trees = {measures.module_of(path): ast.parse(path.read_text(encoding="utf-8")) for path in PYTHON}
+    assert measures.import_circle(trees) == []
+
+
+def test_circles_are_those_of_loading():
+    """Through a package and an `if`; not through a function, which runs later."""
+    texts = {"a": "from b import c", "b": "x = 1", "b.c": "if True:\n    import a", "d": "def f():\n    import a"}
+    assert set(measures.import_circle({name: ast.parse(text) for name, text in texts.items()})) == {"a", "b.c"}
+    texts["b.c"] = "def f():\n    import a"
+    assert measures.import_circle({name: ast.parse(text) for name, text in texts.items()}) == []
+
+
+def test_the_measures_name_what_does_not_hold(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(measures, "ROOT", tmp_path)
+    (tmp_path / "llava").mkdir()
+    (tmp_path / "llava/x.py").write_text("import llava.y\n\ndef f():\n    return 1\n" + "\n" * 500)
+    (tmp_path / "llava/y.py").write_text('"""Documented."""\n\nfrom llava import x\n')
+    assert measures.main() == 1
+    said = capsys.readouterr().out.splitlines()
+    assert [line[:2] for line in said] == ["ok", "NO", "NO", "ok", "ok", "NO"] and "33.3 %" in said[5]
+    assert "llava/x.py): 504" in said[1] and "llava.x > llava.y" in said[2]
+
+
 def test_every_package_folder_has_an_init():
     folders = {path.parent for path in PYTHON} | {parent for path in PYTHON for parent in path.parent.parents}
     folders = {folder for folder in folders if ROOT in folder.parents}
@@ -146,17 +171,18 @@ def test_shell_scripts_are_executable_and_parse(path):
 
 
 STUB = """#!/bin/bash
-printf '%s\\t' "$(basename "$0")" "$PWD" "$@" >>"$CALLS"
+printf '%s\\t' "$(basename "$0")" "$PWD" "$PYTHONPATH" "$PYTHONSAFEPATH" "$@" >>"$CALLS"
 printf '\\n' >>"$CALLS"
 exit "${STUB_EXIT:-0}"
 """
 
 
 class Call:
-    """One recorded command line: program, working folder, words, and the last value of each flag."""
+    """One recorded command line: program, working folder, where modules come from, words, last value of each flag."""
 
     def __init__(self, line):
-        self.program, self.folder, *self.words = line.rstrip("\t").split("\t")
+        self.program, self.folder, self.modules, safe, *self.words = line.rstrip("\t").split("\t")
+        self.is_safe = safe == "1"
         self.flags = {}
         for word, value in zip(self.words, [*self.words[1:], ""], strict=True):
             if word.startswith("--"):
@@ -218,8 +244,13 @@ def test_values_of_the_script(launch):
     for call in launch()[2]:
         flags = call.flags
         assert (flags["dpo_alpha"], flags["gamma"], flags["beta"]) == ("1.0", "0.0", "0.1")
-        assert (flags["lora_r"], flags["lora_alpha"], flags["deepspeed"]) == ("128", "256", "scripts/zero2.json")
-        assert (ROOT / flags["deepspeed"]).is_file()
+        assert (flags["lora_r"], flags["lora_alpha"]) == ("128", "256")
+        assert flags["deepspeed"] == str(ROOT / "scripts/zero2.json") and Path(flags["deepspeed"]).is_file()
+
+
+def test_every_stage_of_deepspeed_is_a_knob(launch):
+    for stage in ("3", "3_offload"):
+        assert Path(launch(ZERO=stage)[2][-1].flags["deepspeed"]).is_file()
 
 
 @pytest.mark.parametrize("how", ["from /", "from its folder", "spool copy", "spool copy of a subfolder's job"])
@@ -235,7 +266,14 @@ def test_the_repository_is_found(launch, tmp_path, how):
     }[how]
     code, stderr, calls = launch(**options)
     assert code == 0, stderr
-    assert [call.folder for call in calls] == [str(ROOT)] * 2
+    assert [call.modules for call in calls] == [str(ROOT)] * 2
+
+
+def test_paths_are_those_of_the_callers_folder(launch, tmp_path):
+    """Knobs and flags alike, as they are spelled; a module of that folder never hides one of ours."""
+    calls = launch("--output_dir", "out", cwd=tmp_path, DATA="d.json", PYTHONPATH="mine")[2]
+    assert [(call.folder, call.modules, call.is_safe) for call in calls] == [(str(tmp_path), f"{ROOT}:mine", True)] * 2
+    assert (calls[1].flags["data_path"], calls[1].flags["output_dir"]) == ("d.json", "out")
 
 
 def test_outside_the_repository_the_script_says_so(launch, tmp_path):

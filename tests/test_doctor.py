@@ -163,6 +163,21 @@ def test_a_llava_package_from_elsewhere(examine, monkeypatch, tmp_path):
     assert "not this repository" in failures[0] and "pip uninstall haotian-llava" in failures[1]
 
 
+@pytest.mark.parametrize("name", ["train", "inference", "inference_optimization", "data_gen"])
+def test_any_of_our_names_may_be_taken(examine, monkeypatch, tmp_path, name):
+    foreign = types.ModuleType(name)
+    foreign.__file__ = str(tmp_path / f"site-packages/{name}/__init__.py")
+    monkeypatch.setattr(doctor, name, foreign)
+    code, failures, _ = examine()
+    assert code == 1 and f"`import {name}` gives {foreign.__file__}, not this repository" in failures[0]
+
+
+def test_scripts_is_a_common_name(examine, monkeypatch):
+    monkeypatch.setattr(doctor, "packages_distributions", lambda: {"scripts": ["stranger", doctor.OURS]})
+    code, failures, _ = examine()
+    assert code == 1 and len(failures) == 1 and "pip uninstall stranger" in failures[0]
+
+
 class TestSelfTestNotices:
     """The self-test must fail when the term is broken, or it tells nothing."""
 

@@ -40,6 +40,12 @@ def test_outside_a_checkout_the_commit_is_unknown(tmp_path, monkeypatch):
     assert runtime.git_commit() == "unknown" == runtime.short_commit("unknown")
 
 
+def test_an_installed_package_does_not_take_the_commit_of_the_project_around_it(checkout, monkeypatch):
+    monkeypatch.setattr(runtime, "__file__", str(checkout / "env/site-packages/llava/runtime.py"))
+    (checkout / "env/site-packages/llava").mkdir(parents=True)
+    assert runtime.git_commit() == "unknown"
+
+
 def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "folder/scores.json"
     runtime.write_text(path, "old")

@@ -56,7 +56,7 @@ def test_the_repository_is_found_from_a_spool_copy(launch, script, tmp_path):  #
     spool.mkdir()
     copy = shutil.copy(script, spool / "slurm_script")
     code, stderr, calls = launch(script=copy, SLURM_SUBMIT_DIR=str(script.parent))
-    assert code == 0 and calls[-1].folder == str(ROOT), stderr
+    assert code == 0 and calls[-1].modules == str(ROOT), stderr
     code, stderr, calls = launch(script=copy, cwd=tmp_path)
     assert (code, calls) == (2, []) and "repository not found" in stderr
 

@@ -14,13 +14,14 @@ IMAGES=${IMAGES:-data/images} # a folder, a .zip or a .tar; empty if the source 
 OUTPUT=${OUTPUT:-output/instructions}
 SEED=${SEED:-0}
 
-# ---- the repository: sbatch runs a copy of this file from a spool folder ----------------------------
+# ---- the repository: sbatch runs a copy of this file from a spool folder; paths are the caller's ----
 for start in "$(dirname "${BASH_SOURCE[0]}")" "${SLURM_SUBMIT_DIR:-}" "$PWD"; do
   root=$(cd "$start" 2>/dev/null && pwd) || continue
   while [[ $root != / && ! -f $root/scripts/cluster.sh ]]; do root=$(dirname "$root"); done
-  [[ -f $root/scripts/cluster.sh ]] && cd "$root" && break
+  [[ -f $root/scripts/cluster.sh ]] && break
 done
-[[ -f scripts/cluster.sh ]] || { echo "repository not found: submit from inside it" >&2; exit 2; }
+[[ -f $root/scripts/cluster.sh ]] || { echo "repository not found: submit from inside it" >&2; exit 2; }
+source "$root/scripts/paths.sh"
 
 exec python -m data_gen.gen_instruction --format "$FORMAT" --source "$SOURCE" --image_folder "$IMAGES" \
   --output "$OUTPUT" --seed "$SEED" "$@" # killed or requeued, it goes on where it was

@@ -15,14 +15,14 @@ IMAGES=${IMAGES:-data/test_images_sequence.tar} # a folder, a .zip or a .tar
 OUTPUT=${OUTPUT:-output/answers/answers.jsonl}
 BATCH=${BATCH:-8}
 
-# ---- the repository: sbatch runs a copy of this file from a spool folder ----------------------------
+# ---- the repository: sbatch runs a copy of this file from a spool folder; paths are the caller's ----
 for start in "$(dirname "${BASH_SOURCE[0]}")" "${SLURM_SUBMIT_DIR:-}" "$PWD"; do
   root=$(cd "$start" 2>/dev/null && pwd) || continue
   while [[ $root != / && ! -f $root/scripts/cluster.sh ]]; do root=$(dirname "$root"); done
-  [[ -f $root/scripts/cluster.sh ]] && cd "$root" && break
+  [[ -f $root/scripts/cluster.sh ]] && break
 done
-[[ -f scripts/cluster.sh ]] || { echo "repository not found: submit from inside it" >&2; exit 2; }
-source scripts/cluster.sh
+[[ -f $root/scripts/cluster.sh ]] || { echo "repository not found: submit from inside it" >&2; exit 2; }
+source "$root/scripts/paths.sh" && source "$root/scripts/cluster.sh"
 
 exec "${ANSWER[@]}" -m inference.llava_hound_dpo.run_inference --model_name_or_path "$MODEL" --data_path "$DATA" \
   --image_folder "$IMAGES" --output "$OUTPUT" --batch_size "$BATCH" "$@"

@@ -17,14 +17,14 @@ BATCH=${BATCH:-8}
 SCOPE=${SCOPE:-}   # target: the image asked about (default); all: every image (AdaptVis); balance: target against others
 CONFIG=${CONFIG:-} # settings chosen by python -m inference_optimization.llava_hound_dpo.tune
 
-# ---- the repository: sbatch runs a copy of this file from a spool folder ----------------------------
+# ---- the repository: sbatch runs a copy of this file from a spool folder; paths are the caller's ----
 for start in "$(dirname "${BASH_SOURCE[0]}")" "${SLURM_SUBMIT_DIR:-}" "$PWD"; do
   root=$(cd "$start" 2>/dev/null && pwd) || continue
   while [[ $root != / && ! -f $root/scripts/cluster.sh ]]; do root=$(dirname "$root"); done
-  [[ -f $root/scripts/cluster.sh ]] && cd "$root" && break
+  [[ -f $root/scripts/cluster.sh ]] && break
 done
-[[ -f scripts/cluster.sh ]] || { echo "repository not found: submit from inside it" >&2; exit 2; }
-source scripts/cluster.sh
+[[ -f $root/scripts/cluster.sh ]] || { echo "repository not found: submit from inside it" >&2; exit 2; }
+source "$root/scripts/paths.sh" && source "$root/scripts/cluster.sh"
 
 rule=()
 [[ -z $SCOPE ]] || rule+=(--scope "$SCOPE")

@@ -234,7 +234,7 @@ def build_trainer(policy, model, loss, args, inputs: Inputs, identity: dict[str,
     offline_wandb(args.report_to)
     args.accumulate(inputs.batches.accumulation)  # before the Trainer and DeepSpeed take it from there
     logger.info("%s", parameter_table(policy, type(inputs.checkpoint.family)))
-    logger.info("%d pairs per step in %s", inputs.batches.pairs_per_step, inputs.batches)
+    logger.info("%s per step in %s", inputs.batches.step_sizes, inputs.batches)
     return AttentionAwareDPOTrainer(
         model=policy,
         args=args,

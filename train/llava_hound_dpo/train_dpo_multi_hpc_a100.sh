@@ -19,21 +19,21 @@ OUTPUT=${OUTPUT:-output/aa-dpo}
 REPORT_TO=${REPORT_TO:-wandb} # logs offline without a login; "none" for no tracking
 export WANDB_PROJECT=${WANDB_PROJECT:-aa-dpo} WANDB_NAME=${WANDB_NAME:-$(basename "$OUTPUT")} # and WANDB_ENTITY
 
-# ---- the repository: sbatch runs a copy of this file from a spool folder ----------------------------
+# ---- the repository: sbatch runs a copy of this file from a spool folder; paths are the caller's ----
 for start in "$(dirname "${BASH_SOURCE[0]}")" "${SLURM_SUBMIT_DIR:-}" "$PWD"; do
   root=$(cd "$start" 2>/dev/null && pwd) || continue
   while [[ $root != / && ! -f $root/scripts/cluster.sh ]]; do root=$(dirname "$root"); done
-  [[ -f $root/scripts/cluster.sh ]] && cd "$root" && break
+  [[ -f $root/scripts/cluster.sh ]] && break
 done
-[[ -f scripts/cluster.sh ]] || { echo "repository not found: submit from inside it" >&2; exit 2; }
-source scripts/cluster.sh && source scripts/stoppable.sh
+[[ -f $root/scripts/cluster.sh ]] || { echo "repository not found: submit from inside it" >&2; exit 2; }
+source "$root/scripts/paths.sh" && source "$root/scripts/cluster.sh" && source "$root/scripts/stoppable.sh"
 
 flags=(--model_name_or_path "$MODEL" --data_path "$DATA" --image_folder "$IMAGES" --output_dir "$OUTPUT"
   --dpo_alpha "$dpo_alpha" --gamma "$gamma" --beta 0.1 --lora_enable True --lora_r 128 --lora_alpha 256
   --learning_rate 5e-5 --lr_scheduler_type linear --warmup_steps 0.1 --weight_decay 0 --num_train_epochs 3
   --per_device_train_batch_size 1 --gradient_accumulation_steps 32 --bf16 True --gradient_checkpointing True
-  --deepspeed scripts/zero2.json --model_max_length 4096 --save_steps 50 --save_total_limit 3
-  --dataloader_num_workers 4 --report_to "$REPORT_TO")
+  --deepspeed "$root/scripts/zero${ZERO:-2}.json" --model_max_length 4096 --save_steps 50 --save_total_limit 3
+  --dataloader_num_workers 4 --report_to "$REPORT_TO") # ZERO: stage of DeepSpeed, 2, 3 or 3_offload
 
 python -m train.llava_hound_dpo.run_dpo "${flags[@]}" "$@" --dry_run True # a bad flag or record ends the job here
 [[ " $* " =~ \ (--help|-h|--dry_run(=|\ +)?(True|true|1)?)\  ]] && exit
