@@ -1,8 +1,9 @@
-"""How sure a score is: bootstrap intervals and paired tests, seeded, on numpy alone."""
+"""How sure a score is: bootstrap intervals and paired tests, seeded."""
 
 from collections.abc import Sequence
 
 import numpy as np
+from scipy.stats import binomtest, rankdata
 
 SAMPLES = 10_000
 LEVEL = 0.95
@@ -37,11 +38,9 @@ def score_interval(scores: Sequence[float], samples: int = SAMPLES, seed: int = 
     Where all scores are 0, or all are 1, a bootstrap has no width, however few they are; the exact binomial bound
     stands there instead (Clopper and Pearson 1934).
     """
-    bound = ((1 - LEVEL) / 2) ** (1 / len(scores)) if len(scores) else 0.0
-    if len(scores) and min(scores) == max(scores) == 1:
-        return bound, 1.0
-    if len(scores) and min(scores) == max(scores) == 0:
-        return 0.0, 1.0 - bound
+    if len(scores) and min(scores) == max(scores) and scores[0] in (0, 1):
+        bound = binomtest(len(scores) * int(scores[0]), len(scores)).proportion_ci(LEVEL, method="exact")
+        return float(bound.low), float(bound.high)
     return bootstrap_interval(scores, samples, seed)
 
 
@@ -49,13 +48,10 @@ def mcnemar(only_first: int, only_second: int) -> float:
     """Two-sided exact p of McNemar's test: how likely a split of the disagreements at least this uneven is by chance.
 
     `only_first`, `only_second`: questions that only the one or only the other has right. 1.0 where there are none.
-    Source: McNemar 1947; the exact form is the sign test, 2 · P(Binomial(n, 1/2) <= min).
+    Source: McNemar 1947; the exact form is the sign test.
     """
-    total, term, below = only_first + only_second, 1, 0
-    for k in range(min(only_first, only_second) + 1):
-        below += term  # term is n choose k; whole numbers of any size, so nothing is rounded before the division
-        term = term * (total - k) // (k + 1)
-    return min(1.0, 2 * below / 2**total)
+    total = only_first + only_second
+    return float(binomtest(only_first, total).pvalue) if total else 1.0
 
 
 def paired_difference(
@@ -77,11 +73,9 @@ def auc(scores: Sequence[float], is_positive: Sequence[bool]) -> float:
     By the sum of the positives' ranks, tied scores at their mean rank. Source: Hanley and McNeil 1982; U of Mann and
     Whitney 1947 over the number of pairs.
     """
-    positive = np.asarray(is_positive, dtype=bool)
+    scores, positive = np.asarray(scores, dtype=float), np.asarray(is_positive, dtype=bool)
     num_positive, num_negative = int(positive.sum()), int((~positive).sum())
     if not num_positive or not num_negative:
         raise ValueError(f"an AUC needs both classes, got {num_positive} positives and {num_negative} negatives")
-    _, place, counts = np.unique(np.asarray(scores, dtype=float), return_inverse=True, return_counts=True)
-    ranks = (np.cumsum(counts) - (counts - 1) / 2)[place]
-    wins = ranks[positive].sum() - num_positive * (num_positive + 1) / 2
+    wins = rankdata(scores)[positive].sum() - num_positive * (num_positive + 1) / 2
     return float(wins / (num_positive * num_negative))

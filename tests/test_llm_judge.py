@@ -1,20 +1,24 @@
 """The LLM judge against a server on this machine: what it is asked, what is read, retries, resumption, the key."""
 
 import base64
+import contextlib
 import io
 import json
 import re
 import socket
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from unittest.mock import Mock
+from unittest.mock import AsyncMock, Mock
 
+import anyio
+import httpx
 import pytest
 from PIL import Image
 
 from inference.llava_hound_dpo import llm_judge
 from inference.llava_hound_dpo.evaluate import main
-from inference.llava_hound_dpo.llm_judge import READ_TRIES, RUBRICS, TRIES, delay_s, parse_grades
+from inference.llava_hound_dpo.llm_judge import READ_TRIES, RUBRICS, TRIES, parse_grades
 
 KEY = "sk-Very-Secret-Key-0123456789"
 FOUR = {"relevance": 5, "accuracy": 4, "clarity": 3, "completeness": 2}
@@ -43,6 +47,8 @@ class Handler(BaseHTTPRequestHandler):
         action = self.server.action({"path": self.path, "key": self.headers["Authorization"], **body})
         if action == "close":
             return self.connection.shutdown(socket.SHUT_RDWR)
+        if isinstance(action, str) and action.startswith("drip"):
+            return self.drip(b"HTTP/1.1 200 OK\r\n" + (b"X-Slow: " if "headers" in action else b"\r\n["))
         if isinstance(action, str):
             action = (200, {}, json.dumps({"choices": [{"message": {"role": "assistant", "content": action}}]}))
         self.send_response(action[0])
@@ -50,6 +56,12 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(*header)
         self.end_headers()
         self.wfile.write(action[2].encode())
+
+    def drip(self, start):
+        with contextlib.suppress(OSError):
+            for content in (start, *[b"1"] * 100):
+                self.wfile.write(content)
+                time.sleep(0.05)
 
     log_message = Mock()
 
@@ -80,7 +92,7 @@ def answers(count):
 def judge(monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1,localhost")
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setattr(llm_judge, "BACKOFF_S", 0)
+    monkeypatch.setattr(anyio, "sleep", AsyncMock())  # between openai's tries
     with Endpoint() as server:
         threading.Thread(target=server.serve_forever, args=(0.01,)).start()
         yield server
@@ -205,6 +217,16 @@ def test_replies_that_cannot_be_read(reply):
     assert parse_grades(reply) is None
 
 
+LONG = ["{" * 10**6, '{"a":' * 10**5, "<think>" * 10**5, '{"' * 10**5, "{ " * 10**5 + '"', '{"a": ' + "1" * 10**6]
+
+
+@pytest.mark.parametrize("reply", LONG, ids=lambda reply: reply[:8])
+def test_long_replies_are_read_in_linear_time(reply):
+    began = time.process_time()
+    assert parse_grades(reply) is None
+    assert time.process_time() - began < 5  # a few hundredths; by trying every brace, minutes
+
+
 def test_garbage_is_asked_again_and_never_filled_in(judge, ask, tmp_path):
     judge.script, judge.rest = ["I give it a 5.", GOOD], "no"  # for q1, then for q2
     scores = ask([RED, answered(2, "green")], [answered(2, "red")])
@@ -250,26 +272,44 @@ def test_without_a_judge_nothing_changes(tmp_path, monkeypatch):
 
 
 TROUBLE = {
-    "429": ([(429, {"Retry-After": "0"}, "")], ["0"]),
-    "500 twice": ([(500, {}, "x"), (503, {"Retry-After": "7"}, "x")], [None, "7"]),
+    "429": ([(429, {"Retry-After": "2.5"}, "")], [2.5]),
+    "500 twice": ([(500, {}, "x"), (503, {"Retry-After": "7"}, "x")], [None, 7]),
     "closed": (["close"], [None]),
     "a web page": ([(200, {}, "<html>")], [None]),
     "an error as a success": ([(200, {}, '{"error": {"code": 502}}')], [None]),
+    "an endless reply": ([(200, {}, '{"choices": ' + "[" * 2 * llm_judge.LARGEST_REPLY)], [None]),
 }
 
 
 @pytest.mark.parametrize(("script", "waits"), TROUBLE.values(), ids=TROUBLE)
-def test_passing_trouble(judge, ask, monkeypatch, script, waits):
-    judge.script, seen = list(script), []
-    monkeypatch.setattr(llm_judge, "delay_s", lambda attempt, retry_after: seen.append((attempt, retry_after)) or 0)
+def test_passing_trouble(judge, ask, script, waits):
+    """What the server asks for is waited for; else openai decides."""
+    judge.script = list(script)
     assert counts(ask([RED])) == [1, 0, 0, 0, 0]
-    assert seen == list(enumerate(waits)) and len(judge.requests) == len(script) + 1
+    assert len(judge.requests) == len(script) + 1
+    seen = [call.args[0] for call in anyio.sleep.call_args_list]
+    assert len(seen) == len(waits) and all(w in (None, s) for w, s in zip(waits, seen, strict=True))
 
 
-def test_waiting():
-    assert (delay_s(3, "0"), delay_s(0, "2.5"), delay_s(0, "86400")) == (0, 2.5, llm_judge.LONGEST_WAIT_S)
-    assert all(2 <= delay_s(2, header) <= 6 for header in (None, "-1", "nan", "Wed, 21 Oct 2015 07:28:00 GMT"))
-    assert len({delay_s(2, None) for _ in range(5)}) > 1 and delay_s(99, None) == llm_judge.LONGEST_WAIT_S
+@pytest.mark.parametrize("after", [0, 1], ids=["the first reply", "the second reply"])
+def test_a_reply_that_drips_is_given_up(judge, ask, refused, monkeypatch, after):
+    """The limit is on the whole request, not on the wait for the next byte."""
+    monkeypatch.setattr(llm_judge, "TIMEOUT_S", 0.5)
+    judge.script = [GOOD] * after + ["drip"]
+    assert counts(ask(answers(3))) == [2, 0, 1, 0, 0] and len(judge.requests) == 3
+    judge.script, judge.requests = ["drip headers"], []
+    assert "no reply from the judge in one try (no whole reply in" in refused([answered(9, "x")])
+
+
+def test_a_judge_that_refuses_a_temperature(judge, ask, tmp_path):
+    """It is asked without one, told once, and that is a part of the key of what it says."""
+    message = json.dumps({"error": {"message": "Unsupported value: 'temperature' does not support 0"}})
+    judge.script = [(400, {}, message)]
+    first = ask(answers(3))
+    assert [request.get("temperature") for request in judge.requests] == [0, None, None, None]
+    assert counts(first) == [3, 0, 0, 0, 0]
+    assert all(line["digest"].endswith(" without temperature") for line in judgements(tmp_path))
+    assert ask(answers(3)) == first and len(judge.requests) == 4
 
 
 def test_trouble_that_does_not_pass_is_counted(judge, ask, capsys):
@@ -325,9 +365,15 @@ def test_an_endpoint_that_never_speaks_http(judge, refused):
 
 def test_a_judge_that_is_away_for_a_moment_is_waited_for(judge, ask, monkeypatch):
     """Once it has answered, a refused connection is a restart, not a wrong URL."""
-    real, addresses = llm_judge.Request, [judge.url, "http://127.0.0.1:1/", judge.url]
-    monkeypatch.setattr(llm_judge, "Request", lambda address, *rest: real(addresses.pop(0), *rest))
-    assert counts(ask(answers(2))) == [2, 0, 0, 0, 0] and len(judge.requests) == 2 and not addresses
+    real, down = httpx.AsyncClient.send, [False, True, False]
+
+    async def send(client, request, **options):
+        if down.pop(0):
+            raise httpx.ConnectError("refused", request=request)
+        return await real(client, request, **options)
+
+    monkeypatch.setattr(httpx.AsyncClient, "send", send)
+    assert counts(ask(answers(2))) == [2, 0, 0, 0, 0] and len(judge.requests) == 2 and not down
 
 
 def test_nothing_is_asked_twice(judge, ask, tmp_path):

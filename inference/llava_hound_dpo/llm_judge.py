@@ -3,31 +3,30 @@
 Four rubrics from 1 to 5, as in the earlier public work. No grade is filled in: an answer without one is counted by why.
 """
 
+import asyncio
 import base64
 import hashlib
 import io
 import json
 import logging
 import os
-import random
 import re
-import threading
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
-from http.client import HTTPException
 from pathlib import Path
-from typing import Any, NoReturn
-from urllib.error import HTTPError
+from typing import Any
 from urllib.parse import urlsplit
-from urllib.request import HTTPRedirectHandler, Request, build_opener
 
+import httpx
 import numpy as np
+import openai
 from tqdm import tqdm
 
 from inference.llava_hound_dpo.summary import Row
 from llava.image import ImageStore
-from llava.records import FORMATS, IMAGE, DataError, Question, read_questions
+from llava.records import FORMATS, DataError, Question, read_questions
+from llava.run_folder import Log, only_writer
 from llava.statistics import bootstrap_interval, paired_difference
 
 log = logging.getLogger(__name__)
@@ -38,9 +37,11 @@ KEY_VARIABLE = "OPENAI_API_KEY"
 TRIES = 6  # of one request, while the endpoint is busy or out of reach
 READ_TRIES = 3  # replies to one answer, until one can be read
 FAILED_IN_A_ROW = 20  # answers without a reply, after which the endpoint counts as gone
-TIMEOUT_S = 120.0
-BACKOFF_S, LONGEST_WAIT_S = 1.0, 60.0
-PASSING = (TimeoutError, ConnectionResetError, ConnectionAbortedError, BrokenPipeError, HTTPException)
+TIMEOUT_S = 120.0  # from the first byte sent to the last one read
+BRACES = 100  # that are tried as the beginning of the grades
+LARGEST_REPLY = 1 << 20  # bytes that are read of a reply
+OF_THE_BODY = ("content-encoding", "content-length", "transfer-encoding")  # headers that say how it was sent
+NO_TEMPERATURE = " without temperature"  # at the end of the digest of a judgement made so
 
 PROMPT = """Grade an answer to a question about one or several pictures. The question says which picture it is about: \
 what is true of another picture is wrong. The true answer is given; trust it, also over your own reading of the \
@@ -67,7 +68,7 @@ class JudgeError(ValueError):
 
 
 class Failed(Exception):
-    """No reply, for a reason that may pass: (what happened, and the header Retry-After where there is one)."""
+    """No reply, for a reason that may pass: what happened."""
 
 
 Grades = dict[str, int]  # a whole number from 1 to 5 for each of RUBRICS
@@ -99,99 +100,132 @@ def _key_in(variable: str) -> str:
     return key
 
 
-class _NoRedirect(HTTPRedirectHandler):
-    """Redirects are refused: followed, they would turn the request into a GET and hand the key to another host."""
+class _Bounded(httpx.AsyncClient):
+    """Requests with a limit on their time, however slowly a reply drips, and on the size of the reply.
 
-    def redirect_request(self, *args, **kwargs) -> None:
-        return None
+    Redirects are not followed: they would hand the key to another host.
+    """
+
+    is_reached = False  # whether anything ever answered by HTTP
+
+    async def send(self, request: httpx.Request, **options: Any) -> httpx.Response:
+        """Raises TimeoutError and JudgeError, which are final, and httpx.RequestError: then openai tries again."""
+        try:
+            async with asyncio.timeout(TIMEOUT_S):
+                response = await super().send(request, **options | {"stream": True})
+                self.is_reached = True
+                content = await _start_of(response)
+        except httpx.ConnectError as error:
+            if self.is_reached:
+                raise
+            what = f"the judge cannot be reached ({_innermost(error)})"
+            raise JudgeError(f"{what}. Start its server, or correct --judge_url") from error
+        if response.is_success:
+            _content(content, request)
+        headers = {name: value for name, value in response.headers.items() if name not in OF_THE_BODY}
+        return httpx.Response(response.status_code, headers=headers, content=content, request=request)
+
+
+async def _start_of(response: httpx.Response) -> bytes:
+    """The body, or as much of it as is read of one that does not end."""
+    content = bytearray()
+    async with aclosing(response):
+        async for part in response.aiter_bytes():
+            content += part
+            if len(content) > LARGEST_REPLY:
+                break
+    return bytes(content)
+
+
+def _innermost(error: BaseException) -> str:
+    """What the operating system says, of an error that libraries wrapped."""
+    while inner := error.__cause__ or error.__context__:
+        error = inner
+    if isinstance(error, OSError) and error.errno and error.errno > 0:
+        return os.strerror(error.errno)  # asyncio's own text is "Connect call failed"
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+def _content(body: bytes, request: httpx.Request) -> str:
+    """The message of a chat completion, "" where it is null. Raises httpx.DecodingError if it is none."""
+    try:
+        content = json.loads(body)["choices"][0]["message"]["content"]
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise httpx.DecodingError("the reply is no chat completion", request=request) from error
+    return content if isinstance(content, str) else ""
 
 
 class Endpoint:
-    """Chat completions of one model, with retries. Shared between threads; the key is in no message."""
+    """Chat completions of one model, with openai's retries. The key is in no message."""
 
     def __init__(self, url: str, model: str, key_variable: str = KEY_VARIABLE):
         self.url, self.model = _checked_url(url), model
-        self._address = self.url + "/chat/completions"
         self._key_variable, self._key = key_variable, _key_in(key_variable)
-        self._opener = build_opener(_NoRedirect)
-        self.is_reached = False  # whether it ever answered by HTTP; before that, a refused connection is final
-        self.stopped = threading.Event()  # set: no further try, and waiting ends
+        self.takes_temperature = True  # until it refuses one
 
-    def chat(self, messages: Sequence[dict], about: str) -> str:
+    @asynccontextmanager
+    async def connected(self) -> AsyncIterator[None]:
+        """Connections to the endpoint, for `chat` within."""
+        async with _Bounded(timeout=None) as self._http:
+            self._client = openai.AsyncOpenAI(
+                base_url=self.url, api_key=self._key or "none", max_retries=TRIES - 1, http_client=self._http
+            )
+            yield
+
+    async def chat(self, messages: Sequence[dict], about: str) -> str:
         """Text of the reply, "" where it has none. Raises Failed, or JudgeError where asking again is no use."""
-        body = json.dumps({"model": self.model, "temperature": 0, "messages": messages}).encode()
-        for attempt in range(TRIES):
-            try:
-                return self._post(body, about)
-            except Failed as error:
-                reason, retry_after = error.args
-            if attempt < TRIES - 1 and self.stopped.wait(delay_s(attempt, retry_after)):
-                break
-        if not self.is_reached:
-            raise JudgeError(f"{self.url}: no reply from the judge in {TRIES} tries ({reason}). Check --judge_url")
-        raise Failed(reason, None)
-
-    def _post(self, body: bytes, about: str) -> str:
-        headers = {"Content-Type": "application/json", "User-Agent": "attention-aware-dpo"}  # urllib's own is blocked
-        if self._key:
-            headers["Authorization"] = f"Bearer {self._key}"
+        create = self._client.chat.completions.with_raw_response.create
+        temperature = 0 if self.takes_temperature else openai.omit
+        headers = None if self._key else {"Authorization": openai.Omit()}
         try:
-            with self._opener.open(Request(self._address, body, headers), timeout=TIMEOUT_S) as response:
-                self.is_reached = True
-                return _content(response.read())
-        except HTTPError as error:
-            self.is_reached = True
-            with error:
-                self._refuse(error, about)
-        except (OSError, HTTPException) as error:
-            reason = getattr(error, "reason", error)
-            said = self.hide(getattr(reason, "strerror", None) or str(reason) or type(reason).__name__)
-            if not self.is_reached and not isinstance(reason, PASSING):
-                message = f"{self.url}: the judge cannot be reached ({said}). Start its server, or correct --judge_url"
-                raise JudgeError(message) from error
-            raise Failed(said, None) from error
+            reply = await create(
+                model=self.model, messages=list(messages), temperature=temperature, extra_headers=headers
+            )
+        except openai.BadRequestError as error:
+            if temperature != 0 or "temperature" not in error.response.text:
+                raise self._refusal(error, about) from error
+            log.info("the judge refuses temperature 0: asked without it")
+            self.takes_temperature = False
+            return await self.chat(messages, about)
+        except openai.APIStatusError as error:
+            raise self._refusal(error, about) from error
+        except JudgeError as error:
+            raise JudgeError(f"{self.url}: {error}") from error
+        except (openai.APIConnectionError, TimeoutError) as error:
+            raise self._no_reply(error) from error
+        return _content(reply.http_response.content, reply.http_request)
 
-    def _refuse(self, error: HTTPError, about: str) -> NoReturn:
-        """Raise what an HTTP error means."""
-        if error.code in (408, 429) or error.code >= 500:
-            raise Failed(f"HTTP {error.code}", error.headers.get("Retry-After")) from error
-        if error.code in (401, 403):  # its text is not quoted: some endpoints repeat a part of the key
+    def _no_reply(self, error: Exception) -> Exception:
+        """What it means that nothing came back that can be read."""
+        if isinstance(error, TimeoutError):
+            reason, tried = f"no whole reply in {TIMEOUT_S:.0f} s", "one try"
+        else:
+            reason, tried = self.hide(_innermost(error)), f"{TRIES} tries"
+        if self._http.is_reached:
+            return Failed(reason)
+        return JudgeError(f"{self.url}: no reply from the judge in {tried} ({reason}). Check --judge_url")
+
+    def _refusal(self, error: openai.APIStatusError, about: str) -> Exception:
+        """What an HTTP error means."""
+        code = error.status_code
+        if code in (408, 409, 429) or code >= 500:
+            return Failed(f"HTTP {code}")
+        said = " ".join(self.hide(error.response.text[:20_000]).split())[:200]
+        said = f": {said}" if said else ""
+        if code in (401, 403):  # its text is not quoted: some endpoints repeat a part of the key
             state = "" if self._key else ", which is not set"
             what, fix = "the judge refuses the key", f"check the variable {self._key_variable}{state} (--judge_key_env)"
-        elif error.code == 404:
-            what = f"no such model or address{self._said(error)}"
+        elif code == 404:
+            what = f"no such model or address{said}"
             fix = f"check --judge_url (it often ends in /v1) and --judge_model {self.model}"
         else:
-            what = f"the judge refuses the request about {about}{self._said(error)}"
+            what = f"the judge refuses the request about {about}{said}"
             fix = f"check --judge_model {self.model}, whether it takes pictures, and --judge_url"
-        raise JudgeError(f"{self.url}: {what} (HTTP {error.code}); {fix}") from error
-
-    def _said(self, error: HTTPError) -> str:
-        """What the endpoint says about an error, shortened."""
-        try:
-            text = self.hide(error.read(20_000).decode("utf-8", errors="replace"))
-        except (OSError, HTTPException):
-            return ""
-        return ": " + " ".join(text.split())[:200] if text.strip() else ""
+        return JudgeError(f"{self.url}: {what} (HTTP {code}); {fix}")
 
     def hide(self, text: str) -> str:
         """The text without the key."""
         return text.replace(self._key, "***") if self._key else text
-
-
-def _content(body: bytes) -> str:
-    """The message of a chat completion, "" where it is null."""
-    try:
-        content = json.loads(body)["choices"][0]["message"]["content"]
-    except (ValueError, LookupError, TypeError) as error:
-        raise Failed("the reply is no chat completion", None) from error
-    return content if isinstance(content, str) else ""
-
-
-def delay_s(attempt: int, retry_after: str | None) -> float:
-    """Seconds until the next try: what the endpoint asked for, else doubling with jitter; LONGEST_WAIT_S at most."""
-    is_told = re.fullmatch(r"\d+(\.\d+)?", retry_after or "")  # it may be a date too, but no chat endpoint sends one
-    return min(float(retry_after) if is_told else BACKOFF_S * 2**attempt * random.uniform(0.5, 1.5), LONGEST_WAIT_S)
 
 
 # ---- what is asked, and what is read in a reply
@@ -233,16 +267,26 @@ def _data_url(store: ImageStore, name: str) -> str:
 
 
 def parse_grades(reply: str) -> Grades | None:
-    """The grades of a reply's one JSON object, whatever text is around it, else None; `<think>` is not of the reply."""
-    reply = re.sub(r"<think>.*?</think>", "", reply, flags=re.DOTALL)
+    """The grades of a reply's one JSON object, whatever text is around it, else None; `<think>` is not of the reply.
+
+    None too where more than BRACES begin no object, so that the time grows with the reply's length and not its square.
+    """
+    before, opened, rest = reply.partition("<think>")
+    thought, closed, after = rest.rpartition("</think>")
+    if opened and closed:
+        reply = before + after
     decoder, found, place = json.JSONDecoder(), [], reply.find("{")
-    while place >= 0:
+    for _ in range(BRACES):
+        if place < 0:
+            break
         try:
             value, end = decoder.raw_decode(reply, place)
             found.append(value)
         except (ValueError, RecursionError):
             end = place + 1
         place = reply.find("{", end)
+    if place >= 0:
+        return None
     return {rubric: found[0][rubric] for rubric in RUBRICS} if len(found) == 1 and _is_graded(found[0]) else None
 
 
@@ -254,30 +298,21 @@ def _is_graded(value: Any) -> bool:
 
 
 class Judgements:
-    """The judgements of a file by digest, and new ones appended to it. Shared between threads."""
+    """The judgements of a file by digest, and new ones appended to it."""
 
     def __init__(self, path: Path):
-        self.path, self.known, self._lock = path, {}, threading.Lock()
-        text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-        self._start = "" if text.endswith("\n") or not text else "\n"  # ends a line that a kill cut short
-        for line in text.split("\n"):
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue  # cut short: asked again
-            if isinstance(record, dict) and _is_graded(record.get("grades")):
-                self.known[record.get("digest")] = record["grades"]
+        self._log = Log(path)
+        records = [record for record in self._log if isinstance(record, dict) and _is_graded(record.get("grades"))]
+        self._known = {record.get("digest"): record["grades"] for record in records}
 
-    def add(self, task: Task, grades: Grades) -> None:
+    def of(self, task: Task) -> Grades | None:
+        """What is known of an answer; also where the judge was asked without a temperature, because it refused it."""
+        return self._known.get(task.digest) or self._known.get(task.digest + NO_TEMPERATURE)
+
+    def add(self, task: Task, grades: Grades, has_temperature: bool) -> None:
         """Keep a judgement: on disk when this returns."""
-        record = {"digest": task.digest, "question_id": task.id, "grades": grades}
-        with self._lock:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(self._start + json.dumps(record) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            self._start = ""
+        digest = task.digest + ("" if has_temperature else NO_TEMPERATURE)
+        self._log.append([{"digest": digest, "question_id": task.id, "grades": grades}])
 
 
 @dataclass(frozen=True)
@@ -319,39 +354,55 @@ class LlmJudge:
         return Task(digest, row.asked.id, given.where, prompt, row.asked.answer, given.text, images)
 
     def _ask_all(self, tasks: Sequence[Task]) -> dict[str, Verdict]:
-        """Verdicts by digest. The first is asked alone: a wrong URL, key or model ends here, after one request."""
+        """Verdicts by digest."""
         cache, different = Judgements(self.cache), {task.digest: task for task in tasks}
-        found: dict[str, Verdict] = {digest: cache.known[digest] for digest in different if digest in cache.known}
-        first, *others = [task for digest, task in different.items() if digest not in found] or [None]
+        found: dict[str, Verdict] = {d: grades for d, task in different.items() if (grades := cache.of(task))}
         log.info("judge %s: %d of %d answers judged before", self.endpoint.model, len(found), len(different))
-        if first is None:
-            return found
-        failed, found[first.digest] = 0, self._ask(first, cache)
-        with tqdm(total=len(others) + 1, initial=1, desc="judge") as bar, ThreadPoolExecutor(self.workers) as pool:
-            futures = {pool.submit(self._ask, task, cache): task.digest for task in others}
-            try:
-                for future in as_completed(futures):
-                    verdict = found[futures[future]] = future.result()
-                    bar.update()
-                    failed = failed + 1 if verdict == FAILED else 0
-                    if failed == FAILED_IN_A_ROW:
-                        what = f"{self.endpoint.url}: no reply about {failed} answers in a row"
-                        raise JudgeError(f"{what}. Look at the endpoint, then start the same command again")
-            except BaseException:  # a kill from the keyboard too: what is under way ends, nothing else begins
-                self.endpoint.stopped.set()
-                pool.shutdown(cancel_futures=True)
-                raise
+        waiting = [task for digest, task in different.items() if digest not in found]
+        return found | asyncio.run(self._ask_of(waiting, cache)) if waiting else found
+
+    async def _ask_of(self, tasks: Sequence[Task], cache: Judgements) -> dict[str, Verdict]:
+        """The first is asked alone: a wrong URL, key or model ends here, after one request and with nothing written."""
+        found: dict[str, Verdict] = {}
+        waiting, failed = iter(tasks), 0
+
+        async def work() -> None:
+            for task in waiting:
+                keep(task, await self._ask(task))
+
+        def keep(task: Task, verdict: Verdict) -> None:
+            nonlocal failed
+            found[task.digest] = verdict
+            bar.update()
+            if isinstance(verdict, dict):
+                cache.add(task, verdict, self.endpoint.takes_temperature)
+            failed = failed + 1 if verdict == FAILED else 0
+            if failed == FAILED_IN_A_ROW:
+                what = f"{self.endpoint.url}: no reply about {failed} answers in a row"
+                raise JudgeError(f"{what}. Look at the endpoint, then start the same command again")
+
+        async with self.endpoint.connected():
+            first = next(waiting)
+            verdict = await self._ask(first)
+            with tqdm(total=len(tasks), desc="judge") as bar, only_writer(self.cache):
+                keep(first, verdict)
+                try:
+                    async with asyncio.TaskGroup() as group:  # where one fails, the others are cancelled
+                        for _ in range(self.workers):
+                            group.create_task(work())
+                except ExceptionGroup as errors:
+                    raise errors.exceptions[0] from None
         return found
 
-    def _ask(self, task: Task, cache: Judgements) -> Verdict:
+    async def _ask(self, task: Task) -> Verdict:
         try:
             for attempt in range(READ_TRIES):
-                reply = self.endpoint.chat(messages_of(task, self.store, REMINDER if attempt else ""), task.about)
+                messages = await asyncio.to_thread(messages_of, task, self.store, REMINDER if attempt else "")
+                reply = await self.endpoint.chat(messages, task.about)
                 if grades := parse_grades(reply):
-                    cache.add(task, grades)
                     return grades
         except Failed as error:
-            log.warning("%s: the judge did not reply (%s)", task.about, error.args[0])
+            log.warning("%s: the judge did not reply (%s)", task.about, error)
             return FAILED
         log.warning("%s: the judge's reply is not four grades: %r", task.about, self.endpoint.hide(reply)[:100])
         return UNPARSED
