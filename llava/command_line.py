@@ -49,6 +49,13 @@ def parse(
     return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
 
 
+def check(groups: Sequence[type], argv: Sequence[str]) -> None:
+    """Raises ValueError for words that `parse` would not take; makes no dataclass of them, and so nothing happens."""
+    parser = Parser(groups, allow_abbrev=False)
+    _check_names(argv, list(parser._option_string_actions), {}, {})
+    parser.parse_args(argv)
+
+
 def command(argv: Sequence[str] | None, names: Sequence[str], description: str | None) -> tuple[str, list[str]]:
     """The first word, one of `names`, and the others, for a command of several. Raises ValueError."""
     argv = list(sys.argv[1:] if argv is None else argv)

@@ -53,10 +53,11 @@ def refuse_another(what: Path | str, there: Mapping[str, Any], here: Mapping[str
 
 
 @contextmanager
-def only_writer(place: Path) -> Iterator[None]:
+def only_writer(place: Path) -> Iterator[int | None]:
     """Hold the lock `place`.lock. Raises ValueError if another process has it; and it goes with the process.
 
-    Where the file system has no locks, it is for the user to start one run only.
+    Gives its descriptor: a child that inherits it holds the lock too, if this process is killed. Where the file system
+    has no locks, it is for the user to start one run only.
     """
     place.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(place.with_name(place.name + ".lock"), timeout=PATIENCE_S)
@@ -67,7 +68,7 @@ def only_writer(place: Path) -> Iterator[None]:
     except NotImplementedError:
         pass
     try:
-        yield
+        yield lock._context.lock_file_fd
     finally:
         lock.release()
 

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from inference.llava_hound_dpo.summary import Row
 from llava.image import ImageStore
-from llava.records import FORMATS, DataError, Question, read_questions
+from llava.records import FORMATS, IMAGE, DataError, Question, read_questions
 from llava.run_folder import Log, only_writer
 from llava.statistics import bootstrap_interval, paired_difference
 

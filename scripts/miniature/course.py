@@ -44,7 +44,6 @@ class Course:
     file: Path
     identity: dict  # of the recipe: another one's file is refused
     finished: dict[str, int] = field(default_factory=dict)  # steps by stage
-    save_every: int | None = None  # steps; None: SAVE_EVERY
     _unread: dict | None = None  # state inside a stage
 
     def open(self) -> None:
@@ -76,7 +75,7 @@ class Course:
             progress.set_postfix(loss=f"{loss.item():.2f}", **shown)
             if stage.is_over(step):
                 break
-            if step % (self.save_every or SAVE_EVERY) == 0 and step < stage.steps:
+            if step % SAVE_EVERY == 0 and step < stage.steps:
                 parts = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
                 head = stage.head.state_dict() if stage.head else {}
                 self._save({"stage": stage.name, "step": step, "head": head, **parts})

@@ -64,22 +64,22 @@ def draw_pip(inner: Scene, outer: Scene) -> Image.Image:
     return _add_noise(canvas, inner.seed)
 
 
-def cell_side(grid: tuple[int, int], side: int = SIDE) -> int:
+def cell_side(grid: tuple[int, int]) -> int:
     """Side of a collage's square cells."""
-    return side // max(grid)
+    return SIDE // max(grid)
 
 
-def cell_box(grid: tuple[int, int], index: int, side: int = SIDE) -> list[int]:
+def cell_box(grid: tuple[int, int], index: int) -> list[int]:
     """Box [x0, y0, x1, y1] of the collage's cell number `index`, counted from 0."""
     row, column = divmod(index, grid[1])
-    cell = cell_side(grid, side)
+    cell = cell_side(grid)
     return [column * cell, row * cell, (column + 1) * cell, (row + 1) * cell]
 
 
-def inner_box(side: int = SIDE, inner_side: int = INNER_SIDE) -> list[int]:
+def inner_box() -> list[int]:
     """Box [x0, y0, x1, y1] of the inner picture."""
-    start = (side - inner_side) // 2
-    return [start, start, start + inner_side, start + inner_side]
+    start = (SIDE - INNER_SIDE) // 2
+    return [start, start, start + INNER_SIDE, start + INNER_SIDE]
 
 
 def _draw_scene(scene: Scene, side: int, corners: bool = False) -> Image.Image:

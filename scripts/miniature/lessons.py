@@ -4,8 +4,7 @@ Several questions about the same pictures supervise a prompt more densely than o
 exactly the one-question prompt that the product asks.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -38,11 +37,6 @@ class Batch:
         before[:, -1] = False
         return before
 
-    def to(self, device: torch.device) -> "Batch":
-        """The same batch on another device."""
-        own = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Batch(**{name: None if tensor is None else tensor.to(device) for name, tensor in own.items()})
-
 
 def patch_batch(
     rng: np.random.Generator, processor: LlavaProcessor, split: str, image_types: list[str]
@@ -54,7 +48,7 @@ def patch_batch(
     values = np.full((len(prompts), 4, len(ATTRIBUTES)), -1)
     for row, prompt in enumerate(prompts):
         values[row, : len(prompt.scenes)] = [_values(scene) for scene in prompt.scenes]
-    owners = np.stack([_patch_owners(prompt, PATCHES) for prompt in prompts])
+    owners = np.stack([_patch_owners(prompt) for prompt in prompts])
     return to_pixels(processor, pictures), torch.tensor(owners), torch.tensor(values)
 
 
@@ -65,12 +59,11 @@ def conversation_batch(
     num_scenes: int | None,
     size: int,
     num_questions: int,
-    sample: Callable[..., Prompt] = sample_prompt,
 ) -> Batch:
-    """Conversations about train scenes, all of the same number of scenes. `sample` draws another world's prompts."""
+    """Conversations about train scenes, all of the same number of scenes."""
     texts, pictures, targets = [], [], []
     for _ in range(size):
-        first = sample(rng, "train", image_type, num_scenes)
+        first = sample_prompt(rng, "train", image_type, num_scenes)
         prompts = [first, *_follow_ups(rng, first, num_questions - 1)]
         texts.append(vicuna_v1([(p.text if p is first else p.question, p.answer) for p in prompts]))
         pictures += first.pictures()
@@ -78,9 +71,8 @@ def conversation_batch(
     batch = encode(processor, texts, pictures)
     owners = torch.full_like(batch.input_ids, -1)
     is_image = batch.input_ids == processor.tokenizer.convert_tokens_to_ids("<image>")
-    patches = patches_along(processor)
-    in_order = range(len(pictures) // size) if image_type == "sequence" else _patch_owners(first, patches)
-    each = patches**2 if image_type == "sequence" else 1
+    in_order = range(len(pictures) // size) if image_type == "sequence" else _patch_owners(first)
+    each = PATCHES**2 if image_type == "sequence" else 1
     owners[is_image] = torch.tensor(np.tile(np.repeat(in_order, each), size))
     return replace(batch, owners=owners, targets=torch.tensor(targets))
 
@@ -88,16 +80,11 @@ def conversation_batch(
 def encode(processor: LlavaProcessor, texts: list[str], pictures: list[Image.Image]) -> Batch:
     """The texts as one padded batch, each `<image>` as many times as a picture has patches."""
     tokenizer = processor.tokenizer
-    expanded = [text.replace("<image>", "<image>" * patches_along(processor) ** 2) for text in texts]
+    expanded = [text.replace("<image>", "<image>" * PATCHES**2) for text in texts]
     rows = tokenizer(expanded, padding=True, return_tensors="pt")["input_ids"]
     ends = rows == tokenizer.eos_token_id
     answers = ends | ends.roll(-1, dims=1)  # an answer is one token and the end token
     return Batch(rows, to_pixels(processor, pictures), answers)
-
-
-def patches_along(processor: LlavaProcessor) -> int:
-    """Patches along a side of a picture."""
-    return processor.image_processor.crop_size["height"] // processor.patch_size
 
 
 def to_pixels(processor: LlavaProcessor, pictures: list[Image.Image]) -> torch.Tensor:
@@ -109,7 +96,7 @@ def to_pixels(processor: LlavaProcessor, pictures: list[Image.Image]) -> torch.T
 
 def _follow_ups(rng: np.random.Generator, first: Prompt, number: int) -> list[Prompt]:
     targets = [0] if first.image_type in ("single", "pip") else range(len(first.scenes))
-    pairs = [(t, name) for t in targets for name in first.attributes if (t, name) != (first.target, first.attribute)]
+    pairs = [(t, name) for t in targets for name in ATTRIBUTES if (t, name) != (first.target, first.attribute)]
     chosen = rng.permutation(len(pairs))[:number]
     return [replace(first, target=pairs[i][0], attribute=pairs[i][1]) for i in chosen]
 
@@ -118,14 +105,14 @@ def _values(scene: Scene) -> list[int]:
     return [values.index(getattr(scene, name)) for name, values in ATTRIBUTES.items()]
 
 
-def _patch_owners(prompt: Prompt, patches: int) -> np.ndarray:
+def _patch_owners(prompt: Prompt) -> np.ndarray:
     """Number of the scene under each patch's middle."""
-    middle = (np.arange(patches) + 0.5) * prompt.side / patches
+    middle = (np.arange(PATCHES) + 0.5) * draw.SIDE / PATCHES
     if prompt.image_type == "collage":
-        half = (middle > prompt.side / 2).astype(int)
+        half = (middle > draw.SIDE / 2).astype(int)
         return (2 * half[:, None] + half[None, :]).ravel()
     if prompt.image_type == "pip":
-        start, _, end, _ = draw.inner_box(prompt.side, prompt.inner_side)
+        start, _, end, _ = draw.inner_box()
         inside = (middle > start) & (middle < end)
         return 1 - (inside[:, None] & inside[None, :]).astype(int).ravel()
-    return np.zeros(patches**2, dtype=int)
+    return np.zeros(PATCHES**2, dtype=int)

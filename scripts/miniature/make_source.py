@@ -5,43 +5,46 @@ its attributes, so that what is true of the other pictures of a prompt is known.
 folder: small folders make groups of prompts that share no picture. The same seed writes the same bytes.
 """
 
-import argparse
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
+from llava.command_line import flag, parse
+from llava.runtime import user_errors, write_text
 from scripts.miniature.draw import draw_single
-from scripts.miniature.prompts import QUESTIONS
-from scripts.miniature.world import SHARES, Scene, combinations
+from scripts.miniature.prompts import QUESTIONS, sample_scene
+from scripts.miniature.world import SHARES, Scene
+
+
+@dataclass(frozen=True)
+class SourceFlags:
+    """The command line."""
+
+    _argument_group_name = "source"
+    output: Path = flag("folder of the data set")
+    split: str = flag("which combinations are drawn", "train", choices=list(SHARES))
+    num_pictures: int = flag("pictures, each with its questions", 600)
+    group_size: int = flag("pictures of a folder", 30)
+    seed: int = flag("of the draw; the held-out combinations stay the same", 0)
 
 
 def main() -> None:
     """Writes the table and its pictures."""
-    args = parse_args()
-    rng = np.random.default_rng([args.seed, list(SHARES).index(args.split)])
-    pool = combinations(args.split)
+    with user_errors():
+        (flags,) = parse([SourceFlags], __doc__)
+    rng = np.random.default_rng([flags.seed, list(SHARES).index(flags.split)])
     records = []
-    for number in tqdm(range(args.num_pictures), desc="source", unit="picture"):
-        path = f"{args.split}_{number // args.group_size:03d}/{number:06d}.png"
-        scene = Scene(*pool[rng.integers(len(pool))], seed=int(rng.integers(2**31)))
-        (args.output / "images" / path).parent.mkdir(parents=True, exist_ok=True)
-        draw_single(scene).save(args.output / "images" / path, compress_level=1)
-        records.append({"id": f"{args.split}_{number:06d}", "image": path, "conversations": questions(scene, rng)})
+    for number in tqdm(range(flags.num_pictures), desc="source", unit="picture"):
+        path = f"{flags.split}_{number // flags.group_size:03d}/{number:06d}.png"
+        scene = sample_scene(rng, flags.split)
+        (flags.output / "images" / path).parent.mkdir(parents=True, exist_ok=True)
+        draw_single(scene).save(flags.output / "images" / path, compress_level=1)
+        records.append({"id": f"{flags.split}_{number:06d}", "image": path, "conversations": questions(scene, rng)})
     lines = ",\n".join(json.dumps(record) for record in records)
-    (args.output / "source.json").write_text(f"[\n{lines}\n]\n", encoding="utf-8")
-
-
-def parse_args() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="folder of the data set")
-    parser.add_argument("--split", choices=list(SHARES), default="train", help="which combinations are drawn")
-    parser.add_argument("--num_pictures", type=int, default=600, help="pictures, each with its questions")
-    parser.add_argument("--group_size", type=int, default=30, help="pictures of a folder")
-    parser.add_argument("--seed", type=int, default=0, help="of the draw; the held-out combinations stay the same")
-    return parser.parse_args()
+    write_text(flags.output / "source.json", f"[\n{lines}\n]\n")
 
 
 def questions(scene: Scene, rng: np.random.Generator) -> list[dict[str, str]]:

@@ -1,9 +1,6 @@
 """Prompts about scenes of the miniature world in the formats of the project, with the truth known."""
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import ModuleType
-from typing import ClassVar
 
 import numpy as np
 from PIL import Image
@@ -31,21 +28,13 @@ GRID = (2, 2)
 
 @dataclass(frozen=True)
 class Prompt:
-    """A question about one of several scenes. `target` counts from 0; for pip, 0 is the inner picture.
-
-    Another world's prompts have other values of the class.
-    """
-
-    attributes: ClassVar[Mapping[str, tuple[str, ...]]] = ATTRIBUTES
-    questions: ClassVar[Mapping[str, str]] = QUESTIONS  # by attribute
-    drawing: ClassVar[ModuleType] = draw  # draw_single, draw_collage, draw_pip; SIDE and INNER_SIDE, in px
+    """A question about one of several scenes. `target` counts from 0; for pip, 0 is the inner picture."""
 
     image_type: str  # sequence, collage, pip or single
     scenes: tuple[Scene, ...]
     target: int
     attribute: str
     centre_phrase: str = CENTRE_PHRASES[0]
-    grid: tuple[int, int] = GRID  # of a collage
 
     @property
     def text(self) -> str:
@@ -59,7 +48,7 @@ class Prompt:
     @property
     def question(self) -> str:
         """The question with the words that say which picture it is about."""
-        question = self.questions[self.attribute]
+        question = QUESTIONS[self.attribute]
         if self.image_type == "single":
             return question
         where = self.centre_phrase if self.image_type == "pip" else f"In Image{self.target + 1}"
@@ -76,34 +65,19 @@ class Prompt:
         return [getattr(s, self.attribute) for index, s in enumerate(self.scenes) if index != self.target]
 
     @property
-    def wrong(self) -> list[str]:
-        """The other values of what is asked, whether or not a picture of the prompt has them."""
-        return [value for value in self.attributes[self.attribute] if value != self.answer]
-
-    @property
     def target_box(self) -> list[int]:
         """Box [x0, y0, x1, y1] of the target in the stored picture that holds it."""
         if self.image_type == "collage":
-            return draw.cell_box(self.grid, self.target, self.side)
-        return draw.inner_box(self.side, self.inner_side) if self.image_type == "pip" else [0, 0, self.side, self.side]
-
-    @property
-    def side(self) -> int:
-        """Of a stored picture, in px."""
-        return self.drawing.SIDE
-
-    @property
-    def inner_side(self) -> int:
-        """Of the picture inside another, in px."""
-        return self.drawing.INNER_SIDE
+            return draw.cell_box(GRID, self.target)
+        return draw.inner_box() if self.image_type == "pip" else [0, 0, draw.SIDE, draw.SIDE]
 
     def pictures(self) -> list[Image.Image]:
         """The pictures in the order of the prompt's `<image>`s."""
         if self.image_type == "collage":
-            return [self.drawing.draw_collage(self.scenes, self.grid)]
+            return [draw.draw_collage(self.scenes, GRID)]
         if self.image_type == "pip":
-            return [self.drawing.draw_pip(*self.scenes)]
-        return [self.drawing.draw_single(scene) for scene in self.scenes]
+            return [draw.draw_pip(*self.scenes)]
+        return [draw.draw_single(scene) for scene in self.scenes]
 
 
 def sample_scene(rng: np.random.Generator, split: str) -> Scene:
@@ -112,33 +86,21 @@ def sample_scene(rng: np.random.Generator, split: str) -> Scene:
     return Scene(*pool[rng.integers(len(pool))], seed=int(rng.integers(2**31)))
 
 
-def sample_prompt(
-    rng: np.random.Generator,
-    split: str,
-    image_type: str,
-    num_scenes: int | None = None,
-    target: int | None = None,
-    prompt_class: type[Prompt] = Prompt,
-    sample_scene: Callable = sample_scene,
-) -> Prompt:
+def sample_prompt(rng: np.random.Generator, split: str, image_type: str, num_scenes: int | None = None) -> Prompt:
     """A random prompt of the split; every other scene differs from the target on the asked attribute.
 
-    `num_scenes` matters for sequences only, 2 to 5 at random unless given; the target is random unless given. The last
-    two make it another world's.
+    `num_scenes` matters for sequences only, 2 to 5 at random unless given.
     """
     if image_type == "sequence":
         num_scenes = num_scenes or int(rng.choice(SEQUENCE_LENGTHS))
     else:
         num_scenes = {"single": 1, "pip": 2, "collage": GRID[0] * GRID[1]}[image_type]
-    if image_type == "pip":
-        target = 0
-    elif target is None:
-        target = int(rng.integers(num_scenes))
-    attribute = str(rng.choice(list(prompt_class.attributes)))
+    target = 0 if image_type == "pip" else int(rng.integers(num_scenes))
+    attribute = str(rng.choice(list(ATTRIBUTES)))
     wanted, scenes = sample_scene(rng, split), []
     while len(scenes) < num_scenes - 1:
         scene = sample_scene(rng, split)
         if getattr(scene, attribute) != getattr(wanted, attribute):
             scenes.append(scene)
     scenes.insert(target, wanted)
-    return prompt_class(image_type, tuple(scenes), target, attribute, str(rng.choice(CENTRE_PHRASES)))
+    return Prompt(image_type, tuple(scenes), target, attribute, str(rng.choice(CENTRE_PHRASES)))

@@ -1,6 +1,6 @@
 """Held-out accuracy of a miniature model on one-question prompts, by format, and what its errors are."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -9,6 +9,7 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 from llava.families.llava15 import vicuna_v1
 from scripts.miniature.lessons import encode
 from scripts.miniature.prompts import SEQUENCE_LENGTHS, Prompt, sample_prompt
+from scripts.miniature.world import ATTRIBUTES
 
 BATCH = 50
 SETS = [("single", None), *(("sequence", n) for n in SEQUENCE_LENGTHS), ("collage", None), ("pip", None)]
@@ -20,13 +21,12 @@ def score_base(
     num_test: int,
     split: str = "test",
     seed: int = 0,
-    sample: Callable[..., Prompt] = sample_prompt,
 ) -> dict:
-    """Scores of every format; `split` names what is held out, `sample` draws another world's prompts."""
+    """Scores of every format; `split` names what is held out."""
     scores = {}
     for number, (image_type, num_scenes) in enumerate(SETS):
         rng = np.random.default_rng([seed, number])
-        prompts = [sample(rng, split, image_type, num_scenes) for _ in range(num_test)]
+        prompts = [sample_prompt(rng, split, image_type, num_scenes) for _ in range(num_test)]
         name = f"{image_type}_{num_scenes}" if num_scenes else image_type
         scores[name] = summarize(prompts, answer(model, processor, prompts))
     return scores
@@ -38,10 +38,9 @@ def validation_accuracy(
     image_type: str,
     num_scenes: int | None,
     count: int,
-    sample: Callable[..., Prompt] = sample_prompt,
 ) -> float:
     """Of `count` validation prompts of a format, in %; always the same ones."""
-    prompts = [sample(np.random.default_rng(n), "validation", image_type, num_scenes) for n in range(count)]
+    prompts = [sample_prompt(np.random.default_rng(n), "validation", image_type, num_scenes) for n in range(count)]
     return summarize(prompts, answer(model, processor, prompts))["accuracy"]
 
 
@@ -55,7 +54,6 @@ def answer(model: LlavaForConditionalGeneration, processor: LlavaProcessor, prom
         part = prompts[start : start + BATCH]
         texts = [vicuna_v1([(prompt.text, prompt.answer)]) for prompt in part]
         batch = encode(processor, texts, [picture for prompt in part for picture in prompt.pictures()])
-        batch = batch.to(model.device)
         inputs = {"input_ids": batch.input_ids, "pixel_values": batch.pixel_values}
         with torch.inference_mode():
             logits = model(**inputs, logits_to_keep=batch.before).logits
@@ -77,7 +75,7 @@ def summarize(prompts: list[Prompt], words: list[str]) -> dict:
         "accuracy": _percent(right),
         "num_prompts": len(prompts),
         "confusion_share": _percent(confused),
-        "by_attribute": {name: _percent(right[attributes == name]) for name in prompts[0].attributes},
+        "by_attribute": {name: _percent(right[attributes == name]) for name in ATTRIBUTES},
         "by_target": {int(target): _percent(right[targets == target]) for target in np.unique(targets)},
     }
 

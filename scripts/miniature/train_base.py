@@ -10,8 +10,8 @@ check on held-out prompts, so that what is built on the base has something to im
 A killed run goes on where it was, if started again with the same --output.
 """
 
-import argparse
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,8 @@ from torch.nn import functional as F
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 from transformers.utils import logging as transformers_logging
 
-from llava.runtime import ArgumentParser, user_errors, write_text
+from llava.command_line import flag, parse
+from llava.runtime import user_errors, write_text
 from scripts.miniature.course import Course, Stage, until
 from scripts.miniature.lessons import PATCHES, Batch, conversation_batch, patch_batch
 from scripts.miniature.model import TEXT_WIDTH, VISION_WIDTH, build_model, build_processor
@@ -45,36 +46,37 @@ RECIPE = {
 }  # fmt: skip
 
 
+@dataclass(frozen=True)
+class BaseFlags:
+    """The command line."""
+
+    _argument_group_name = "base"
+    output: Path = flag("folder of the checkpoint")
+    seed: int = flag("of weights and lessons", 0)
+    num_test: int = flag("held-out prompts for each score", 400)
+
+
 def main() -> None:
     """Trains, scores and saves the base."""
-    args = parse_args()
     torch.set_num_threads(1)  # the same sums in the same order on every machine
     transformers_logging.set_verbosity_error()
-    processor = build_processor()
-    course = Course(
-        build_model(processor, args.seed), np.random.default_rng(args.seed), args.output / "progress.pt",
-        {"recipe": RECIPE, "seed": args.seed},
-    )  # fmt: skip
     with user_errors():
+        (flags,) = parse([BaseFlags], __doc__)
+        processor = build_processor()
+        course = Course(
+            build_model(processor, flags.seed), np.random.default_rng(flags.seed), flags.output / "progress.pt",
+            {"recipe": RECIPE, "seed": flags.seed},
+        )  # fmt: skip
         course.open()
     for number, stage in enumerate((vision, reading, routing)):
-        torch.manual_seed(1000 * args.seed + number)  # of the stage's head
+        torch.manual_seed(1000 * flags.seed + number)  # of the stage's head
         course.run(stage(course.model, processor, course.rng))
-    save(course.model, processor, args.output)
-    found = score_base(course.model.eval(), processor, args.num_test)
-    scores = json.dumps(found | {"steps": course.finished, "seed": args.seed}, indent=1)
-    write_text(args.output / "base_scores.json", scores + "\n")
+    save(course.model, processor, flags.output)
+    found = score_base(course.model.eval(), processor, flags.num_test)
+    scores = json.dumps(found | {"steps": course.finished, "seed": flags.seed}, indent=1)
+    write_text(flags.output / "base_scores.json", scores + "\n")
     course.file.unlink()
     print(scores)
-
-
-def parse_args() -> argparse.Namespace:
-    """The command line."""
-    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="folder of the checkpoint")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and lessons")
-    parser.add_argument("--num_test", type=int, default=400, help="held-out prompts for each score")
-    return parser.parse_args()
 
 
 def vision(model: LlavaForConditionalGeneration, processor: LlavaProcessor, rng: np.random.Generator) -> Stage:

@@ -6,14 +6,13 @@ Letters: S seeds, Q questions, C draws.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
+from scipy import stats
 
 LEVEL = 0.95
 SAMPLES = 10_000
 DRAWS_AT_ONCE = 500  # counts of every question held in memory at a time
-POINTS = 20_001  # of the integral below: quantiles are right to four digits
 
 
 @dataclass(frozen=True)
@@ -23,35 +22,21 @@ class Interval:
     mean: float
     low: float | None
     high: float | None
+    values: tuple[float, ...] = ()  # of each seed
 
 
-def seed_interval(values: Sequence[float], level: float = LEVEL) -> Interval:
-    """Mean over seeds with Student's t interval: what another set of seeds would give, the data being the same."""
+def seed_interval(values: Sequence[float], least: float = 0.0, most: float = 1.0) -> Interval:
+    """Mean over seeds with Student's t interval: what another set of seeds would give, the data being the same.
+
+    The interval ends where the quantity does, at `least` and `most`: of few seeds it is wide.
+    """
     if not len(values):
         raise ValueError("an interval needs at least one value")
-    mean = float(np.mean(values))
-    if len(values) < 2:
-        return Interval(mean, None, None)
-    half = t_quantile(len(values) - 1, level) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
-    return Interval(mean, mean - half, mean + half)
-
-
-@lru_cache
-def t_quantile(degrees: int, level: float = LEVEL) -> float:
-    """The t that a two-sided interval of this level reaches to, by integrating Student's density and bisecting."""
-    low, high = 0.0, 1000.0
-    while high - low > 1e-7:
-        middle = (low + high) / 2
-        low, high = (middle, high) if _central_probability(middle, degrees) < level else (low, middle)
-    return (low + high) / 2
-
-
-def _central_probability(t: float, degrees: int) -> float:
-    """P(|T| < t), integrated over the angle whose tangent is T / sqrt(degrees), where the density is a power of cos."""
-    angles = np.linspace(0.0, math.atan(t / math.sqrt(degrees)), POINTS)
-    density = np.cos(angles) ** (degrees - 1)
-    scale = math.exp(math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2)) / math.sqrt(math.pi)
-    return 2 * scale * float((density[1:] + density[:-1]).sum() / 2 * (angles[1] - angles[0]))
+    own, mean = tuple(map(float, values)), float(np.mean(values))
+    if len(own) < 2:
+        return Interval(mean, None, None, own)
+    half = float(stats.t.ppf((1 + LEVEL) / 2, len(own) - 1) * np.std(own, ddof=1)) / math.sqrt(len(own))
+    return Interval(mean, max(least, mean - half), min(most, mean + half), own)
 
 
 def mean_of_groups(scores: np.ndarray, groups: np.ndarray) -> np.ndarray:
@@ -97,16 +82,11 @@ def compare(first: np.ndarray, second: np.ndarray, groups: np.ndarray, samples: 
     """Two models (or sets of models) on the same questions: (S, Q) scores each, groups (Q,) of equal weight."""
     means = mean_of_groups(first, groups), mean_of_groups(second, groups)
     before, after = resampled([first, second], groups, samples)
-    low, high = percentiles(after - before)
-    ratio = after / np.maximum(before, 1e-9) - 1
-    relative = Interval(float(means[1].mean() / max(means[0].mean(), 1e-9) - 1), *percentiles(ratio))
-    return Comparison(seed_interval(means[1] - means[0]), low, high, two_sided_p(after - before), relative)
-
-
-def percentiles(draws: np.ndarray, level: float = LEVEL) -> tuple[float, float]:
-    """Bounds of the central share `level` of the draws."""
-    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    ends = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
+    low, high = map(float, np.quantile(after - before, ends))
+    ratio = np.quantile(after / np.maximum(before, 1e-9) - 1, ends)
+    relative = Interval(float(means[1].mean() / max(means[0].mean(), 1e-9) - 1), *map(float, ratio))
+    return Comparison(seed_interval(means[1] - means[0], -1), low, high, two_sided_p(after - before), relative)
 
 
 def two_sided_p(draws: np.ndarray) -> float:

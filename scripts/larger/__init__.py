@@ -1,1 +1,0 @@
-"""The study on a LLaVA of real pretrained parts, which packages carry: fetched, built and trained by run.sh."""

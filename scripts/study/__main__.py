@@ -1,0 +1,92 @@
+"""Trains arms with seeds and controls on any model and data, answers the test questions, and compares:
+`python -m scripts.study --config study.json --output DIR`
+
+Every training and answering runs through its launch script, one after the other or --jobs at a time; with
+--launcher "sbatch --wait" each is a job. Started again, a killed study goes on. Writes OUTPUT/results.md, results.json
+and figures/. What a config holds is said in scripts/study/config.py; scripts/miniature/study.json is one.
+"""
+
+import logging
+import shlex
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from llava.checkpoints import weight_digest
+from llava.command_line import check_numbers, flag, parse
+from llava.run_folder import only_writer
+from llava.runtime import git_commit, setup_logging, short_commit, stop, user_errors
+from scripts.study.config import Config, located, read_config
+from scripts.study.report import SEVERAL, write_report
+from scripts.study.results import collect
+from scripts.study.running import Runner, UnitFailed, commits, finished, progress, refuse_others
+from scripts.study.units import Unit, plan
+
+logger = logging.getLogger("scripts.study")
+
+
+@dataclass(frozen=True)
+class StudyFlags:
+    """The command line."""
+
+    _argument_group_name = "study"
+    config: Path = flag("what is compared, a JSON file")
+    output: Path = flag("folder of the study, an old one to go on with")
+    only: list[str] = flag("these arms alone, and the base", [])
+    quick: bool = flag("with the changes that the config's entry `quick` makes, to see that everything works", False)
+    jobs: int = flag("units at a time", 1)
+    launcher: str = flag('what starts a script: bash, or for example "sbatch --wait --partition=NAME"', "bash")
+    plan_only: bool = flag("say what would be run", False)
+    report_only: bool = flag("run nothing: report what is there", False)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Checks, runs what is missing, reports."""
+    setup_logging()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that children end too
+    with user_errors():
+        (flags,) = parse([StudyFlags], __doc__, argv)
+        check_numbers(flags, jobs=(1, None))
+        config = read_config(flags.config, flags.quick, flags.only)
+        output = flags.output.resolve()
+        units = plan(config, weight_digest(located(config.base)))
+        if not flags.report_only:
+            check(output, units)
+    if flags.plan_only:
+        for unit in units:
+            logger.info("%s  %s", "done " if finished(output, unit.name) else "to do", unit.name)
+        return
+    if not flags.report_only:
+        run(flags, output, units)
+    with user_errors():
+        report(config, output, units)
+
+
+def check(output: Path, units: Sequence[Unit]) -> None:
+    """Refuses units of another configuration, and says how far the study is. Raises ValueError."""
+    refuse_others(output, units)
+    here = git_commit()
+    others = [commit for commit in commits(output, units) if commit != here]
+    if others:
+        logger.warning("finished units are of other code (%s). %s", ", ".join(map(short_commit, others)), SEVERAL)
+    logger.info("%s", progress(output, units))
+
+
+def run(flags: StudyFlags, output: Path, units: Sequence[Unit]) -> None:
+    """Everything that is missing; ends the process where a unit fails."""
+    with user_errors(), only_writer(output / "study") as lock:
+        try:
+            Runner(output, flags.jobs, shlex.split(flags.launcher), lock).run(units)
+        except UnitFailed as error:
+            stop(f"{error}. Start the same command again to go on.")
+
+
+def report(config: Config, output: Path, units: Sequence[Unit]) -> None:
+    """Writes the results of what is finished, and logs them."""
+    logger.info("%s\n%s", write_report(collect(config, output, units), output), output / "results.md")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""results.json, results.md with one table of arms and one of comparisons, and two figures."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from llava.run_folder import as_json
+from llava.runtime import short_commit, write_text
+from scripts.study.config import BASE
+from scripts.study.units import PLAIN
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#555555", "#000000")
+MARKERS = "os^Dv<>P"
+FEW = 6  # of fewer seeds an interval says little: their values stand beside it
+NO_END = 0.02  # so many more answers begin right than are right: many have no end
+ABSENT = "-"
+SEVERAL = (
+    "Units of several commits: they are paired by seed only where these train the same weights, for with another order "
+    "of the pairs the same seed is another draw."
+)
+ARMS_NOTE = (
+    "Mean over seeds in % [95 % interval, Student's t over seeds] (each of fewer than six seeds). The mean is that of "
+    "the formats with several images. Begins right: the answer begins with the true one, whatever follows; far above "
+    "the accuracy, the model no longer ends its answers. Cut off: answers without an end. Attention ratio: share of "
+    "the image attention that lies on the image asked about."
+)
+COMPARED_NOTE = (
+    "Arm - control, paired by seed and by question, in points [t interval over seeds] (each of fewer than six seeds); "
+    "resampled: 95 % of 10,000 draws of seeds and, within each format, of questions; p: two-sided, of these draws; "
+    "relative: to the control, resampled."
+)
+CAPTIONS = {
+    "accuracy": "Mean accuracy; a dot is a seed, a bar the 95 % t interval over seeds, a cross the answers that begin "
+    "right where many have no end",
+    "ratio": "Attention ratio and accuracy of every seed: does accuracy follow the attention?",
+}
+
+
+def write_report(results: Mapping[str, Any], output: Path) -> str:
+    """Writes all of them; each is whole or as it was. Gives the Markdown."""
+    results = as_json(results)
+    figures = {"accuracy": draw_accuracy(results["arms"]), "ratio": draw_ratio(results["arms"])}
+    figures = {name: figure for name, figure in figures.items() if figure}
+    (output / "figures").mkdir(exist_ok=True)
+    for name, figure in figures.items():
+        figure.savefig(output / "figures" / f"{name}.png", dpi=160, metadata={"Software": None})
+    text = markdown(results) + "".join(f"\n![{CAPTIONS[name]}](figures/{name}.png)\n" for name in figures)
+    write_text(output / "results.json", json.dumps(results, indent=1) + "\n")
+    write_text(output / "results.md", text)
+    return text
+
+
+def markdown(results: Mapping[str, Any]) -> str:
+    """Title, summary and both tables."""
+    units, made = results["units"], results["git_commits"]
+    summary = f"{units['finished']} of {units['all']} units finished. Code: {', '.join(map(short_commit, made))}."
+    parts = [f"# {results['config'].get('title', 'Study')}", summary + (f" {SEVERAL}" if len(made) > 1 else "")]
+    parts += ["## Arms", ARMS_NOTE, arms_table(results["arms"])]
+    if results["comparisons"]:
+        parts += ["## Comparisons", COMPARED_NOTE, comparisons_table(results["comparisons"])]
+    for own in results["sanity"]:
+        verdict = "the same weights, byte for byte" if own["is_same"] else "OTHER weights: something acts that must not"
+        parts.append(f"{own['arm']}, seed {own['seed']}, must equal {own['same_as']}: {verdict}.")
+    return "\n\n".join(parts) + "\n"
+
+
+def arms_table(arms: Sequence[Mapping[str, Any]]) -> str:
+    """A row for every arm and way of answering."""
+    formats = list(dict.fromkeys(name for arm in arms for name in arm["numbers"] if name.startswith("format/")))
+    rows = [
+        [arm["label"], str(len(arm["seeds"])),
+         *(shown(arm["numbers"][name]) for name in ("mean", "begins")), shown(arm["numbers"]["cut_off"], brief=True),
+         *(shown(arm["numbers"].get(name), brief=True) for name in formats),
+         shown(arm["numbers"].get("ratio"), ".3f", 1, brief=True)]
+        for arm in arms
+    ]  # fmt: skip
+    names = [name.removeprefix("format/") for name in formats]
+    return table(["", "seeds", "mean", "begins right", "cut off", *names, "attention ratio"], rows)
+
+
+def comparisons_table(comparisons: Sequence[Mapping[str, Any]]) -> str:
+    """A row for every arm and control."""
+    rows = []
+    for own in comparisons:
+        mean, single = own["mean"], own.get("single")
+        resampled = f"[{100 * mean['low']:+.1f}, {100 * mean['high']:+.1f}]"
+        rows.append([
+            own["label"], str(len(own["seeds"])), shown(mean["over_seeds"], "+.1f"), resampled, f"{mean['p']:.2g}",
+            shown(mean["relative"], "+.1f"), shown(mean["begins"], "+.1f"),
+            shown(single and single["over_seeds"], "+.1f", brief=True),
+        ])  # fmt: skip
+    return table(["arm - control", "seeds", "mean", "resampled", "p", "relative %", "begins right", "single"], rows)
+
+
+def shown(found: Mapping[str, Any] | None, form: str = ".1f", scale: float = 100, brief: bool = False) -> str:
+    """An interval as "84.7 [84.4, 84.9] (84.6 84.8)"; without the values of the seeds if `brief` or not few."""
+    if found is None:
+        return ABSENT
+
+    def text(value: float) -> str:
+        return format(round(scale * value, 9) + 0.0, form)  # never -0.0
+
+    if found["low"] is None:
+        return text(found["mean"])
+    values = f" ({' '.join(map(text, found['values']))})" if 0 < len(found["values"]) < FEW and not brief else ""
+    return f"{text(found['mean'])} [{text(found['low'])}, {text(found['high'])}]{values}"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """In Markdown, numbers to the right."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def draw_accuracy(arms: Sequence[Mapping[str, Any]]) -> Figure:
+    """Every arm on its own line."""
+    figure = Figure(figsize=(7.5, 0.8 + 0.26 * len(arms)), layout="constrained")
+    axis = figure.subplots()
+    for place, arm in enumerate(arms):
+        own, begins = arm["numbers"]["mean"], arm["numbers"]["begins"]["mean"]
+        axis.plot(100 * np.array(own["values"]), [place] * len(own["values"]), "o", color="#999999", markersize=3)
+        ends = [own["mean"] if own[end] is None else own[end] for end in ("low", "high")]
+        bar = 100 * np.abs(np.array(ends)[:, None] - own["mean"])
+        colour = COLOURS[arm["way"] != PLAIN]
+        axis.errorbar(100 * own["mean"], place, xerr=bar, fmt="o", color=colour, markersize=5, capsize=2.5)
+        if begins > own["mean"] + NO_END:
+            axis.plot(100 * begins, place, "x", color="#000000", markersize=7)
+        if (arm["arm"], arm["way"]) == (BASE, PLAIN):
+            axis.axvline(100 * own["mean"], color="#555555", linestyle="dashed", linewidth=1)
+    axis.set_yticks(range(len(arms)), [arm["label"] for arm in arms], parse_math=False)
+    axis.set(ylim=(len(arms) - 0.5, -0.5), xlim=(-2, 102), xlabel="mean accuracy (%)")
+    axis.grid(axis="x", color="#e4e4e4")
+    return figure
+
+
+def draw_ratio(arms: Sequence[Mapping[str, Any]]) -> Figure | None:
+    """Each seed of each arm, attention ratio against accuracy: a colour for an arm, a marker for a way of answering."""
+    known = [arm for arm in arms if "ratio" in arm["numbers"]]
+    if not known:
+        return None
+    figure = Figure(figsize=(7.5, 4.2), layout="constrained")
+    axis = figure.subplots()
+    names, ways = (list(dict.fromkeys(arm[key] for arm in known)) for key in ("arm", "way"))
+    for arm in known:
+        place = names.index(arm["arm"])
+        colour = COLOURS[place % len(COLOURS)]  # arms after the last colour are hollow
+        axis.plot(
+            arm["numbers"]["ratio"]["values"], 100 * np.array(arm["numbers"]["mean"]["values"]), linestyle="",
+            marker=MARKERS[ways.index(arm["way"]) % len(MARKERS)], color=colour, markersize=5, label=arm["label"],
+            markerfacecolor=colour if place < len(COLOURS) else "none",
+        )  # fmt: skip
+    axis.set(xlabel="attention ratio", ylabel="mean accuracy (%)")
+    axis.grid(color="#e4e4e4")
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=7)
+    return figure
