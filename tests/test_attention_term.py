@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from llava.attention import attention_ratio, mean_over_layers
-from llava.checkpoints import weight_digest
+from llava.checkpoints import open_checkpoint
 from llava.heads import Heads, RankedHead, Ranking
 from tests.test_packing import eager_twin, pairs_of
 from tests.test_trainer import make_trainer, one_batch, pairs  # noqa: F401  two fixtures
@@ -21,7 +21,7 @@ NUM_HEADS, HEAD_SIZE = 4, 32
 @pytest.fixture
 def heads_file(checkpoint, tmp_path):
     """A file whose three best heads are SOME."""
-    digest = weight_digest(checkpoint)
+    digest = open_checkpoint(checkpoint).digest
     ranked = tuple(RankedHead(*place, 0.9, 0.5) for place in ((2, 1), (1, 0), (1, 3), (0, 0), (3, 2)))
     Ranking(checkpoint, checkpoint, digest, digest, "3 (c)", 3, 0.4, ranked).write(tmp_path / "heads.json")
     return tmp_path / "heads.json"
@@ -42,8 +42,8 @@ def eager_masses(eager, pair, pixels, layer, heads):
 def test_masses_of_selected_heads_equal_eager_attention_by_hand(processor, model):
     eager, (asked, pixels, own_pixels) = eager_twin(model, processor), pairs_of(model)
     row = pack(asked, model.config.image_token_id)
-    settings = {"layers": SOME.layers, "heads": SOME.chosen(NUM_HEADS)}
-    found = score(model, row, pixel_values=pixels, **settings).masses
+    settings = {"layers": SOME.layers, "heads": SOME.selected(NUM_HEADS)}
+    found = score(model, row, pixels={"pixel_values": pixels}, **settings).masses
     for number, (pair, own) in enumerate(zip(asked, own_pixels, strict=True)):
         with torch.no_grad():
             expected = [eager_masses(eager, pair, own, layer, heads) for layer, heads in SOME.by_layer.items()]
@@ -58,8 +58,8 @@ def test_the_gradient_of_the_term_reaches_queries_and_keys_of_the_selected_heads
         model.activation_checkpointing_enable()
         model.train()
     chosen, row = Heads({2: (1, 3)}), pack(asked, model.config.image_token_id)
-    settings = {"layers": chosen.layers, "heads": chosen.chosen(NUM_HEADS)}
-    masses = score(model, row, pixel_values=pixels, **settings).masses
+    settings = {"layers": chosen.layers, "heads": chosen.selected(NUM_HEADS)}
+    masses = score(model, row, pixels={"pixel_values": pixels}, **settings).masses
     ratio = mean_over_layers(attention_ratio(masses), settings["heads"])
     hinge_attention(ratio, 1.0).mean().backward()
     layers = model.model.language_model.layers
@@ -74,13 +74,13 @@ def test_the_gradient_of_the_term_reaches_queries_and_keys_of_the_selected_heads
 def test_flags_reach_the_trainer_its_log_and_the_record_of_the_run(make_trainer, heads_file):  # noqa: F811
     flags = ("--attention_heads", str(heads_file), "--top_heads", "3")
     trainer = make_trainer(*flags)
-    assert trainer.layers == {1, 2} and torch.equal(trainer.heads, SOME.chosen(NUM_HEADS))
+    assert trainer.layers == {1, 2} and torch.equal(trainer.heads, SOME.selected(NUM_HEADS))
     trainer.model.eval()
     batch = one_batch(trainer)
     with torch.no_grad():
         _, metrics = trainer.compute_loss(trainer.model, batch, return_outputs=True)
         settings = {"layers": SOME.layers, "heads": trainer.heads}
-        by_layer = attention_ratio(score(trainer.model, batch["row"], batch["pixel_values"], **settings).masses)
+        by_layer = attention_ratio(score(trainer.model, batch["row"], batch["pixels"], **settings).masses)
     torch.testing.assert_close(metrics[:, METRICS.index("attention/ratio")], (2 * by_layer[0] + by_layer[1]) / 3)
     identity = next(c.identity for c in trainer.callback_handler.callbacks if hasattr(c, "identity"))
     assert identity["attention_heads"] == SOME.to_json() and identity["top_heads"] == 3

@@ -1,12 +1,12 @@
 """From records to checked pairs, and from pairs to items and batches."""
 
+import copy
 import json
 import logging
 from types import SimpleNamespace
 
 import pytest
 import torch
-from llava.layout import PatchGrid
 from PIL import Image
 
 from llava.checks import check_pictures
@@ -26,20 +26,16 @@ TOKENS = 36  # per image of the miniature
 
 
 @pytest.fixture
-def setting(processor, data):
+def setting(family, data):
     """What the functions under test take, and `pairs(records)` from dicts to tokenised pairs."""
-    tokenizer = processor.tokenizer
-    image_token = tokenizer.convert_tokens_to_ids("<image>")
-    vision = SimpleNamespace(image_size=72, patch_size=12)
+    store = ImageStore(data.images)
 
     def pairs(*records):
-        return tokenize(read_preferences(data(list(records))), tokenizer, image_token, TOKENS)
+        return tokenize(read_preferences(data(list(records))), family, None)
 
-    grid = PatchGrid.of(processor.image_processor, vision, pad=True)
-    store = ImageStore(data.images)
     return SimpleNamespace(
-        pairs=pairs, grid=grid, store=store, image_token=image_token, tokenizer=tokenizer, images=data.images,
-        dataset=lambda pairs: PairDataset(pairs, store, processor.image_processor, grid, image_token),
+        pairs=pairs, family=family, store=store, image_token=family.image_id, tokenizer=family.tokenizer,
+        images=data.images, dataset=lambda pairs: PairDataset(pairs, store, family),
     )  # fmt: skip
 
 
@@ -83,7 +79,9 @@ class WithoutCapitals:
 def test_records_that_tokenise_badly_are_all_listed(setting):
     same = {"chosen": "Red", "rejected": "red"}
     records = [pair.record for pair in setting.pairs(preference(0), preference(1, **same), preference(2, **same))]
-    found = problems(tokenize, records, WithoutCapitals(setting.tokenizer), setting.image_token, TOKENS)
+    family = copy.copy(setting.family)
+    family.tokenizer = WithoutCapitals(setting.tokenizer)
+    found = problems(tokenize, records, family, None)
     assert len(found) == 2 and all("same tokens" in problem for problem in found)
     assert "train.json record 2 (id pair_1)" in found[0] and "train.json record 3 (id pair_2)" in found[1]
 
@@ -152,17 +150,17 @@ def test_a_bad_picture_is_named_with_its_record(setting, how, depths):
     damage(setting, "yellow.png", how)
     for depth in ("full", "header", "exists"):
         if depth in depths:
-            (found,) = problems(check_pictures, records_of(pairs), setting.store, setting.grid, depth)
+            (found,) = problems(check_pictures, records_of(pairs), setting.store, setting.family, depth)
             assert "train.json record 2 (id pair_2): " in found and "yellow.png" in found
         else:
-            check_pictures(records_of(pairs), setting.store, setting.grid, depth)
+            check_pictures(records_of(pairs), setting.store, setting.family, depth)
 
 
 def test_every_record_with_a_bad_picture_is_listed(setting):
     pairs = setting.pairs(*(preference(n) for n in range(5)))  # green is in pairs 0 and 1, white in 3 and 4
     damage(setting, "green.png", "missing")
     damage(setting, "white.png", "text")
-    found = problems(check_pictures, records_of(pairs), setting.store, setting.grid, "full")
+    found = problems(check_pictures, records_of(pairs), setting.store, setting.family, "full")
     assert [problem.split("(id ")[1].split(")")[0] for problem in found] == ["pair_0", "pair_1", "pair_3", "pair_4"]
 
 
@@ -175,7 +173,7 @@ def collage(number, target, image="canvas.png", **changes):
 def test_a_cell_that_does_not_exist_is_named_with_its_record(setting, depth):
     Image.new("RGB", (936, 488)).save(setting.images / "canvas.png")
     pairs = setting.pairs(collage(0, 2), collage(1, 3), collage(2, 3, grid=[1, 3]), collage(3, 7))
-    found = problems(check_pictures, records_of(pairs), setting.store, setting.grid, depth)
+    found = problems(check_pictures, records_of(pairs), setting.store, setting.family, depth)
     assert len(found) == 2
     assert "train.json record 2 (id pair_1): Image3 does not exist" in found[0]
     assert "train.json record 4 (id pair_3): Image7 does not exist" in found[1]
@@ -183,7 +181,7 @@ def test_a_cell_that_does_not_exist_is_named_with_its_record(setting, depth):
 
 def test_a_box_outside_its_picture_is_named_with_its_record(setting):
     pairs = setting.pairs(collage(0, 1, image="red.png", target_box=[0, 0, 73, 10]))
-    (found,) = problems(check_pictures, records_of(pairs), setting.store, setting.grid, "header")
+    (found,) = problems(check_pictures, records_of(pairs), setting.store, setting.family, "header")
     assert "record 1 (id pair_0)" in found and "72 x 72" in found
 
 
@@ -216,7 +214,7 @@ def test_item_of_a_sequence(setting):
     item = setting.dataset(setting.pairs(preference(0, 1), preference(1, 3, target=2)))[1]
     pair = item["pair"]
     assert item["index"] == 1 and FORMATS[item["format"]] == "sequence"
-    assert item["pixel_values"].shape == (3, 3, 72, 72) and item["pixel_values"].dtype == torch.float32
+    assert item["pixels"]["pixel_values"].shape == (3, 3, 72, 72) and item["pixels"]["pixel_values"].dtype == torch.float32
     assert pair.prompt.count(setting.image_token) == 3 * TOKENS
     assert pair.target.tolist() == [0.0] * 36 + [1.0] * 36 + [0.0] * 36
 
@@ -224,7 +222,7 @@ def test_item_of_a_sequence(setting):
 def test_pictures_of_an_item_are_in_the_records_order(setting):
     """Green, blue, yellow: the channel of largest value tells them apart, whatever the normalisation."""
     item = setting.dataset(setting.pairs(preference(1, 3)))[0]
-    means = item["pixel_values"].mean((2, 3))
+    means = item["pixels"]["pixel_values"].mean((2, 3))
     assert [means[0].argmax(), means[1].argmax(), means[2].argmin()] == [1, 2, 2]
 
 
@@ -251,7 +249,7 @@ def test_batch(setting, needs_rejected):
     batch = PairCollator(setting.image_token, needs_rejected)(items)
     row, pairs = batch["row"], [item["pair"] for item in items]
     assert next(iter(batch)) == "index" and batch["index"].tolist() == [0, 1, 2]
-    assert batch["pixel_values"].shape == (6, 3, 72, 72)
+    assert batch["pixels"]["pixel_values"].shape == (6, 3, 72, 72)
     assert [FORMATS[number] for number in batch["format"]] == ["sequence", "sequence", "single"]
     assert (row.input_ids == setting.image_token).sum() == 6 * TOKENS and row.num_pairs == 3
     labels = [token for p in pairs for token in p.chosen + (p.rejected if needs_rejected else [])]

@@ -170,14 +170,16 @@ def test_the_adapter_loads_in_plain_peft_with_the_same_logits(checkpoint, zero2)
     from peft import PeftModel
     from transformers import LlavaForConditionalGeneration
 
-    from llava.checkpoints import load_model
+    from llava.checkpoints import open_checkpoint
     from scripts.export import example, logits
 
     plain = PeftModel.from_pretrained(LlavaForConditionalGeneration.from_pretrained(checkpoint), zero2).eval()
-    ours, probe = load_model(str(zero2)).eval(), example(plain)
+    opened = open_checkpoint(str(zero2))
+    family, ours = opened.family, opened.load().eval()
+    probe = example(family)
     base = LlavaForConditionalGeneration.from_pretrained(checkpoint).eval()
-    assert (logits(plain, probe) - logits(base, probe)).abs().max() > 1e-4
-    torch.testing.assert_close(logits(ours, probe), logits(plain, probe), atol=1e-5, rtol=0)
+    assert (logits(plain, family, probe) - logits(base, family, probe)).abs().max() > 1e-4
+    torch.testing.assert_close(logits(ours, family, probe), logits(plain, family, probe), atol=1e-5, rtol=0)
 
 
 def test_other_pairs_per_step_are_refused_before_loading_with_the_flags_that_keep_them(data_set, checkpoint, zero2):

@@ -70,7 +70,7 @@ def test_packed_row_equals_two_forwards_of_every_pair(processor, heads):
     eager = eager_twin(model, processor, **heads)
     pairs, pixels, own_pixels = pairs_of(model)
     row = pack(pairs, model.config.image_token_id)
-    found = score(model, row, pixel_values=pixels, layers=LAYERS)
+    found = score(model, row, pixels={"pixel_values": pixels}, layers=LAYERS)
     chosen, rejected, masses = separate_scores(eager, pairs, own_pixels)
     torch.testing.assert_close(found.chosen, chosen, atol=2e-5, rtol=1e-5)
     torch.testing.assert_close(found.rejected, rejected, atol=2e-5, rtol=1e-5)
@@ -92,7 +92,7 @@ def test_packed_gradients_equal_those_of_separate_forwards(processor, model, che
     if checkpointing:
         model.activation_checkpointing_enable()
         model.train()
-    found = score(model, pack(pairs, model.config.image_token_id), pixel_values=pixels, layers=LAYERS)
+    found = score(model, pack(pairs, model.config.image_token_id), pixels={"pixel_values": pixels}, layers=LAYERS)
     some_loss(found.chosen, found.rejected, found.masses).backward()
     some_loss(*separate_scores(eager, pairs, own_pixels)).backward()
     largest = 0.0
@@ -109,7 +109,7 @@ def test_features_encoded_before_give_the_same_scores(model):
     pairs, pixels, _ = pairs_of(model)
     row = pack(pairs, model.config.image_token_id)
     features = model.get_image_features(pixel_values=pixels, return_dict=True).pooler_output
-    a = score(model, row, pixel_values=pixels, layers=LAYERS)
+    a = score(model, row, pixels={"pixel_values": pixels}, layers=LAYERS)
     b = score(model, row, image_features=features, layers=LAYERS)
     assert torch.equal(a.chosen, b.chosen) and torch.equal(a.masses, b.masses)
 
@@ -117,8 +117,8 @@ def test_features_encoded_before_give_the_same_scores(model):
 def test_without_rejected_answers_the_chosen_ones_do_not_change(model):
     pairs, pixels, _ = pairs_of(model)
     alone = [EncodedPair(p.prompt, p.chosen, [], p.target) for p in pairs]
-    both = score(model, pack(pairs, model.config.image_token_id), pixel_values=pixels, layers=LAYERS)
-    only = score(model, pack(alone, model.config.image_token_id), pixel_values=pixels, layers=LAYERS)
+    both = score(model, pack(pairs, model.config.image_token_id), pixels={"pixel_values": pixels}, layers=LAYERS)
+    only = score(model, pack(alone, model.config.image_token_id), pixels={"pixel_values": pixels}, layers=LAYERS)
     assert only.rejected is None
     torch.testing.assert_close(only.chosen, both.chosen, atol=2e-5, rtol=1e-5)
     torch.testing.assert_close(only.masses, both.masses, atol=2e-6, rtol=1e-5)
@@ -130,7 +130,7 @@ class TestNegativeControls:
     def rejected_error(self, processor, model, row):
         pairs, pixels, own = pairs_of(model)
         _, expected, _ = separate_scores(eager_twin(model, processor), pairs, own)
-        return (score(model, row, pixel_values=pixels).rejected - expected).abs().max().item()
+        return (score(model, row, pixels={"pixel_values": pixels}).rejected - expected).abs().max().item()
 
     def row(self, model):
         return pack(pairs_of(model)[0], model.config.image_token_id)
@@ -172,4 +172,4 @@ def test_reentrant_checkpointing_is_refused_because_it_detaches_the_masses(model
     model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": True})
     model.train()
     with pytest.raises(RuntimeError, match="no gradient"):
-        score(model, pack(pairs, model.config.image_token_id), pixel_values=pixels, layers=LAYERS)
+        score(model, pack(pairs, model.config.image_token_id), pixels={"pixel_values": pixels}, layers=LAYERS)

@@ -8,10 +8,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from llava.families.llava15 import Llava15
 from tests.conftest import preference
 from tests.test_flops import config_7b  # noqa: F401  a fixture
 from train.llava_hound_dpo.arguments import DataArguments, LossArguments, ModelArguments, TrainArguments
 from train.llava_hound_dpo.batches import num_steps
+from train.llava_hound_dpo.data import Pair
 from train.llava_hound_dpo.model import build_on_meta, count_parameters, parameter_table
 from train.llava_hound_dpo.plan import plan, shape_of, world_size
 from train.llava_hound_dpo.run_dpo import read_inputs
@@ -55,7 +57,7 @@ def test_table_of_7b(config_7b):  # noqa: F811
     """LoRA of the language model only; the vision tower and the head train nothing."""
     rows = {
         line.split()[0]: [int(word.replace(",", "")) for word in line.split()[1:3]]
-        for line in parameter_table(build_on_meta(config_7b, ModelArguments("m"))).splitlines()[1:]
+        for line in parameter_table(build_on_meta(config_7b, ModelArguments("m")), Llava15).splitlines()[1:]
     }
     assert rows["vision_tower"] == [VISION, 0] and rows["multi_modal_projector"] == [PROJECTOR, 0]
     assert rows["language_model"] == [LANGUAGE_MODEL + LORA_128, LORA_128] and rows["lm_head"] == [HEAD, 0]
@@ -84,10 +86,8 @@ def test_steps_per_epoch(pairs, per_device, accumulation, world, steps):
 def test_tokens_of_a_packed_row(with_rejected, tokens):
     """Prompt of 40 ids, two of them images of 576: 38 + 1152 = 1190. Branches repeat its last token and feed all but
     the last token of their answers, so an answer of n tokens takes n rows: 1189 + 4 (+ 10)."""
-    pair = SimpleNamespace(
-        prompt=[1] * 40, chosen=[1] * 4, rejected=[1] * 10, record=SimpleNamespace(images=("a", "b"))
-    )
-    shape = shape_of(pair, 576, with_rejected)
+    pair = Pair(SimpleNamespace(images=("a", "b")), [1] * 40, [1] * 4, [1] * 10, image_tokens=2 * 576)
+    shape = shape_of(pair, with_rejected)
     assert shape.tokens == tokens and shape.images == 2 and shape.answers == tokens - 1189
 
 
@@ -121,8 +121,8 @@ def dry(checkpoint, data, **settings):
 
 def text_of(arguments, inputs):
     model, _, loss, args = arguments
-    found = inputs.config, len(inputs.layers), inputs.train, inputs.evaluation, inputs.dropped
-    text = plan(model, loss, args, *found, inputs.grid.num_tokens, inputs.batches, inputs.reference)
+    found = inputs.checkpoint.config, len(inputs.layers), inputs.train, inputs.evaluation, inputs.dropped
+    text = plan(model, loss, args, *found, inputs.batches, inputs.reference)
     return {line.split()[0]: re.sub(r"\s+", " ", line.strip()) for line in text.splitlines()}
 
 
@@ -194,7 +194,7 @@ def test_hours_and_money_of_a_run(checkpoint, data, one_process):
     rows = text_of(*dry(checkpoint, data, gpu_hour_price=3.0, flop_utilization=0.5))
     assert "at 3 per GPU-hour" in rows["64"] and "50% of an A100" in rows["assumed"]
     assert "per GPU-hour" not in text_of(*dry(checkpoint, data))["64"]
-    tokens = sum(shape_of(pair, 36, True).tokens for pair in dry(checkpoint, data)[1].train)
+    tokens = sum(shape_of(pair, True).tokens for pair in dry(checkpoint, data)[1].train)
     assert rows["tokens"].startswith(f"tokens {tokens:,} per epoch")
 
 

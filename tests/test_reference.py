@@ -1,6 +1,5 @@
 """Reference log-probs from disk: the same loss as on the fly, resumable, and refused with the reason."""
 
-import copy
 import json
 import math
 import shutil
@@ -8,6 +7,7 @@ import shutil
 import pytest
 import torch
 
+from llava.checkpoints import open_checkpoint
 from llava.image import ImageStore
 from llava.records import DataError
 from tests.test_trainer import fill_lora_b, make_trainer, one_batch, pairs  # noqa: F401  fixtures
@@ -66,9 +66,9 @@ def test_from_rows_of_the_same_pairs_it_is_the_same_to_the_last_bit(make_trainer
     trainer = make_trainer("--reference_cache", str(cache), "--per_device_eval_batch_size", "9", seed_b=1)
     filled(trainer)
     batch = one_batch(trainer)
-    stored = trainer._reference(trainer.model, batch, trainer._pictures(batch["pixel_values"]), trainer.train_dataset)
+    stored = trainer._reference(trainer.model, batch, trainer._pictures(batch["pixels"]), trainer.train_dataset)
     trainer.reference = None
-    on_the_fly = trainer._reference(trainer.model, batch, trainer._pictures(batch["pixel_values"]), None)
+    on_the_fly = trainer._reference(trainer.model, batch, trainer._pictures(batch["pixels"]), None)
     assert torch.equal(stored.chosen, on_the_fly.chosen) and torch.equal(stored.rejected, on_the_fly.rejected)
     assert torch.equal(stored.chosen_tokens, on_the_fly.chosen_tokens)
 
@@ -109,7 +109,7 @@ def test_full_fine_tuning_takes_its_reference_from_the_start(make_trainer, tmp_p
     trainer.model.eval()
     adapter = make_trainer("--attention_weight", "0")
     batch = one_batch(adapter)
-    expected = adapter._reference(adapter.model, batch, {"pixel_values": batch["pixel_values"]}, None)
+    expected = adapter._reference(adapter.model, batch, {"pixels": batch["pixels"]}, None)
     trainer.train()
     logs = [log for log in trainer.state.log_history if "losses/dpo" in log]
     assert logs[0]["losses/dpo"] == pytest.approx(math.log(2), abs=1e-5)
@@ -194,11 +194,11 @@ def test_a_cache_of_another_reference_is_refused_with_the_difference(
     assert str(caught.value).count("there,") == 1  # nothing else
 
 
-def test_changed_processor_settings_are_named_one_by_one(processor, checkpoint):
+def test_changed_processor_settings_are_named_one_by_one(checkpoint):
     def made_from(**changes):
-        image_processor = copy.deepcopy(processor.image_processor)
-        vars(image_processor).update(changes)
-        return describe_reference(checkpoint, None, None, "fp32", image_processor, "pad")
+        opened = open_checkpoint(checkpoint)
+        vars(opened.family.image_processor).update(changes)
+        return describe_reference(opened, "fp32")
 
     assert list(_differences(made_from(), made_from())) == []
     (phrase,) = _differences(made_from(), made_from(image_mean=[0, 0, 0]))

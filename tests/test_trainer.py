@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from llava.conversation import render
 from PIL import Image
 
-from llava.checkpoints import load_model, load_processor
+from llava.checkpoints import open_checkpoint
+from llava.families.llava15 import vicuna_v1
 from llava.records import read_preferences
 from llava.runtime import write_text
 from tests.conftest import BASE, SIDE, tiny_model
@@ -64,7 +64,8 @@ def make_trainer(pairs, start, tmp_path):
         model_args, data_args, loss_args, args = parse(argv)
         inputs = read_inputs(model_args, data_args, loss_args, args)
         torch.manual_seed(0)  # two trainers of a test start from the same adapter
-        policy = make_trainable(load_model(start), model_args)
+        opened = open_checkpoint(start)
+        policy = make_trainable(opened.load(), type(opened.family), model_args)
         if args.activation_checkpointing:  # Trainer.train() does it; tests that call compute_loss would go without
             policy.activation_checkpointing_enable(args.activation_checkpointing_kwargs)
         if seed_b is not None:
@@ -102,13 +103,13 @@ def test_dpo_loss_equals_trl(make_trainer, checkpoint, pairs, tmp_path, loss_typ
     examples = [
         {
             "images": [Image.open(pairs.parent / "images" / name) for name in record.images],
-            "prompt": "<s>" + render([(record.prompt, None)]),
+            "prompt": "<s>" + vicuna_v1([(record.prompt, None)]),
             "chosen": record.chosen + "</s>",
             "rejected": record.rejected + "</s>",
         }
         for record in records
     ]
-    processor = load_processor(checkpoint)
+    processor = open_checkpoint(checkpoint).family.processor()
     settings = ours.model.peft_config["default"]
     theirs = DPOTrainer(
         model=tiny_model(processor),
@@ -256,11 +257,11 @@ def test_a_trained_projector_is_in_the_adapter_and_not_in_the_reference(make_tra
     trainer = make_trainer("--freeze_mm_mlp_adapter", "False", "--mm_projector_lr", "1e-2", "--max_steps", "2")
     assert not trainer.shares_images
     before = trainer._reference(
-        trainer.model, one_batch(trainer), trainer._pictures(one_batch(trainer)["pixel_values"]), None
+        trainer.model, one_batch(trainer), trainer._pictures(one_batch(trainer)["pixels"]), None
     )
     trainer.train()
     batch = one_batch(trainer)
-    after = trainer._reference(trainer.model, batch, trainer._pictures(batch["pixel_values"]), None)
+    after = trainer._reference(trainer.model, batch, trainer._pictures(batch["pixels"]), None)
     assert torch.equal(before.chosen, after.chosen)
     saved = load_file(tmp_path / "out" / "checkpoint-2" / "adapter_model.safetensors")
     assert any("multi_modal_projector" in name for name in saved)
