@@ -19,10 +19,6 @@ from transformers.utils import logging as transformers_logging
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "datasets", "pillow", "numpy")
 OURS = ("__main__", "llava", "train", "inference", "inference_optimization", "data_gen", "scripts")
 USER_ERROR = 2  # exit code of bad input, as argparse has it
-LOST_PEERS = 76  # exit code of a process whose job has lost another one (75 is that of a run asked to stop)
-# What gloo, NCCL and their store say then. Source: torch 2.13, gloo's pair.cc, ProcessGroupNCCL.cpp, TCPStore.cpp.
-PEER_ERRORS = ("closed by peer", "reset by peer", "Broken pipe", "Connection refused", "Timed out", "ncclRemoteError",
-               "NCCL communicator was aborted")  # fmt: skip
 
 
 def setup_logging() -> None:
@@ -63,26 +59,6 @@ def stop(message: str, from_any_process: bool = False) -> NoReturn:
     if is_main_process() or from_any_process:
         print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(USER_ERROR)
-
-
-@contextmanager
-def lost_peers() -> Iterator[None]:
-    """End in one line where another process of the job has ended: its own output has the cause, not our traceback.
-
-    No destructors run: they may wait for the other processes.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if not torch.distributed.is_initialized() or not any(text in str(error) for text in PEER_ERRORS):
-            raise
-        rank, reason = torch.distributed.get_rank(), str(error).strip().splitlines()[0].split(". ")[0]
-        print(
-            f"\nerror: another process of this job ended, so rank {rank} does, too ({reason}); its own message says "
-            "why. The same command goes on from the newest checkpoint",
-            file=sys.stderr, flush=True,
-        )  # fmt: skip
-        os._exit(LOST_PEERS)
 
 
 class ArgumentParser(argparse.ArgumentParser):

@@ -171,6 +171,11 @@ def test_shell_scripts_are_executable_and_parse(path):
 
 
 STUB = """#!/bin/bash
+if [[ $1 == -c ]]; then # asked for torch, or for the GPUs that it sees
+  [[ -z ${NO_TORCH:-} ]] || exit 1
+  [[ $2 != *device_count* ]] || echo "${GPUS:-0}"
+  exit
+fi
 printf '%s\\t' "$(basename "$0")" "$PWD" "$PYTHONPATH" "$PYTHONSAFEPATH" "$@" >>"$CALLS"
 printf '\\n' >>"$CALLS"
 exit "${STUB_EXIT:-0}"
@@ -195,13 +200,9 @@ def launch(tmp_path):
     """Run the launch script (or a copy of it) with stubs first on PATH: (exit code, stderr, calls)."""
     stubs = tmp_path / "stubs"
     stubs.mkdir()
-    for program in ("python", "torchrun", "nvidia-smi", "scontrol"):
+    for program in ("python", "torchrun"):
         (stubs / program).write_text(STUB)
         (stubs / program).chmod(0o755)
-    (stubs / "nvidia-smi").write_text(
-        '#!/bin/bash\n[[ -n ${GPUS:-} ]] || exit 9  # no driver\nfor ((i = 0; i < GPUS; i++)); do echo "GPU $i"; done\n'
-    )
-    (stubs / "scontrol").write_text("#!/bin/bash\nprintf 'node7\\nnode8\\n'\n")
 
     def run(*flags, script=TRAIN_SCRIPT, cwd="/", **environment):
         calls = tmp_path / "calls"
@@ -329,12 +330,35 @@ def test_a_failed_check_ends_the_job(launch):
         ({"GPUS": "4"}, "4"),
         ({"CUDA_VISIBLE_DEVICES": "0,3,5"}, "3"),
         ({"CUDA_VISIBLE_DEVICES": "2", "GPUS": "8"}, "1"),
+        ({"CUDA_VISIBLE_DEVICES": "", "GPUS": "8"}, "1"),  # all hidden
+        ({"CUDA_VISIBLE_DEVICES": "MIG-1a,MIG-2b", "GPUS": "8"}, "2"),
         ({"CUDA_VISIBLE_DEVICES": "0,1", "NPROC": "6"}, "6"),
     ],
     ids=str,
 )
 def test_number_of_processes(launch, environment, processes):
     assert launch(**environment)[2][1].flags["nproc_per_node"] == processes
+
+
+def test_without_torch_it_takes_the_repositorys_own_environment_or_ends_in_a_line(launch, tmp_path):
+    """In a copy, so that there is an environment of the test's own."""
+    root = tmp_path / "copy"
+    for part in (TRAIN_SCRIPT, *(ROOT / "scripts").glob("*.sh")):
+        (root / part.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(part, root / part.relative_to(ROOT))
+    script = root / TRAIN_SCRIPT.relative_to(ROOT)
+    code, stderr, calls = launch(script=script, NO_TORCH="1")
+    assert (code, calls) == (2, []) and len(stderr.splitlines()) == 1 and "bash scripts/setup.sh" in stderr
+    for program in ("python", "torchrun"):
+        own = root / ".venv/bin" / program
+        own.parent.mkdir(parents=True, exist_ok=True)
+        text = STUB.replace("[[ -z ${NO_TORCH:-} ]] || exit 1", "")
+        own.write_text(text.replace('"$(basename "$0")"', f"own-{program}"))
+        own.chmod(0o755)
+    code, stderr, calls = launch(script=script, NO_TORCH="1", GPUS="3")
+    assert code == 0 and stderr.splitlines()[0] == "python has no torch: taking the repository's .venv"
+    assert [call.program for call in calls] == ["own-python", "own-torchrun"]
+    assert calls[1].flags["nproc_per_node"] == "3"
 
 
 def test_several_nodes_need_a_launcher_each(launch):

@@ -214,7 +214,8 @@ def test_item_of_a_sequence(setting):
     item = setting.dataset(setting.pairs(preference(0, 1), preference(1, 3, target=2)))[1]
     pair = item["pair"]
     assert item["index"] == 1 and FORMATS[item["format"]] == "sequence"
-    assert item["pixels"]["pixel_values"].shape == (3, 3, 72, 72) and item["pixels"]["pixel_values"].dtype == torch.float32
+    (pixels,) = item["pixels"].values()
+    assert pixels.shape == (3, 3, 72, 72) and pixels.dtype == torch.float32
     assert pair.prompt.count(setting.image_token) == 3 * TOKENS
     assert pair.target.tolist() == [0.0] * 36 + [1.0] * 36 + [0.0] * 36
 

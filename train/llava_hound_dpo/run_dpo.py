@@ -23,7 +23,6 @@ from llava.records import read_preferences
 from llava.runtime import (
     is_main_process,
     leave,
-    lost_peers,
     offline_wandb,
     setup_logging,
     user_errors,
@@ -80,7 +79,6 @@ class Inputs:
         return PairDataset(pairs, self.store, self.checkpoint.family)
 
 
-@lost_peers()
 def main() -> int:
     """Check, plan, train, save; the exit code is `stopping.STOPPED` if it was asked to stop before the end.
 

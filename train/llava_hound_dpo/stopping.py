@@ -98,8 +98,8 @@ def start_loader(worker: int, num_workers: int, rank: int) -> None:
 def one_line_errors() -> Iterator[None]:
     """End the process with one line where training fails by bad data or for want of memory.
 
-    An error of ours keeps its traceback; what the end of another process causes is `runtime.lost_peers`' to say. No
-    destructors run: they may wait for the other processes.
+    An error of ours keeps its traceback, and so does what the end of another process causes: the launch script has the
+    last line. No destructors run: they may wait for the other processes.
     """
     try:
         yield
