@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from transformers import PretrainedConfig
 
+from llava.families import find_family
 from train.llava_hound_dpo.arguments import LossArguments, ModelArguments, TrainArguments
 from train.llava_hound_dpo.batches import BatchPlan
 from train.llava_hound_dpo.data import Pair, describe
@@ -103,7 +104,7 @@ def plan(
     }
     if reference is not None:
         rows["reference"] += f"; {reference.status([*pairs, *held_out])}"
-    table = ["    " + line for line in parameter_table(policy).splitlines()]
+    table = ["    " + line for line in parameter_table(policy, find_family(config.model_type)).splitlines()]
     head = ["plan (no weights are loaded)", f"  {'model':<15}{model.model_name_or_path}", *table]
     return "\n".join(head + [f"  {name:<15}{text}" for name, text in rows.items()])
 
