@@ -240,7 +240,7 @@ def build_trainer(policy, model, loss, args, inputs: Inputs, identity: dict[str,
     """The trainer with its data, loss and source of reference log-probs."""
     offline_wandb(args.report_to)
     args.accumulate(inputs.batches.accumulation)  # before the Trainer and DeepSpeed take it from there
-    logger.info("%s", parameter_table(policy))
+    logger.info("%s\ntrained: %s", parameter_table(policy), model.trained)
     logger.info("%s per step in %s", inputs.batches.step_sizes, inputs.batches)
     return AttentionAwareDPOTrainer(
         model=policy,
