@@ -1,7 +1,7 @@
 """Command lines from dataclasses: one style of flags for every command, grouped help, errors in one line.
 
 A field is a flag; its metadata is what argparse takes (`help`, `choices`, `aliases`). A class attribute
-`_argument_group_name` is the heading of its fields in `--help`.
+`_argument_group_name` is the heading of its fields in `--help`, `_inherited_group_name` of those of its base class.
 """
 
 import dataclasses
@@ -26,6 +26,14 @@ class Parser(HfArgumentParser):
         """Raises ValueError."""
         raise ValueError(message + "; see --help")
 
+    def _add_dataclass_arguments(self, dtype: type) -> None:
+        """What a dataclass inherits has a heading of its own in the help if the class names one."""
+        super()._add_dataclass_arguments(dtype)
+        if hasattr(dtype, "_inherited_group_name"):
+            own, inherited = self._action_groups[-1], self.add_argument_group(dtype._inherited_group_name)
+            inherited._group_actions = [a for a in own._group_actions if a.dest not in dtype.__annotations__]
+            own._group_actions = [a for a in own._group_actions if a.dest in dtype.__annotations__]
+
 
 def flag(help: str, default: Any = dataclasses.MISSING, **metadata: Any) -> Any:
     """A field of a command's dataclass; without a default the flag is required."""
@@ -36,15 +44,16 @@ def flag(help: str, default: Any = dataclasses.MISSING, **metadata: Any) -> Any:
 
 def parse(
     groups: Sequence[type], description: str | None, argv: Sequence[str] | None = None,
-    retired: Mapping[str, str] | None = None, synonyms: Mapping[str, str] | None = None,
+    retired: Mapping[str, str] | None = None, synonyms: Mapping[str, str] | None = None, usage: str | None = None,
 ) -> tuple[Any, ...]:  # fmt: skip
     """One instance of each dataclass, from the words of the command line.
 
     `retired`: flags that no longer exist, and what to do instead; `synonyms`: other names of the field for ours, for
-    the hint. Raises ValueError, with the nearest name for an unknown flag.
+    the hint; `usage`: the help's first line, where a list of all flags is too long for one. Raises ValueError, with the
+    nearest name for an unknown flag.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = Parser(groups, description=description, formatter_class=_Formatter, allow_abbrev=False)
+    parser = Parser(groups, description=description, usage=usage, formatter_class=_Formatter, allow_abbrev=False)
     _check_names(argv, list(parser._option_string_actions), retired or {}, synonyms or {})
     return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
 

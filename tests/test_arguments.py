@@ -74,6 +74,27 @@ def test_every_flag_of_ours_has_a_help_text(group):
     assert all(len(f.metadata.get("help", "")) > 5 for f in dataclasses.fields(group))
 
 
+def test_alpha_follows_the_rank_unless_it_is_given():
+    assert parsed("--lora_r", "8")[0].lora_alpha == 16
+    assert parsed("--lora_r", "8", "--lora_alpha", "8")[0].lora_alpha == 8
+    assert parsed("--lora_r", "8")[0].trained == "LoRA of rank 8, scaled by 16 / 8 = 2"
+    assert parsed("--lora_enable", "False")[0].trained == "the language model"
+
+
+def test_rank_0_points_at_full_fine_tuning():
+    assert "--lora_enable False" in refused("--lora_r", "0")
+
+
+def test_the_help_has_our_own_flags_first_in_groups(capsys):
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    text = capsys.readouterr().out
+    places = [text.index(f"\n{name}:") for name in ("Model", "Data", "Loss", "Run", "transformers.TrainingArguments")]
+    own, inherited = text.index("--dry_run"), text.index("--learning_rate")
+    assert places == sorted(places) and places[3] < own < places[4] < inherited
+    assert len(text[: places[0]].splitlines()) < 10
+
+
 def test_help_ends_normally(capsys):
     with pytest.raises(SystemExit) as caught:
         parse(["--help"])
@@ -90,6 +111,20 @@ def test_help_ends_normally(capsys):
 @pytest.mark.parametrize("form", ["{} 1", "{}=1"])
 def test_unknown_flag_suggests_the_nearest(typed, meant, form):
     assert f"did you mean --{meant}?" in refused(*form.format(typed).split())
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("lora_rank", "lora_r"),
+        ("attention_lambda", "attention_weight"),
+        ("lambda", "attention_weight"),
+        ("alpha", "dpo_alpha"),
+        ("tau", "attention_threshold"),
+    ],
+)
+def test_what_others_call_a_flag_is_known(typed, meant):
+    assert f"did you mean --{meant}?" in refused(f"--{typed}", "1")
 
 
 def test_unknown_flag_like_no_other():
@@ -145,6 +180,16 @@ def test_a_missing_required_flag_is_named(name):
         ("--attention_schedule linear_decay", "b4cba4d"),
         ("--attention_warmup_share 0.1", "b4cba4d"),
         ("--lora_r 1.5", "--lora_r"),
+        ("--lora_r -8", "--lora_r"),
+        ("--lora_alpha 0", "--lora_alpha"),
+        ("--lora_dropout nan", "--lora_dropout"),
+        ("--learning_rate nan", "--learning_rate"),
+        ("--learning_rate -1e-5", "--learning_rate"),
+        ("--num_train_epochs inf", "--num_train_epochs"),
+        ("--max_steps 100000000000000", "--max_steps"),
+        ("--gradient_accumulation_steps 0", "--gradient_accumulation_steps"),
+        ("--model_max_length 0", "--model_max_length"),
+        ("--top_heads 0", "--top_heads"),
         ("--label_smoothing 0.5", "--label_smoothing"),
         ("--label_smoothing -0.1", "--label_smoothing"),
         ("--label_smoothing 0.1 --loss_type hinge", "hinge knows no label smoothing"),

@@ -1,22 +1,16 @@
 """The command line of training: three dataclasses and transformers' own TrainingArguments."""
 
-import difflib
-import math
-import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import TrainingArguments
 
+from llava import command_line
+from llava.command_line import check_numbers, flag
 from llava.heads import TOP
-from train.llava_hound_dpo.losses import (
-    ATTENTION_LOSSES,
-    PREFERENCE_LOSSES,
-    SMOOTHED,
-    LossSettings,
-)
+from train.llava_hound_dpo.losses import ATTENTION_LOSSES, PREFERENCE_LOSSES, SMOOTHED, LossSettings
 
 NO_GAIN = "the study found no gain; last commit with it b4cba4d"
 # Flags of earlier scripts that mean nothing here, with what to do instead.
@@ -53,61 +47,84 @@ FIXED = {
     "auto_find_batch_size": False,
 }
 
+# Least and most of numbers. So many steps or epochs are planned before the start.
+RANGES = {
+    "learning_rate": (0, None), "weight_decay": (0, None), "max_grad_norm": (0, None), "mm_projector_lr": (0, None),
+    "num_train_epochs": (0, 10_000), "max_steps": (-1, 10_000_000), "per_device_train_batch_size": (1, 10_000),
+    "per_device_eval_batch_size": (1, 10_000), "gradient_accumulation_steps": (1, 1_000_000),
+    "tokens_per_batch": (0, None), "flop_utilization": (0, 1), "gpu_hour_price": (0, None),
+}  # fmt: skip
+
+# What others call our flags.
+SYNONYMS = {
+    "lora_rank": "lora_r", "rank": "lora_r", "attention_lambda": "attention_weight", "lambda": "attention_weight",
+    "alpha": "dpo_alpha", "tau": "attention_threshold", "attention_tau": "attention_threshold",
+    "layers": "attention_layers", "heads": "attention_heads", "lr": "learning_rate", "epochs": "num_train_epochs",
+    "batch_size": "per_device_train_batch_size", "model": "model_name_or_path", "data": "data_path",
+    "images": "image_folder", "output": "output_dir",
+}  # fmt: skip
+
 
 @dataclass
 class ModelArguments:
     """Which model, and which of its weights are trained."""
 
-    model_name_or_path: str = field(metadata={"help": "LLaVA-1.5, llava-hf or original format: folder or hub name."})
-    image_tower: str | None = field(
-        default=None, metadata={"help": "Vision tower of an original checkpoint, instead of the one it names."}
-    )
-    lora_enable: bool = field(default=True, metadata={"help": "Train LoRA weights; False trains the language model."})
-    lora_r: int = field(default=128, metadata={"help": "Rank of LoRA."})
-    lora_alpha: int = field(default=256, metadata={"help": "LoRA is scaled by lora_alpha / lora_r."})
-    lora_dropout: float = field(
-        default=0.0, metadata={"help": "LoRA dropout; above 0 the step-0 DPO loss is not ln 2."}
-    )
-    freeze_mm_mlp_adapter: bool = field(default=True, metadata={"help": "False trains the projector as well."})
-    bits: int = field(
-        default=16,
-        metadata={"help": "Bits of the frozen language model below LoRA: 4 (nf4) and 8 need bitsandbytes and CUDA.",
-                  "choices": [4, 8, 16]},
+    _argument_group_name = "Model"
+
+    model_name_or_path: str = flag("LLaVA-1.5, llava-hf or original format: folder or hub name.")
+    image_tower: str | None = flag("Vision tower of an original checkpoint, instead of the one it names.", None)
+    lora_enable: bool = flag("Train LoRA weights; False trains the language model.", True)
+    lora_r: int = flag("Rank of LoRA.", 128)
+    lora_alpha: int | None = flag("LoRA is scaled by lora_alpha / lora_r; default: twice lora_r.", None)
+    lora_dropout: float = flag("LoRA dropout; above 0 the step-0 DPO loss is not ln 2.", 0.0)
+    freeze_mm_mlp_adapter: bool = flag("False trains the projector as well.", True)
+    bits: int = flag(
+        "Bits of the frozen language model below LoRA: 4 (nf4) and 8 need bitsandbytes and CUDA.", 16,
+        choices=[4, 8, 16],
     )  # fmt: skip
+
+    def __post_init__(self):
+        if self.lora_r == 0:
+            raise ValueError("--lora_r 0: without an adapter the language model itself is trained: --lora_enable False")
+        if self.lora_alpha is None:
+            self.lora_alpha = 2 * self.lora_r
+        check_numbers(self, lora_r=(1, None), lora_alpha=(1, None), lora_dropout=(0, 1))
+
+    @property
+    def trained(self) -> str:
+        """What is trained, in words."""
+        what = "the language model"
+        if self.lora_enable:
+            scale = self.lora_alpha / self.lora_r
+            what = f"LoRA of rank {self.lora_r}, scaled by {self.lora_alpha} / {self.lora_r} = {scale:g}"
+        return what if self.freeze_mm_mlp_adapter else what + ", and the projector"
 
 
 @dataclass
 class DataArguments:
     """Which pairs, and how they are read."""
 
-    data_path: str = field(metadata={"help": "Preference pairs (train.json): JSON array or JSONL."})
-    image_folder: str = field(metadata={"help": "Folder, .zip or .tar that the records' image paths are relative to."})
-    eval_data_path: str | None = field(default=None, metadata={"help": "Preference pairs to evaluate on."})
-    eval_split: float = field(default=0.0, metadata={"help": "Share (0..1) of data_path held out for evaluation."})
-    image_aspect_ratio: str = field(
-        default="pad",
-        metadata={"help": "pad: to a square with the mean colour, as LLaVA-1.5; crop: what the processor does alone.",
-                  "choices": ["pad", "crop"]},
+    _argument_group_name = "Data"
+
+    data_path: str = flag("Preference pairs (train.json): JSON array or JSONL.")
+    image_folder: str = flag("Folder, .zip or .tar that the records' image paths are relative to.")
+    eval_data_path: str | None = flag("Preference pairs to evaluate on.", None)
+    eval_split: float = flag("Share (0..1) of data_path held out for evaluation.", 0.0)
+    image_aspect_ratio: str = flag(
+        "pad: to a square with the mean colour, as LLaVA-1.5; crop: what the processor does alone.", "pad",
+        choices=["pad", "crop"],
     )  # fmt: skip
-    model_max_length: int = field(
-        default=4096, metadata={"help": "Tokens of prompt and longer answer, images included."}
-    )
-    overlong: str = field(
-        default="error",
-        metadata={
-            "help": "Pairs above model_max_length: stop, or drop and list them.",
-            "choices": ["error", "drop"],
-        },
-    )
-    check_images: str = field(
-        default="full",
-        metadata={"help": "Before training: decode every picture, read its header, or only see that it is there.",
-                  "choices": ["full", "header", "exists"]},
+    model_max_length: int = flag("Tokens of prompt and longer answer, images included.", 4096)
+    overlong: str = flag("Pairs above model_max_length: stop, or list and drop.", "error", choices=["error", "drop"])
+    check_images: str = flag(
+        "Before training: decode every picture, read its header, or only see that it is there.", "full",
+        choices=["full", "header", "exists"],
     )  # fmt: skip
 
     def __post_init__(self):
-        if not 0 <= self.eval_split < 1:
-            raise ValueError(f"--eval_split {self.eval_split}: a share from 0 up to, not including, 1")
+        check_numbers(self, eval_split=(0, 1), model_max_length=(1, None))
+        if self.eval_split == 1:
+            raise ValueError("--eval_split 1: a share from 0 up to, not including, 1")
         if self.eval_split and self.eval_data_path:
             raise ValueError("give --eval_split or --eval_data_path, not both")
 
@@ -116,77 +133,66 @@ class DataArguments:
 class LossArguments:
     """total = dpo_alpha * (L_dpo + attention_weight * L_att) + gamma * (L_sft + attention_weight * L_att)."""
 
-    dpo_alpha: float = field(default=1.0, metadata={"help": "Weight of attention-aware DPO."})
-    gamma: float = field(default=0.0, metadata={"help": "Weight of attention-aware SFT."})
-    beta: float = field(default=0.1, metadata={"help": "DPO's inverse temperature."})
-    loss_type: str = field(default="sigmoid", metadata={"help": "Preference loss.", "choices": list(PREFERENCE_LOSSES)})
-    label_smoothing: float = field(default=0.0, metadata={"help": "Assumed share of flipped pairs (sigmoid, robust)."})
-    attention_weight: float = field(default=0.9, metadata={"help": "λ; 0 gives plain DPO or SFT."})
-    attention_threshold: float = field(default=0.75, metadata={"help": "τ: the ratio from which L_att (hinge) is 0."})
-    attention_loss: str = field(
-        default="hinge",
-        metadata={"help": "hinge: max(0, τ - R); log: -log R.", "choices": list(ATTENTION_LOSSES)},
+    _argument_group_name = "Loss"
+
+    dpo_alpha: float = flag("Weight of attention-aware DPO.", 1.0)
+    gamma: float = flag("Weight of attention-aware SFT.", 0.0)
+    beta: float = flag("DPO's inverse temperature.", 0.1)
+    loss_type: str = flag("Preference loss.", "sigmoid", choices=list(PREFERENCE_LOSSES))
+    label_smoothing: float = flag("Assumed share of flipped pairs (sigmoid, robust).", 0.0)
+    attention_weight: float = flag("λ; 0 gives plain DPO or SFT.", 0.9)
+    attention_threshold: float = flag("τ: the ratio from which L_att (hinge) is 0.", 0.75)
+    attention_loss: str = flag("hinge: max(0, τ - R); log: -log R.", "hinge", choices=list(ATTENTION_LOSSES))
+    attention_layers: str = flag(
+        "Zero-based layers of R: a range 14-22, a list 3,5,7, all, or auto (14-22 of 32, scaled).", "auto"
     )
-    attention_layers: str = field(
-        default="auto",
-        metadata={"help": "Zero-based layers of R: a range 14-22, a list 3,5,7, all, or auto (14-22 of 32, scaled)."},
+    attention_heads: str | None = flag(
+        "File of scripts.discover_heads: R of its best heads (of attention_layers, if given) instead of all.", None
     )
-    attention_heads: str | None = field(
-        default=None,
-        metadata={"help": "File of scripts.discover_heads: R of its best heads (of attention_layers, if given) instead "
-                  "of all heads."},
-    )  # fmt: skip
-    top_heads: int = field(default=TOP, metadata={"help": "How many of the best heads."})
+    top_heads: int = flag("How many of the best heads.", TOP)
 
     def __post_init__(self):
-        numbers = ("dpo_alpha", "gamma", "attention_weight", "attention_threshold", "beta", "label_smoothing")
-        for name in numbers:
-            if not math.isfinite(getattr(self, name)):
-                raise ValueError(f"--{name} {getattr(self, name)} must be a finite number")
-        if min(self.dpo_alpha, self.gamma, self.attention_weight) < 0:
-            raise ValueError("--dpo_alpha, --gamma and --attention_weight must not be negative")
+        check_numbers(
+            self, dpo_alpha=(0, None), gamma=(0, None), attention_weight=(0, None), attention_threshold=(None, None),
+            beta=(0, None), label_smoothing=(0, None), top_heads=(1, None),
+        )  # fmt: skip
         if self.dpo_alpha == 0 and self.gamma == 0:
             raise ValueError("--dpo_alpha and --gamma are both 0: there is nothing to train; set one of them above 0")
-        if self.beta <= 0:
-            raise ValueError(f"--beta {self.beta} must be above 0")
-        if not 0 <= self.label_smoothing < 0.5:
+        if self.beta == 0:
+            raise ValueError("--beta 0 must be above 0")
+        if self.label_smoothing >= 0.5:
             raise ValueError(f"--label_smoothing {self.label_smoothing} must be from 0 up to, not including, 0.5")
         if self.label_smoothing and self.loss_type not in SMOOTHED:
             raise ValueError(f"--loss_type {self.loss_type} knows no label smoothing; {' and '.join(SMOOTHED)} do")
 
     def settings(self) -> LossSettings:
         """The same numbers as `losses.total_loss` takes them."""
-        names = LossSettings.__dataclass_fields__
-        return LossSettings(**{name: getattr(self, name) for name in names})
+        return LossSettings(**{name: getattr(self, name) for name in LossSettings.__dataclass_fields__})
 
 
 @dataclass
 class TrainArguments(TrainingArguments):
     """transformers.TrainingArguments with what this trainer needs fixed, and its own few flags."""
 
-    mm_projector_lr: float | None = field(
-        default=None, metadata={"help": "Learning rate of the projector, if trained; default: learning_rate."}
-    )
-    dry_run: bool = field(default=False, metadata={"help": "Check everything, print the plan, load no weights, stop."})
-    tokens_per_batch: int = field(
-        default=0,
-        metadata={"help": "Pack rows of up to so many tokens, as few as a step needs; 0: per_device_train_batch_size "
-                  "pairs a row. A step has per_device * accumulation * processes pairs either way."},
+    _argument_group_name = "Run"
+    _inherited_group_name = "transformers.TrainingArguments"
+
+    output_dir: str | None = flag("Folder of the checkpoints, the trained weights and run.json.", None)
+    dry_run: bool = flag("Check everything, print the plan, load no weights, stop.", False)
+    tokens_per_batch: int = flag(
+        "Pack rows of up to so many tokens, as few as a step needs; 0: per_device_train_batch_size pairs a row. A step "
+        "has per_device * accumulation * processes pairs either way.", 0,
     )  # fmt: skip
-    reference_cache: str | None = field(
-        default=None,
-        metadata={"help": "Folder of reference log-probs, filled before the first step; runs on the same weights share "
-                  "it. Default: with LoRA none, they are computed at every step; else OUTPUT_DIR/reference."},
+    reference_cache: str | None = flag(
+        "Folder of reference log-probs, filled before the first step; runs on the same weights share it. Default: with "
+        "LoRA none, they are computed at every step; else OUTPUT_DIR/reference.", None,
     )  # fmt: skip
-    flop_utilization: float = field(
-        default=0.4, metadata={"help": "Share (0..1) of a GPU's peak that the plan assumes; nothing else reads it."}
-    )
-    gpu_hour_price: float | None = field(
-        default=None, metadata={"help": "Price of a GPU-hour, for the plan; nothing else reads it."}
-    )
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay False: batches are packed rows."})
-    logging_steps: float = field(default=1, metadata={"help": "Log every so many optimiser steps."})
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Off: a non-finite loss ends the run."})
+    mm_projector_lr: float | None = flag("Learning rate of the projector, if trained; default: learning_rate.", None)
+    flop_utilization: float = flag("Share (0..1) of a GPU's peak that the plan assumes; nothing else reads it.", 0.4)
+    gpu_hour_price: float | None = flag("Price of a GPU-hour, for the plan; nothing else reads it.", None)
+    remove_unused_columns: bool = flag("Must stay False: batches are packed rows.", False)
+    logging_steps: float = flag("Log every so many optimiser steps.", 1)
+    logging_nan_inf_filter: bool = flag("Off: a non-finite loss ends the run.", False)
 
     def __post_init__(self):
         if self.remove_unused_columns:
@@ -194,8 +200,9 @@ class TrainArguments(TrainingArguments):
         for name, only in FIXED.items():
             if getattr(self, name) != only:
                 raise ValueError(f"--{name} must stay {only}: which pairs form which step is fixed before the start")
-        if not 0 < self.flop_utilization <= 1:
-            raise ValueError(f"--flop_utilization {self.flop_utilization}: a share above 0, at most 1")
+        check_numbers(self, **RANGES)
+        if self.flop_utilization == 0:
+            raise ValueError("--flop_utilization 0: a share above 0, at most 1")
         self.use_cpu = self.use_cpu or not torch.cuda.is_available()
         if not self.deepspeed:  # the flag's empty string, as a script passes it
             self.deepspeed = None
@@ -230,32 +237,10 @@ def refuse_missing_deepspeed(file: str) -> None:
         raise FileNotFoundError(f"--deepspeed {file}: no such file; scripts/zero2.json is one")
 
 
-class Parser(HfArgumentParser):
-    """argparse, but an error is one line and not the list of all flags."""
-
-    def error(self, message: str):
-        """Raises ValueError."""
-        raise ValueError(message + "; see --help")
-
-
 def parse(
     argv: Sequence[str] | None = None,
 ) -> tuple[ModelArguments, DataArguments, LossArguments, TrainArguments]:
     """The four groups of flags. Raises ValueError with a nearest name for an unknown flag."""
-    argv = list(sys.argv[1:] if argv is None else argv)
     groups = (ModelArguments, DataArguments, LossArguments, TrainArguments)
-    check_names(argv, [f.name for group in groups for f in fields(group) if f.init])
-    parser = Parser(groups, prog="run_dpo", description="Attention-aware DPO and SFT of LLaVA-1.5.", allow_abbrev=False)
-    return parser.parse_args_into_dataclasses(argv)
-
-
-def check_names(argv: Sequence[str], known: Sequence[str]) -> None:
-    """Refuse flags that do not exist, or no longer, before argparse complains about anything else."""
-    for word in argv:
-        name = word[2:].split("=", 1)[0].replace("-", "_")
-        if not word.startswith("--") or name in (*known, "help") or name.removeprefix("no_") in known:
-            continue
-        if name in RETIRED:
-            raise ValueError(f"--{name} is a flag of earlier scripts that no longer exists: {RETIRED[name]}")
-        near = difflib.get_close_matches(name, known, n=1)
-        raise ValueError(f"unknown flag --{name}; " + (f"did you mean --{near[0]}?" if near else "see --help"))
+    usage = "run_dpo --model_name_or_path MODEL --data_path PAIRS --image_folder IMAGES --output_dir OUTPUT ..."
+    return command_line.parse(groups, "Attention-aware DPO and SFT of LLaVA-1.5.", argv, RETIRED, SYNONYMS, usage)

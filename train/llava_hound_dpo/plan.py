@@ -89,6 +89,7 @@ def plan(
     counts, weight = describe(pairs), f"{loss.attention_weight:g} x attention"
     lengths = counts["tokens"]
     rows = {
+        "trained": model.trained,
         "pairs": f"{len(pairs):,} to train on, {len(held_out):,} held out, {len(dropped):,} dropped as too long",
         "formats": _counts(counts["by_format"]),
         "images": f"{_counts(counts['by_images'])} (images: pairs), {_per_image(pairs)} tokens each",

@@ -231,7 +231,9 @@ def build_trainer(policy, model, loss, args, inputs: Inputs, identity: dict[str,
     """The trainer with its data, loss and source of reference log-probs."""
     offline_wandb(args.report_to)
     args.accumulate(inputs.batches.accumulation)  # before the Trainer and DeepSpeed take it from there
-    logger.info("%s", parameter_table(policy, type(inputs.checkpoint.family)))
+    table = parameter_table(policy, type(inputs.checkpoint.family))
+    logger.info("%s
+trained: %s", table, model.trained)
     logger.info("%s per step in %s", inputs.batches.step_sizes, inputs.batches)
     return AttentionAwareDPOTrainer(
         model=policy,
