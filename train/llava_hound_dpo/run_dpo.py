@@ -232,8 +232,7 @@ def build_trainer(policy, model, loss, args, inputs: Inputs, identity: dict[str,
     offline_wandb(args.report_to)
     args.accumulate(inputs.batches.accumulation)  # before the Trainer and DeepSpeed take it from there
     table = parameter_table(policy, type(inputs.checkpoint.family))
-    logger.info("%s
-trained: %s", table, model.trained)
+    logger.info("%s\ntrained: %s", table, model.trained)
     logger.info("%s per step in %s", inputs.batches.step_sizes, inputs.batches)
     return AttentionAwareDPOTrainer(
         model=policy,
