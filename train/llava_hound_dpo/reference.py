@@ -27,7 +27,7 @@ from train.llava_hound_dpo.data import Pair
 
 logger = logging.getLogger(__name__)
 
-LAYOUT_VERSION = 1  # raise it when `packing.pack` or the template changes what a pair's log-probs are
+LAYOUT_VERSION = 2  # raise it when `packing.pack` or the template changes what a pair's log-probs are
 HEADER = "reference.json"  # what the log-probs beside it were made from
 PARTS = "part-*.jsonl"
 LABELS = {"layout": "row layout", "commit": "hub commit", "image_processor": "picture settings",
