@@ -147,20 +147,17 @@ def test_choices_and_free_text_in_one_file(write):
     assert (by_contains["right"], by_contains["wrong"]) == (1, 1)
 
 
-def test_the_scorers_of_other_harnesses(write):
-    """The draw of lmms-eval at its average, said above the table; a question without choices is judged by `exact`."""
-    asked = question("m1", choices=["red", "blue"])
-    lines = [answered(asked, "purple"), answered(question("m2"), "red")]
-    found = {name: evaluate([write("a.jsonl", lines)], scorer=name) for name in ("lmms_eval", "vlmevalkit")}
-    files = {name: scores["answers"]["a"] for name, scores in found.items()}
-    assert {name: file["overall"]["accuracy"] for name, file in files.items()} == {"lmms_eval": 0.75, "vlmevalkit": 0.5}
-    assert files["lmms_eval"]["scorers"] == {"lmms_eval": 1, "exact": 1}
-    assert files["lmms_eval"]["overall"]["unparsed"] == 1
-    assert "an unparsed answer scores 1 / its number of options" in markdown(found["lmms_eval"])
-    assert "unparsed and missing answers score 0" in markdown(found["vlmevalkit"])
+@pytest.mark.parametrize("scorer", ["lmms_eval", "lmms_eval_blink", "vlmevalkit"])
+def test_a_scorer_of_another_harness_says_where_it_went(write, tmp_path, capsys, scorer):
+    arguments = ["--answers", write("a.jsonl", ANSWERS), "--output", tmp_path / "out", "--scorer", scorer]
+    with pytest.raises(SystemExit) as caught:
+        main(list(map(str, arguments)))
+    error = capsys.readouterr().err
+    assert caught.value.code == 2 and error.count("\n") == 1
+    assert f"interchange export --to {scorer.removesuffix('_blink')}" in error
 
 
-@pytest.mark.parametrize("scorer", ["auto", "vlmevalkit", "lmms_eval"])
+@pytest.mark.parametrize("scorer", ["auto", "choice"])
 def test_a_wrong_letter_can_be_true_of_another_image(write, scorer):
     lines = [answered(question(f"m{n}", choices=["red", "blue", "pink"]), text) for n, text in enumerate("BCA")]
     found = evaluate([write("a.jsonl", lines)], scorer=scorer)["answers"]["a"]["confusion"]

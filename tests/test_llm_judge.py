@@ -16,9 +16,10 @@ import httpx
 import pytest
 from PIL import Image
 
-from inference.llava_hound_dpo import llm_judge
+from inference.llava_hound_dpo import judge_endpoint, llm_judge
 from inference.llava_hound_dpo.evaluate import main
-from inference.llava_hound_dpo.llm_judge import READ_TRIES, RUBRICS, TRIES, parse_grades
+from inference.llava_hound_dpo.judge_endpoint import LARGEST_REPLY, TRIES
+from inference.llava_hound_dpo.llm_judge import READ_TRIES, RUBRICS, parse_grades
 
 KEY = "sk-Very-Secret-Key-0123456789"
 FOUR = {"relevance": 5, "accuracy": 4, "clarity": 3, "completeness": 2}
@@ -277,7 +278,7 @@ TROUBLE = {
     "closed": (["close"], [None]),
     "a web page": ([(200, {}, "<html>")], [None]),
     "an error as a success": ([(200, {}, '{"error": {"code": 502}}')], [None]),
-    "an endless reply": ([(200, {}, '{"choices": ' + "[" * 2 * llm_judge.LARGEST_REPLY)], [None]),
+    "an endless reply": ([(200, {}, '{"choices": ' + "[" * 2 * LARGEST_REPLY)], [None]),
 }
 
 
@@ -294,7 +295,7 @@ def test_passing_trouble(judge, ask, script, waits):
 @pytest.mark.parametrize("after", [0, 1], ids=["the first reply", "the second reply"])
 def test_a_reply_that_drips_is_given_up(judge, ask, refused, monkeypatch, after):
     """The limit is on the whole request, not on the wait for the next byte."""
-    monkeypatch.setattr(llm_judge, "TIMEOUT_S", 0.5)
+    monkeypatch.setattr(judge_endpoint, "TIMEOUT_S", 0.5)
     judge.script = [GOOD] * after + ["drip"]
     assert counts(ask(answers(3))) == [2, 0, 1, 0, 0] and len(judge.requests) == 3
     judge.script, judge.requests = ["drip headers"], []
@@ -432,7 +433,7 @@ BAD_URLS = ("h:80/v1", "ftp://h", "http://", "http://h:x", "http://me:pass@h", "
 BAD_FLAGS = [
     ("--judge_url needs --judge_model", ["--judge_url", "http://h/v1"]),
     ("give --judge_url too", NAMED[:2]),
-    ("a whole number from 1", [*NAMED, "http://h/v1", "--judge_workers", "0"]),
+    ("must be at least 1", [*NAMED, "http://h/v1", "--judge_workers", "0"]),
     ("--judge_pictures needs --questions", [*NAMED, "http://h/v1", "--judge_pictures", "x"]),
     *(("--judge_url must be like http://host:port/v1", [*NAMED, url]) for url in BAD_URLS),
 ]

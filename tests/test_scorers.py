@@ -2,7 +2,6 @@
 
 import pytest
 
-from inference.llava_hound_dpo.compat_scorers import COMPATIBLE, score_compatible
 from llava.scorers import (
     RIGHT,
     UNPARSED,
@@ -20,117 +19,224 @@ from llava.scorers import (
 
 COLOURS = ["red", "blue", "dark red", "green"]
 
-# Why a public rule reads an answer otherwise than a person.
-MARK = "lmms-eval: a letter needs a blank, a full stop or round brackets beside it"
-CASE = "both: labels are capitals, or in VLMEvalKit follow `answer is`"
-SHORT = "lmms-eval: an option's text counts only in answers of more than five words"
-LAST = "lmms-eval: of several labels the last counts; VLMEvalKit: `answer is` decides, the rest is none"
-PART = "VLMEvalKit: an option's text counts inside another option's, or inside a word"
-LETTER = "both: a label counts whatever is said of it or beside it"
-
-# Answer, the letter it deserves with the options above (None: refused), then what lmms-eval's rule of MMMU and
-# Q-Bench2 makes of it (None: it draws an option at random) and VLMEvalKit's, and why where the three differ.
+# Answer, and the letter it deserves with the options above (None: refused).
 ANSWERS = [
     # labels, alone or first
-    ("A", "A", "A", "A", ""),
-    ("B.", "B", "B", "B", ""),
-    ("C)", "C", None, "C", MARK),
-    ("(D)", "D", "D", "D", ""),
-    ("**A**", "A", None, "A", MARK),
-    ("**B.**", "B", "B", "B", ""),
-    ("[C]", "C", None, "C", MARK),
-    ("b", "B", None, None, CASE),
-    ("(b)", "B", None, None, CASE),
-    ("a.", "A", None, None, CASE),
-    ("Ａ", "A", None, None, "both: a full-width letter is no label"),
-    ("b) blue", "B", None, "B", SHORT),
-    ("B. blue", "B", "B", "B", ""),
-    ("(B) blue", "B", "B", "B", ""),
-    ("B: blue", "B", None, "B", MARK),
-    ("B - blue", "B", "B", "B", ""),
-    ("B (blue)", "B", "B", "B", ""),
-    ("B, because it is blue.", "B", None, "B", MARK),
-    ("B. It is not red.", "B", "B", "A", "VLMEvalKit: the label is not among the last five words, `red` is an option"),
-    ("blue (B)", "B", "B", "B", ""),
-    ("B\nThe car in Image2 is blue.", "B", "B", "B", ""),
-    ("The car in Image2 is blue.\nB", "B", "B", "B", ""),
+    ("A", "A"),
+    ("B.", "B"),
+    ("C)", "C"),
+    ("(D)", "D"),
+    ("**A**", "A"),
+    ("**B.**", "B"),
+    ("[C]", "C"),
+    ("b", "B"),
+    ("(b)", "B"),
+    ("a.", "A"),
+    ("Ａ", "A"),
+    ("b) blue", "B"),
+    ("B. blue", "B"),
+    ("(B) blue", "B"),
+    ("B: blue", "B"),
+    ("B - blue", "B"),
+    ("B (blue)", "B"),
+    ("B, because it is blue.", "B"),
+    ("B. It is not red.", "B"),
+    ("blue (B)", "B"),
+    ("B\nThe car in Image2 is blue.", "B"),
+    ("The car in Image2 is blue.\nB", "B"),
     # sentences that name the answer
-    ("The answer is A", "A", "A", "A", ""),
-    ("the answer is A.", "A", "A", "A", ""),
-    ("The answer is b", "B", None, "B", CASE),
-    ("The answer is B because the car is blue.", "B", "B", "B", ""),
-    ("Answer: A", "A", "A", "A", ""),
-    ("ANSWER: C", "C", "C", "C", ""),
-    ("Answer:D", "D", "D", "D", ""),
-    ("Final answer: **B**", "B", None, "B", MARK),
-    ("The correct answer is (C).", "C", "C", "C", ""),
-    ("The correct option is D", "D", "D", "D", ""),
-    ("The answer is option (A).", "A", "A", "A", ""),
-    ("Option B", "B", "B", "B", ""),
-    ("Answer B", "B", "B", "B", ""),
-    ("B is correct.", "B", "B", "B", ""),
-    ("(B) is the correct answer", "B", "B", None, "VLMEvalKit: the label is not among the last five words"),
-    ("I choose B", "B", "B", "B", ""),
-    ("I would go with C.", "C", "C", "C", ""),
-    ("It's (A).", "A", "A", "A", ""),
-    ("\\boxed{D}", "D", None, "D", MARK),
-    ("<answer>C</answer>", "C", None, None, "both: a letter between tags does not stand alone"),
-    ("It is not A, the answer is B.", "B", "B", "B", ""),
-    ("(A) red (B) blue (C) dark red (D) green. The answer is B.", "B", "D", "B", LAST),
-    ("A. red\nB. blue\nC. dark red\nD. green\nAnswer: D", "D", "D", None, "VLMEvalKit: four labels are none"),
+    ("The answer is A", "A"),
+    ("the answer is A.", "A"),
+    ("The answer is b", "B"),
+    ("The answer is B because the car is blue.", "B"),
+    ("Answer: A", "A"),
+    ("ANSWER: C", "C"),
+    ("Answer:D", "D"),
+    ("Final answer: **B**", "B"),
+    ("The correct answer is (C).", "C"),
+    ("The correct option is D", "D"),
+    ("The answer is option (A).", "A"),
+    ("Option B", "B"),
+    ("Answer B", "B"),
+    ("B is correct.", "B"),
+    ("(B) is the correct answer", "B"),
+    ("I choose B", "B"),
+    ("I would go with C.", "C"),
+    ("It's (A).", "A"),
+    ("\\boxed{D}", "D"),
+    ("<answer>C</answer>", "C"),
+    ("It is not A, the answer is B.", "B"),
+    ("(A) red (B) blue (C) dark red (D) green. The answer is B.", "B"),
+    ("A. red\nB. blue\nC. dark red\nD. green\nAnswer: D", "D"),
     # the text of an option
-    ("blue", "B", None, "B", SHORT),
-    ("Blue.", "B", None, "B", SHORT),
-    ("the blue one", "B", None, "B", SHORT),
-    ("It is blue.", "B", None, "B", SHORT),
-    ("The answer is blue.", "B", None, "B", SHORT),
-    ("The answer is dark red.", "C", None, "D", "VLMEvalKit: the first letter after `answer is`, here of `dark`"),
-    ("dark red", "C", None, None, PART),
-    ("The car is dark red.", "C", None, None, PART),
-    ("The car in Image2 is green", "D", "D", "D", ""),
-    ("A red car", "A", "A", "A", ""),
-    ("A blue car is in the middle of the picture.", "B", "A", None, "both: the article is a label"),
-    ("The answer is a red car", "A", "A", "A", ""),
+    ("blue", "B"),
+    ("Blue.", "B"),
+    ("the blue one", "B"),
+    ("It is blue.", "B"),
+    ("The answer is blue.", "B"),
+    ("The answer is dark red.", "C"),
+    ("dark red", "C"),
+    ("The car is dark red.", "C"),
+    ("The car in Image2 is green", "D"),
+    ("A red car", "A"),
+    ("A blue car is in the middle of the picture.", "B"),
+    ("The answer is a red car", "A"),
     # ties and contradictions
-    ("A or B", None, "B", None, LAST),
-    ("A, B", None, "B", None, LAST),
-    ("A and C", None, "C", None, LAST),
-    ("A/B", None, "B", None, LAST),
-    ("(A) or (D)", None, "D", None, LAST),
-    ("A (B)", None, "B", None, LAST),
-    ("The answer is A or B.", None, "B", "A", LAST),
-    ("The answer is A. No, the answer is B.", None, "B", "A", LAST),
-    ("A\nB", None, "B", None, LAST),
-    ("red or blue", None, None, None, ""),
-    ("Both cars are red and blue", None, "B", None, "lmms-eval: of several option texts the last counts"),
-    ("A. blue", None, "A", "A", LETTER),
-    ("(A) green", None, "A", "A", LETTER),
-    ("green (A)", None, "A", "A", LETTER),
-    ("The answer is B, green.", None, None, "B", LETTER),
-    ("The answer is (C) red", None, "C", "C", LETTER),
+    ("A or B", None),
+    ("A, B", None),
+    ("A and C", None),
+    ("A/B", None),
+    ("(A) or (D)", None),
+    ("A (B)", None),
+    ("The answer is A or B.", None),
+    ("The answer is A. No, the answer is B.", None),
+    ("A\nB", None),
+    ("red or blue", None),
+    ("Both cars are red and blue", None),
+    ("A. blue", None),
+    ("(A) green", None),
+    ("green (A)", None),
+    ("The answer is B, green.", None),
+    ("The answer is (C) red", None),
     # nothing that can be read
-    ("", None, None, None, ""),
-    ("   ", None, None, None, ""),
-    ("...", None, None, None, ""),
-    ("E", None, None, None, ""),
-    ("The answer is E", None, None, None, ""),
-    ("(F)", None, None, None, ""),
-    ("I don't know.", None, None, None, ""),
-    ("None of the above", None, None, None, ""),
-    ("Sorry, I cannot see the picture.", None, None, None, ""),
-    ("The answer is clear.", None, None, "C", "VLMEvalKit: the first letter after `answer is`, here of `clear`"),
-    ("purple", None, None, None, ""),
-    ("reddish", None, None, "A", PART),
-    ("a car", None, None, None, ""),
-    ("A dark horse", None, "A", "A", LETTER),
-    ("ABCD", None, "D", None, "lmms-eval: a label may end a word"),
-    ("Group B", None, "B", "B", LETTER),
-    ("vitamin B", None, "B", "B", LETTER),
-    ("It is not red.", None, None, "A", "VLMEvalKit: a denied option counts"),
-    ("The answer is not A.", None, "A", "A", LETTER),
-    ("I don't think the answer is B.", None, "B", "B", LETTER),
-    ("Neither A nor B is correct.", None, "B", None, LAST),
-    ("(A) is wrong.", None, "A", "A", LETTER),
+    ("", None),
+    ("   ", None),
+    ("...", None),
+    ("E", None),
+    ("The answer is E", None),
+    ("(F)", None),
+    ("I don't know.", None),
+    ("None of the above", None),
+    ("Sorry, I cannot see the picture.", None),
+    ("The answer is clear.", None),
+    ("purple", None),
+    ("reddish", None),
+    ("a car", None),
+    ("A dark horse", None),
+    ("ABCD", None),
+    ("Group B", None),
+    ("vitamin B", None),
+    ("It is not red.", None),
+    ("The answer is not A.", None),
+    ("I don't think the answer is B.", None),
+    ("Neither A nor B is correct.", None),
+    ("(A) is wrong.", None),
+]
+
+
+YES_NO, TRUE_FALSE, NUMBERS = ["Yes", "No"], ["True", "False"], ["1", "2", "3", "-2"]
+FOUR = ["red", "green", "blue", "yellow"]
+TOLD = ["a man on the moon", "no car", "not visible", "red, white and blue"]
+
+# Answer, the options, the letter it deserves: what a clause does to the label or the option in it.
+CLAUSES = [
+    # a reason names nothing, and what it denies does not matter
+    ("Option C because not A", COLOURS, "C"),
+    ("C because the car is blue, not red", COLOURS, "C"),
+    ("C since A shows another car", COLOURS, "C"),
+    ("B, since (A) is the other car.", COLOURS, "B"),
+    ("The answer is B, because A is the colour of the other car.", COLOURS, "B"),
+    ("Because it is blue.", COLOURS, "B"),
+    ("It is green because the red one is in Image1.", COLOURS, "D"),
+    ("I cannot tell because the red car hides it.", COLOURS, None),
+    ("Option B as it is the only blue one", COLOURS, "B"),
+    ("D due to the green paint, whereas A is in Image1", COLOURS, "D"),
+    # denied options
+    ("The car is blue, not red.", COLOURS, "B"),
+    ("The car is not red but blue.", COLOURS, "B"),
+    ("It isn't red, it's green.", COLOURS, "D"),
+    ("There is no blue car, only a green one.", COLOURS, "D"),
+    ("blue rather than green", COLOURS, "B"),
+    ("Blue instead of red", COLOURS, "B"),
+    ("It is more blue than green.", COLOURS, "B"),
+    ("Unlike the red car, this one is green.", COLOURS, "D"),
+    ("Blue and not green", COLOURS, "B"),
+    ("Red is wrong; blue is right.", COLOURS, "B"),
+    ("Red, blue and dark red are wrong, it is green.", COLOURS, "D"),
+    ("blue is not the colour of the car", COLOURS, None),
+    ("Blue is wrong.", COLOURS, None),
+    ("Red can be ruled out.", COLOURS, None),
+    ("blue, no", COLOURS, None),
+    ("Blue? No, green.", COLOURS, "D"),
+    ("No, it is blue.", COLOURS, "B"),
+    ("There is no doubt that it is blue.", COLOURS, "B"),
+    ("It is blue without any doubt", COLOURS, "B"),
+    ("It is red. It is not red.", COLOURS, None),
+    ("neither red nor blue", COLOURS, None),
+    ("Neither red nor blue, but green.", COLOURS, "D"),
+    ("I don't think it is blue", COLOURS, None),
+    ("I'm not sure, but I think it is blue", COLOURS, "B"),
+    ("What colour, red or blue? It is blue.", COLOURS, "B"),
+    ("Is it red?", COLOURS, "A"),
+    # denied labels
+    ("B, not A", COLOURS, "B"),
+    ("B not A", COLOURS, "B"),
+    ("Not A but B", COLOURS, "B"),
+    ("not B", COLOURS, None),
+    ("A is not correct but B is.", COLOURS, "B"),
+    ("A is wrong, B is right.", COLOURS, "B"),
+    ("It is not (A) but (B).", COLOURS, "B"),
+    ("(A) isn't right.", COLOURS, None),
+    ("A can't be the answer", COLOURS, None),
+    ("B rather than C", COLOURS, "B"),
+    ("B instead of A", COLOURS, "B"),
+    ("Option B is wrong.", COLOURS, None),
+    ("The answer cannot be B.", COLOURS, None),
+    ("I don't know, but B is correct.", COLOURS, "B"),
+    ("The answer is B, as A is wrong.", COLOURS, "B"),
+    ("A? No, it is B.", COLOURS, "B"),
+    # other ways to name one
+    ("C。", COLOURS, "C"),
+    ("C、", COLOURS, "C"),
+    ("【C】", COLOURS, "C"),
+    ("C！", COLOURS, "C"),
+    ("B!", COLOURS, "B"),
+    ("B;", COLOURS, "B"),
+    ("B?", COLOURS, "B"),
+    ("So, B.", COLOURS, "B"),
+    ("Therefore B", COLOURS, "B"),
+    ("Probably C.", COLOURS, "C"),
+    ("I think B.", COLOURS, "B"),
+    ("I think it is B", COLOURS, "B"),
+    ("I'd say D.", COLOURS, "D"),
+    ("My guess is C", COLOURS, "C"),
+    ("It must be B.", COLOURS, "B"),
+    ("B it is", COLOURS, "B"),
+    ("the answer is b because of the paint", COLOURS, "B"),
+    ("option b.", COLOURS, "B"),
+    ("The answer to the question is B.", COLOURS, "B"),
+    ("The correct answer for Image2 is (D)", COLOURS, "D"),
+    ("The car is coloured. B.", COLOURS, "B"),
+    ("B fits best", COLOURS, "B"),
+    ("(B) is definitely the right one.", COLOURS, "B"),
+    # options that are only repeated
+    ("A. red B. green C. blue D. yellow", FOUR, None),
+    ("A) red, B) green, C) blue, D) yellow", FOUR, None),
+    ("A: red, B: green", FOUR, None),
+    ("(A) red (B) green (C) blue (D) yellow", FOUR, None),
+    ("Options: A. red B. green C. blue D. yellow", FOUR, None),
+    ("A. red\nB. green\nC. blue\nD. yellow", FOUR, None),
+    ("A. red\nB. green\nC. blue\nD. yellow\nC", FOUR, "C"),
+    ("A. red B. green C. blue D. yellow\nThe answer is C.", FOUR, "C"),
+    ("red, green, blue or yellow", FOUR, None),
+    ("The options are A, B, C and D.", FOUR, None),
+    ("Choose the right option: A, B, C, D", FOUR, None),
+    # options that hold negations, articles, commas, numbers
+    ("No, there isn't.", YES_NO, "B"),
+    ("Yes, not only that.", YES_NO, "A"),
+    ("It is not there, so no.", YES_NO, "B"),
+    ("B, No", YES_NO, "B"),
+    ("That is not true.", TRUE_FALSE, "B"),
+    ("The statement is false.", TRUE_FALSE, "B"),
+    ("It isn't false", TRUE_FALSE, "A"),
+    ("There is no car.", TOLD, "B"),
+    ("The car is not visible.", TOLD, "C"),
+    ("It shows the man on a moon.", TOLD, "A"),
+    ("The flag is red, white and blue.", TOLD, "D"),
+    ("The number in Image 2 is 3.", NUMBERS, "C"),
+    ("It is −2.", NUMBERS, "D"),
+    ("about 1.5", NUMBERS, None),
+    ("It is 2, not 3.", NUMBERS, "B"),
 ]
 
 
@@ -138,76 +244,19 @@ def letter_of(number):
     return None if number is None else "ABCD"[number]
 
 
-@pytest.mark.parametrize(("text", "letter"), [row[:2] for row in ANSWERS], ids=repr)
+@pytest.mark.parametrize(("text", "letter"), ANSWERS, ids=repr)
 def test_multiple_choice(text, letter):
     assert letter_of(parse_choice(text, len(COLOURS), COLOURS)) == letter
 
 
-@pytest.mark.parametrize(("text", "lmms_eval", "vlmevalkit"), [(r[0], r[2], r[3]) for r in ANSWERS], ids=repr)
-def test_the_rules_of_other_harnesses(text, lmms_eval, vlmevalkit):
-    given = [letter_of(COMPATIBLE[rule](text, COLOURS)) for rule in ("lmms_eval", "vlmevalkit")]
-    assert given == [lmms_eval, vlmevalkit]
+@pytest.mark.parametrize(("text", "options", "letter"), CLAUSES, ids=repr)
+def test_clauses(text, options, letter):
+    assert letter_of(parse_choice(text, len(options), options)) == letter
 
 
-def test_the_table_is_large_each_answer_once_and_each_difference_explained():
-    assert len({text for text, *_ in ANSWERS}) == len(ANSWERS) >= 60
-    assert all(bool(reason) == (len({ours, *theirs}) > 1) for _, ours, *theirs, reason in ANSWERS)
-
-
-def test_a_plain_label_is_read_alike_by_all():
-    """The rows without a reason, the format that the prompts ask for among them."""
-    alike = [text for text, *_, reason in ANSWERS if not reason]
-    assert {"A", "B.", "(D)", "(B) blue", "The answer is A", "Answer: A", "", "red or blue"} <= set(alike)
-    assert len(alike) >= 35
-
-
-@pytest.mark.parametrize(
-    ("text", "blink", "muirbench"),
-    [
-        ("A", "A", "A"),
-        (" b ", "B", "B"),
-        ("(C)", "C", None),
-        ("D.", "D", "D"),
-        ("d.", "D", None),
-        ("B. blue", "B", "B"),
-        ("B) blue", "B", None),
-        ("The answer is B", None, None),  # T, in BLINK's rule
-        ("blue", "B", None),
-        ("a red car", "A", None),
-        ("dark red", "D", None),
-        ("E.", None, None),
-        ("**A**", None, None),
-        ("", None, None),
-    ],
-)
-def test_letter_rules_of_lmms_eval(text, blink, muirbench):
-    given = [letter_of(COMPATIBLE[rule](text, COLOURS)) for rule in ("lmms_eval_blink", "lmms_eval_muirbench")]
-    assert given == [blink, muirbench]
-
-
-def test_verdicts_of_the_rules_of_other_harnesses():
-    """lmms-eval's random draw scores what it is worth on average; all else that is not read scores 0."""
-    assert score_compatible("lmms_eval", "(B)", "blue", COLOURS) == Result(1.0, RIGHT)
-    assert score_compatible("lmms_eval", "(A)", "B", COLOURS) == Result(0.0, WRONG)
-    assert score_compatible("lmms_eval", "purple", "B", COLOURS) == Result(1 / 4, UNPARSED)
-    for rule in ("vlmevalkit", "lmms_eval_blink", "lmms_eval_muirbench"):
-        assert score_compatible(rule, "purple", "B", COLOURS) == Result(0.0, UNPARSED)
-    with pytest.raises(ValueError, match="not one of"):
-        score_compatible("vlmevalkit", "A", "pink", COLOURS)
-
-
-@pytest.mark.parametrize(
-    ("text", "letter"),
-    [
-        ("I'm sorry, but without the image provided, B", None),
-        ("Failed to obtain answer via API: B blue", "B"),  # the letter is not looked at, the text is
-        ("Z", None),
-        ("blue " * 20, None),  # longer than twice all options
-        ("The answer is *B", "B"),
-    ],
-)
-def test_refusals_and_long_answers_in_vlmevalkit(text, letter):
-    assert letter_of(COMPATIBLE["vlmevalkit"](text, COLOURS)) == letter
+def test_the_table_is_large_and_has_each_answer_once():
+    assert len({text for text, _ in ANSWERS}) == len(ANSWERS) >= 60
+    assert len({(text, *options) for text, options, _ in CLAUSES}) == len(CLAUSES) >= 60
 
 
 @pytest.mark.parametrize(
@@ -256,6 +305,8 @@ EXACT = [
     ("1.5", "15", False),
     ("1,000", "1000", True),
     ("-5", "5", False),
+    ("−5", "-5", True),
+    ("−5", "5", False),
     ("t-shirt", "T shirt", True),
     ("３", "3", True),
     ("Größe", "GRÖSSE", True),

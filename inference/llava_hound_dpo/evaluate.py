@@ -3,89 +3,103 @@
 `python -m inference.llava_hound_dpo.evaluate --answers base.jsonl tuned.jsonl --questions test.json --output DIR`
 """
 
-import argparse
 import itertools
 import json
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from inference.llava_hound_dpo.compat_scorers import COMPATIBLE, DRAWS_AT_RANDOM
-from inference.llava_hound_dpo.llm_judge import KEY_VARIABLE, RUBRICS, WITHOUT, Endpoint, LlmJudge, add_grades
+from inference.llava_hound_dpo.judge_endpoint import KEY_VARIABLE, Endpoint
+from inference.llava_hound_dpo.llm_judge import RUBRICS, WITHOUT, LlmJudge, add_grades
 from inference.llava_hound_dpo.report import report
 from inference.llava_hound_dpo.summary import Asked, Row, compare, judge, summarize
+from llava.command_line import check_numbers, flag, parse
 from llava.image import ImageStore
 from llava.records import Answer, DataError, Question, read_answers, read_questions, refuse_duplicates, texts
-from llava.runtime import ArgumentParser, setup_logging, user_errors, write_text
+from llava.runtime import setup_logging, user_errors, write_text
 from llava.scorers import SCORERS
 
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """What is scored and where the scores go."""
+
+    _argument_group_name = "evaluation"
+    answers: list[Path] = flag("answers.jsonl, one file a model")
+    output: Path = flag("folder for scores.json, scores.md, report.html")
+    questions: Path | None = flag("the test set: what is not answered then counts as missing", None)
+    scorer: str = flag(f"auto (choice where a question has choices, or exact), {', '.join(SCORERS)}", "auto")
+    image_folder: Path | None = flag("pictures of --questions: report.html shows sample prompts", None)
+    samples: int = flag("sample prompts in report.html at most", 12)
+
+    def check(self) -> None:
+        """Raises ValueError, NotADirectoryError for what cannot be meant."""
+        check_numbers(self, samples=(0, None))
+        if self.output.exists() and not self.output.is_dir():
+            raise NotADirectoryError(f"--output {self.output} is a file; give a folder")
+        if self.scorer.startswith(("lmms_eval", "vlmevalkit")):
+            harness = self.scorer.split("_eval")[0].replace("lmms", "lmms_eval")
+            raise ValueError(
+                f"--scorer {self.scorer}: scores by the rules of other harnesses are theirs to give; write the answers "
+                f"for them: python -m inference.llava_hound_dpo.interchange export --to {harness}"
+            )
+        if self.scorer not in ("auto", *SCORERS):
+            raise ValueError(f"--scorer {self.scorer}: must be one of auto, {', '.join(SCORERS)}")
+
+
+@dataclass(frozen=True)
+class JudgeFlags:
+    """The large language model that grades answers, if one does."""
+
+    _argument_group_name = "LLM judge (asked with --judge_url only; --output keeps judgements.jsonl)"
+    judge_url: str | None = flag("OpenAI-compatible endpoint, e.g. http://localhost:8000/v1", None)
+    judge_model: str | None = flag("name that the endpoint has for the judge", None)
+    judge_key_env: str = flag("environment variable that holds the key", KEY_VARIABLE)
+    judge_workers: int = flag("requests at a time", 4)
+    judge_pictures: Path | None = flag("folder, .zip or .tar: show the judge the pictures too", None)
+
+    def judge(self, settings: Evaluation) -> LlmJudge | None:
+        """The judge, None without --judge_url. Raises ValueError, FileNotFoundError."""
+        if self.judge_url is None:
+            if self.judge_model or self.judge_pictures:
+                raise ValueError("--judge_model and --judge_pictures need an endpoint: give --judge_url too")
+            return None
+        if not self.judge_model:
+            raise ValueError("--judge_url needs --judge_model: the name that the endpoint has for its model")
+        check_numbers(self, judge_workers=(1, None))
+        if self.judge_pictures and not settings.questions:
+            raise ValueError(
+                "--judge_pictures needs --questions: only the test set says which pictures are asked about"
+            )
+        store = ImageStore(self.judge_pictures) if self.judge_pictures else None
+        endpoint = Endpoint(self.judge_url, self.judge_model, self.judge_key_env)
+        return LlmJudge(endpoint, self.judge_workers, settings.output / "judgements.jsonl", settings.questions, store)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Reads, scores, writes scores.json, scores.md and report.html, and logs the table."""
-    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--answers", type=Path, nargs="+", required=True, help="answers.jsonl, one file a model")
-    parser.add_argument("--questions", type=Path, help="the test set: what is not answered then counts as missing")
-    parser.add_argument(
-        "--scorer",
-        choices=("auto", *SCORERS, *COMPATIBLE),
-        default="auto",
-        help="auto: choice where a question has choices, or exact; lmms_eval..., vlmevalkit: as these harnesses\n"
-        "score multiple choice, for numbers beside published ones (a question without choices: exact)",
-    )
-    parser.add_argument("--output", type=Path, required=True, help="folder for scores.json, scores.md, report.html")
-    parser.add_argument("--image_folder", type=Path, help="pictures of --questions: report.html shows sample prompts")
-    parser.add_argument("--samples", type=int, default=12, help="sample prompts in report.html at most")
-    _add_judge_flags(parser)
-    args = parser.parse_args(argv)
     setup_logging()
     with user_errors():
-        if args.output.exists() and not args.output.is_dir():
-            raise NotADirectoryError(f"--output {args.output} is a file; give a folder")
-        if args.samples < 0:
-            raise ValueError(f"--samples {args.samples}: give a whole number from 0")
-        store = ImageStore(args.image_folder) if args.image_folder else None
-        llm = _llm_judge(args)
+        settings, judge_flags = parse((Evaluation, JudgeFlags), __doc__, argv)
+        settings.check()
+        store = ImageStore(settings.image_folder) if settings.image_folder else None
+        llm = judge_flags.judge(settings)
         try:
-            rows = judged_by_name(args.answers, args.questions, args.scorer)
-            scores = scores_of(args.answers, rows, args.questions, args.scorer, llm)
-            questions = read_questions(args.questions) if args.questions and store else ()
+            rows = judged_by_name(settings.answers, settings.questions, settings.scorer)
+            scores = scores_of(settings.answers, rows, settings.questions, settings.scorer, llm)
+            questions = read_questions(settings.questions) if settings.questions and store else ()
         except DataError as error:
             more = len(error.problems) - 1
             raise ValueError(error.problems[0] + (f" (and {more} more problems)" if more else "")) from error
         table = markdown(scores)
-        write_text(args.output / "scores.json", json.dumps(scores, indent=2, ensure_ascii=False) + "\n")
-        write_text(args.output / "scores.md", table)
-        write_text(args.output / "report.html", report(scores, rows, questions, store, args.samples))
+        write_text(settings.output / "scores.json", json.dumps(scores, indent=2, ensure_ascii=False) + "\n")
+        write_text(settings.output / "scores.md", table)
+        write_text(settings.output / "report.html", report(scores, rows, questions, store, settings.samples))
     log.info(table)
-
-
-def _add_judge_flags(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("LLM judge", "asked with --judge_url only; --output keeps judgements.jsonl")
-    group.add_argument("--judge_url", help="OpenAI-compatible endpoint, e.g. http://localhost:8000/v1")
-    group.add_argument("--judge_model", help="name that the endpoint has for the judge")
-    group.add_argument("--judge_key_env", default=KEY_VARIABLE, help="environment variable that holds the key")
-    group.add_argument("--judge_workers", type=int, default=4, help="requests at a time")
-    group.add_argument("--judge_pictures", type=Path, help="folder, .zip or .tar: show the judge the pictures too")
-
-
-def _llm_judge(args: argparse.Namespace) -> LlmJudge | None:
-    """The judge that the flags describe, None without --judge_url. Raises ValueError, FileNotFoundError."""
-    if args.judge_url is None:
-        if args.judge_model or args.judge_pictures:
-            raise ValueError("--judge_model and --judge_pictures need an endpoint: give --judge_url too")
-        return None
-    if not args.judge_model:
-        raise ValueError("--judge_url needs --judge_model: the name that the endpoint has for its model")
-    if args.judge_workers < 1:
-        raise ValueError(f"--judge_workers {args.judge_workers}: give a whole number from 1")
-    if args.judge_pictures and not args.questions:
-        raise ValueError("--judge_pictures needs --questions: only the test set says which pictures are asked about")
-    store = ImageStore(args.judge_pictures) if args.judge_pictures else None
-    endpoint = Endpoint(args.judge_url, args.judge_model, args.judge_key_env)
-    return LlmJudge(endpoint, args.judge_workers, args.output / "judgements.jsonl", args.questions, store)
 
 
 def evaluate(
@@ -209,9 +223,6 @@ def _notes(scores: dict[str, Any]) -> list[str]:
     missing = "every question of the test set is in the denominator, answered or not"
     if scores["questions"] is None:
         missing = "no --questions: a question that no file answers is not known, and not counted"
-    unparsed = "unparsed and missing answers score 0"
-    if scores["scorer"] in DRAWS_AT_RANDOM:
-        unparsed = "an unparsed answer scores 1 / its number of options (a random draw there), a missing one 0"
     rules = {
         rule for file in scores["answers"].values() for rule, n in file["looked_answered"]["judged_by"].items() if n
     }
@@ -219,7 +230,7 @@ def _notes(scores: dict[str, Any]) -> list[str]:
     if "ratio" in rules:
         looked += "; where shares by image are absent, more than an even share of it"
     return [
-        f"Scorer: {scores['scorer']}. Accuracy in % [95 % interval]; {unparsed}; {missing}.",
+        f"Scorer: {scores['scorer']}. Accuracy in % [95 % interval]; unparsed and missing answers score 0; {missing}.",
         f"{looked[0].upper()}{looked[1:]}. Chance of confusion: the wrong answers, dealt to one another's questions.",
         "Ratio tells right from wrong: the chance that of a right and a wrong answer, same format and number of "
         "images, the right one has the higher attention ratio; 0.5 says nothing.",

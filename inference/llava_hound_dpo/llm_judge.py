@@ -9,20 +9,15 @@ import hashlib
 import io
 import json
 import logging
-import os
-import re
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
-import httpx
 import numpy as np
-import openai
 from tqdm import tqdm
 
+from inference.llava_hound_dpo.judge_endpoint import Endpoint, Failed, JudgeError
 from inference.llava_hound_dpo.summary import Row
 from llava.image import ImageStore
 from llava.records import FORMATS, IMAGE, DataError, Question, read_questions
@@ -33,14 +28,9 @@ log = logging.getLogger(__name__)
 
 RUBRICS = ("relevance", "accuracy", "clarity", "completeness")
 WITHOUT = UNPARSED, FAILED, MISSING, EMPTY = "unparsed", "failed", "missing", "empty"  # why there are no grades
-KEY_VARIABLE = "OPENAI_API_KEY"
-TRIES = 6  # of one request, while the endpoint is busy or out of reach
 READ_TRIES = 3  # replies to one answer, until one can be read
 FAILED_IN_A_ROW = 20  # answers without a reply, after which the endpoint counts as gone
-TIMEOUT_S = 120.0  # from the first byte sent to the last one read
 BRACES = 100  # that are tried as the beginning of the grades
-LARGEST_REPLY = 1 << 20  # bytes that are read of a reply
-OF_THE_BODY = ("content-encoding", "content-length", "transfer-encoding")  # headers that say how it was sent
 NO_TEMPERATURE = " without temperature"  # at the end of the digest of a judgement made so
 
 PROMPT = """Grade an answer to a question about one or several pictures. The question says which picture it is about: \
@@ -62,170 +52,8 @@ AFTER_QUESTION = "\n</question>\n<true_answer>\n{true}\n</true_answer>\n<given_a
 REMINDER = "\n\nReply with the JSON object of four whole numbers from 1 to 5 only, without any other text."
 PROMPT_DIGEST = hashlib.sha256(f"{PROMPT}{AFTER_QUESTION}{REMINDER}".encode()).hexdigest()
 
-
-class JudgeError(ValueError):
-    """The endpoint cannot be used as it was given: nothing more is asked."""
-
-
-class Failed(Exception):
-    """No reply, for a reason that may pass: what happened."""
-
-
 Grades = dict[str, int]  # a whole number from 1 to 5 for each of RUBRICS
 Verdict = Grades | str  # grades, or one of WITHOUT
-
-
-# ---- the endpoint
-
-
-def _checked_url(url: str) -> str:
-    """The URL without its end. Raises ValueError, which does not quote it: it may hold a key."""
-    try:
-        parts = urlsplit(url)
-        is_plain = parts.hostname and parts.port != 0 and not (parts.username or parts.query or parts.fragment)
-    except ValueError:
-        is_plain = False
-    if not is_plain or parts.scheme not in ("http", "https") or re.search(r"\s", url):
-        raise ValueError("--judge_url must be like http://host:port/v1, without user or query; see --judge_key_env")
-    return url.rstrip("/").removesuffix("/chat/completions")
-
-
-def _key_in(variable: str) -> str:
-    """The key, empty where the default variable is not set. The name is not quoted: it may be a key, by mistake."""
-    key = os.environ.get(variable, "").strip()
-    if not key and variable != KEY_VARIABLE:
-        raise ValueError("--judge_key_env names an environment variable that is not set: export it, or drop the flag")
-    if not re.fullmatch(r"[!-~]*", key):
-        raise ValueError(f"the key in {variable} holds a space, a line break or a special letter: export it again")
-    return key
-
-
-class _Bounded(httpx.AsyncClient):
-    """Requests with a limit on their time, however slowly a reply drips, and on the size of the reply.
-
-    Redirects are not followed: they would hand the key to another host.
-    """
-
-    is_reached = False  # whether anything ever answered by HTTP
-
-    async def send(self, request: httpx.Request, **options: Any) -> httpx.Response:
-        """Raises TimeoutError and JudgeError, which are final, and httpx.RequestError: then openai tries again."""
-        try:
-            async with asyncio.timeout(TIMEOUT_S):
-                response = await super().send(request, **options | {"stream": True})
-                self.is_reached = True
-                content = await _start_of(response)
-        except httpx.ConnectError as error:
-            if self.is_reached:
-                raise
-            what = f"the judge cannot be reached ({_innermost(error)})"
-            raise JudgeError(f"{what}. Start its server, or correct --judge_url") from error
-        if response.is_success:
-            _content(content, request)
-        headers = {name: value for name, value in response.headers.items() if name not in OF_THE_BODY}
-        return httpx.Response(response.status_code, headers=headers, content=content, request=request)
-
-
-async def _start_of(response: httpx.Response) -> bytes:
-    """The body, or as much of it as is read of one that does not end."""
-    content = bytearray()
-    async with aclosing(response):
-        async for part in response.aiter_bytes():
-            content += part
-            if len(content) > LARGEST_REPLY:
-                break
-    return bytes(content)
-
-
-def _innermost(error: BaseException) -> str:
-    """What the operating system says, of an error that libraries wrapped."""
-    while inner := error.__cause__ or error.__context__:
-        error = inner
-    if isinstance(error, OSError) and error.errno and error.errno > 0:
-        return os.strerror(error.errno)  # asyncio's own text is "Connect call failed"
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__
-
-
-def _content(body: bytes, request: httpx.Request) -> str:
-    """The message of a chat completion, "" where it is null. Raises httpx.DecodingError if it is none."""
-    try:
-        content = json.loads(body)["choices"][0]["message"]["content"]
-    except (ValueError, LookupError, TypeError, RecursionError) as error:
-        raise httpx.DecodingError("the reply is no chat completion", request=request) from error
-    return content if isinstance(content, str) else ""
-
-
-class Endpoint:
-    """Chat completions of one model, with openai's retries. The key is in no message."""
-
-    def __init__(self, url: str, model: str, key_variable: str = KEY_VARIABLE):
-        self.url, self.model = _checked_url(url), model
-        self._key_variable, self._key = key_variable, _key_in(key_variable)
-        self.takes_temperature = True  # until it refuses one
-
-    @asynccontextmanager
-    async def connected(self) -> AsyncIterator[None]:
-        """Connections to the endpoint, for `chat` within."""
-        async with _Bounded(timeout=None) as self._http:
-            self._client = openai.AsyncOpenAI(
-                base_url=self.url, api_key=self._key or "none", max_retries=TRIES - 1, http_client=self._http
-            )
-            yield
-
-    async def chat(self, messages: Sequence[dict], about: str) -> str:
-        """Text of the reply, "" where it has none. Raises Failed, or JudgeError where asking again is no use."""
-        create = self._client.chat.completions.with_raw_response.create
-        temperature = 0 if self.takes_temperature else openai.omit
-        headers = None if self._key else {"Authorization": openai.Omit()}
-        try:
-            reply = await create(
-                model=self.model, messages=list(messages), temperature=temperature, extra_headers=headers
-            )
-        except openai.BadRequestError as error:
-            if temperature != 0 or "temperature" not in error.response.text:
-                raise self._refusal(error, about) from error
-            log.info("the judge refuses temperature 0: asked without it")
-            self.takes_temperature = False
-            return await self.chat(messages, about)
-        except openai.APIStatusError as error:
-            raise self._refusal(error, about) from error
-        except JudgeError as error:
-            raise JudgeError(f"{self.url}: {error}") from error
-        except (openai.APIConnectionError, TimeoutError) as error:
-            raise self._no_reply(error) from error
-        return _content(reply.http_response.content, reply.http_request)
-
-    def _no_reply(self, error: Exception) -> Exception:
-        """What it means that nothing came back that can be read."""
-        if isinstance(error, TimeoutError):
-            reason, tried = f"no whole reply in {TIMEOUT_S:.0f} s", "one try"
-        else:
-            reason, tried = self.hide(_innermost(error)), f"{TRIES} tries"
-        if self._http.is_reached:
-            return Failed(reason)
-        return JudgeError(f"{self.url}: no reply from the judge in {tried} ({reason}). Check --judge_url")
-
-    def _refusal(self, error: openai.APIStatusError, about: str) -> Exception:
-        """What an HTTP error means."""
-        code = error.status_code
-        if code in (408, 409, 429) or code >= 500:
-            return Failed(f"HTTP {code}")
-        said = " ".join(self.hide(error.response.text[:20_000]).split())[:200]
-        said = f": {said}" if said else ""
-        if code in (401, 403):  # its text is not quoted: some endpoints repeat a part of the key
-            state = "" if self._key else ", which is not set"
-            what, fix = "the judge refuses the key", f"check the variable {self._key_variable}{state} (--judge_key_env)"
-        elif code == 404:
-            what = f"no such model or address{said}"
-            fix = f"check --judge_url (it often ends in /v1) and --judge_model {self.model}"
-        else:
-            what = f"the judge refuses the request about {about}{said}"
-            fix = f"check --judge_model {self.model}, whether it takes pictures, and --judge_url"
-        return JudgeError(f"{self.url}: {what} (HTTP {code}); {fix}")
-
-    def hide(self, text: str) -> str:
-        """The text without the key."""
-        return text.replace(self._key, "***") if self._key else text
 
 
 # ---- what is asked, and what is read in a reply
@@ -272,7 +100,7 @@ def parse_grades(reply: str) -> Grades | None:
     None too where more than BRACES begin no object, so that the time grows with the reply's length and not its square.
     """
     before, opened, rest = reply.partition("<think>")
-    thought, closed, after = rest.rpartition("</think>")
+    _, closed, after = rest.rpartition("</think>")
     if opened and closed:
         reply = before + after
     decoder, found, place = json.JSONDecoder(), [], reply.find("{")

@@ -16,7 +16,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from inference.llava_hound_dpo.compat_scorers import DRAWS_AT_RANDOM
 from inference.llava_hound_dpo.summary import Row, confusion
 from llava.heatmap import draw_prompt
 from llava.image import ImageStore
@@ -65,7 +64,6 @@ def report(
     return _template().render(
         scores=scores,
         models=models,
-        draws_at_random=scores["scorer"] in DRAWS_AT_RANDOM,
         grades=_grades(models),
         charts=_accuracy_charts(models),
         confusion_chart=_confusion_chart(models),

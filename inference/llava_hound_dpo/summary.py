@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from inference.llava_hound_dpo.compat_scorers import COMPATIBLE, score_compatible
 from llava.records import FORMATS, Answer
 from llava.scorers import (
     MISSING,
@@ -56,19 +55,14 @@ class Row:
 
 
 def judge(asked: Asked, given: Answer | None, scorer: str) -> Row:
-    """Score one answer; a scorer of multiple choice only is `exact` for a question without choices."""
-    scorer = resolve("auto" if scorer in COMPATIBLE and not asked.choices else scorer, asked.choices)
+    """Score one answer. Raises ValueError where a multiple-choice record's true answer is none of its options."""
+    scorer = resolve(scorer, asked.choices)
     if given is None:
         return Row(asked, None, scorer, Result(0.0, MISSING))
     try:
-        return Row(asked, given, scorer, _scored(scorer, given.text, asked))
+        return Row(asked, given, scorer, score(scorer, given.text, asked.answer, asked.choices))
     except ValueError as error:
         raise ValueError(f"{asked.where}: {error}") from error
-
-
-def _scored(scorer: str, text: str, asked: Asked) -> Result:
-    by = score_compatible if scorer in COMPATIBLE else score
-    return by(scorer, text, asked.answer, asked.choices)
 
 
 def summarize(rows: Sequence[Row]) -> dict[str, Any]:
@@ -158,12 +152,9 @@ def confusion(rows: Sequence[Row], seed: int = 0) -> dict[str, Any] | None:
 def _true_elsewhere(row: Row, text: str) -> bool:
     """Whether the text, as an answer to this row's question, is true of another image."""
     asked = row.asked
-    if row.scorer in COMPATIBLE:
-        number = COMPATIBLE[row.scorer](text, asked.choices)
-    elif row.scorer == "choice":
-        number = parse_choice(text, len(asked.choices) or NUM_LETTERS, asked.choices)
-    else:
+    if row.scorer != "choice":
         return any(score(row.scorer, text, other).verdict == RIGHT for other in asked.others)
+    number = parse_choice(text, len(asked.choices) or NUM_LETTERS, asked.choices)
     has_text = number is not None and number < len(asked.choices)
     return has_text and any(exact(asked.choices[number], other) for other in asked.others)
 
@@ -173,7 +164,7 @@ def _chance_of_confusion(wrong: Sequence[Row], rng: np.random.Generator) -> floa
     for place, row in enumerate(wrong):
         dealt = [n for n in rng.permutation(len(wrong))[: DEALS + 1] if n != place][:DEALS]
         texts = [wrong[n].given.text for n in dealt]
-        verdicts = [_scored(row.scorer, text, row.asked).verdict for text in texts]
+        verdicts = [score(row.scorer, text, row.asked.answer, row.asked.choices).verdict for text in texts]
         usable = [text for text, verdict in zip(texts, verdicts, strict=True) if verdict == WRONG]
         if usable:
             rates.append(sum(_true_elsewhere(row, text) for text in usable) / len(usable))
