@@ -23,7 +23,6 @@ from llava.records import read_answers
 from llava.runtime import ArgumentParser, setup_logging, user_errors
 
 
-@torch.inference_mode()
 def main() -> None:
     """Draws the maps of the chosen questions."""
     args = parse_args()
@@ -90,4 +89,5 @@ def file_name(id: str) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    with torch.inference_mode():
+        main()
