@@ -75,7 +75,7 @@ def imports(node: ast.AST) -> Iterator[str]:
             yield from (alias.name for alias in child.names)
         elif isinstance(child, ast.ImportFrom) and child.module:
             yield from (child.module, *(f"{child.module}.{alias.name}" for alias in child.names))
-        elif not isinstance(child, FUNCTIONS):
+        elif not isinstance(child, (*FUNCTIONS, ast.expr)):
             yield from imports(child)
 
 

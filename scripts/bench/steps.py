@@ -3,7 +3,6 @@
 A step takes the loss of a batch, reference log-probs included, and its gradients. All have the same weights.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -24,19 +23,14 @@ SETTINGS = LossSettings(dpo_alpha=1.0, gamma=0.0)
 NAMES = ("ours", "plain", "trl", "eager")
 
 
-class Step(ABC):
-    """A way to train `policy`; `load` takes the batch, a call is a step and returns the loss."""
+class Step:
+    """A way to train `policy`: a call is a step and gives the loss.
+
+    A kind has `load(pairs)`, which makes them the batch of the next steps, and `forward_and_backward()`.
+    """
 
     def __init__(self, policy):
         self.policy = policy
-
-    @abstractmethod
-    def load(self, pairs: Pairs) -> None:
-        """Make all the pairs the batch of the next steps."""
-
-    @abstractmethod
-    def forward_and_backward(self) -> Tensor:
-        """The loss, its gradients added to the policy's."""
 
     def __call__(self, repeat: int = 0) -> Tensor:
         self.policy.zero_grad()
