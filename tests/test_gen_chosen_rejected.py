@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from llava.conversation import render
 
 from data_gen.gen_chosen_rejected import __main__ as gen_chosen_rejected
 from data_gen.gen_chosen_rejected.others import bare_question
 from data_gen.gen_instruction import __main__ as gen_instruction
-from llava.checkpoints import load_model, load_processor
-from llava.image import ImageStore, pixel_values
+from llava.checkpoints import Checkpoint, open_checkpoint
+from llava.command_line import parse
+from llava.image import ImageStore
 from llava.records import read_instructions, read_preferences
 from scripts.miniature import make_source
 from tests.conftest import kill_with_workers
@@ -110,18 +110,17 @@ def test_everything_is_counted_once(world, made):
 
 def test_numbers_are_those_of_a_plain_forward(world, made):
     """Perplexity of the model's own greedy answer, from one forward over prompt and answer."""
-    model, processor = load_model(str(BASE)), load_processor(str(BASE))
-    store = ImageStore(world / "made/images")
+    checkpoint = open_checkpoint(str(BASE))
+    model, family = checkpoint.load(), checkpoint.family
+    processor, store = family.processor(), ImageStore(world / "made/images")
     answers = [json.loads(line) for line in (made / "answers.jsonl").read_text().splitlines()]
     questions = {question.id: question for question in read_instructions(world / "made/instructions.jsonl")}
     for given in answers[::8]:
         pictures = [store.open(name) for name in questions[given["question_id"]].images]
-        ids = processor(text=render([(given["prompt"], given["text"])]), images=pictures, return_tensors="pt")[
-            "input_ids"
-        ]
-        pixels = pixel_values(pictures, processor.image_processor, True)
+        text = family.render([(given["prompt"], given["text"])])
+        ids = processor(text=text, images=pictures, return_tensors="pt")["input_ids"]
         with torch.no_grad():
-            logits = model(input_ids=ids, pixel_values=pixels).logits[0, -1 - given["num_tokens"] : -1]
+            logits = model(input_ids=ids, **family.pixels(pictures)).logits[0, -1 - given["num_tokens"] : -1]
         largest = logits.double().log_softmax(-1).amax(-1)
         assert given["perplexity"] == pytest.approx(math.exp(-largest.mean().item()), rel=1e-4)
         assert given["confidence"] == pytest.approx(largest[0].exp().item(), rel=1e-4)
@@ -158,7 +157,7 @@ def answered(made, folder):
 
 def test_other_rules_need_no_model(make, made, tmp_path, monkeypatch):
     answered(made, tmp_path / "again")
-    monkeypatch.setattr("llava.answering.load_model", None)  # a call would fail
+    monkeypatch.setattr(Checkpoint, "load", None)  # a call would fail
     strict = make("again", "--thresholds", '{"sequence": {"2": 0.0, "3": 0.0, "4": 0.0, "5": 0.0}}')
     before = json.loads((made / "pairs.json").read_text())
     assert strict == [pair for pair in before if pair["image_type"] != "sequence"] != before
@@ -178,7 +177,7 @@ def test_noisy_pictures_are_for_the_model_only(make, made, tmp_path):
 
 
 def test_pairs_without_a_model(make, world, monkeypatch):
-    monkeypatch.setattr("llava.answering.load_model", None)
+    monkeypatch.setattr(Checkpoint, "load", None)
     known = known_answers(world)
     pairs = make("others", "--rejected", "other_image", "--repoint")
     kinds = {kind: [p for p in pairs if p["rejected_from"] == kind] for kind in ("other_image", "repointed")}
@@ -203,7 +202,7 @@ def test_sources_of_the_miniature_repeat_with_their_seed(world, tmp_path, monkey
     assert (world / "images" / name).read_bytes() == (tmp_path / "again/images" / name).read_bytes()
 
 
-def test_the_launch_script_hands_on_its_knobs_and_flags(tmp_path, monkeypatch):
+def test_the_launch_script_hands_on_its_knobs_and_flags(tmp_path):
     (tmp_path / "torchrun").write_text('#!/bin/bash\nprintf "%s\\n" "$PWD" "$@"\n')
     (tmp_path / "torchrun").chmod(0o755)
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "MODEL": "my model", "NPROC": "3", "IMAGES": "i.zip"}
@@ -214,9 +213,8 @@ def test_the_launch_script_hands_on_its_knobs_and_flags(tmp_path, monkeypatch):
     module = words.index("-m")
     assert folder == str(ROOT) and "--nproc_per_node=3" in words[:module]
     assert words[module + 1] == "data_gen.gen_chosen_rejected" and len(SCRIPT.read_text().splitlines()) <= 40
-    monkeypatch.setattr(sys, "argv", words[module + 1 :])
-    args = gen_chosen_rejected.parse_args()
-    assert (args.model_name_or_path, args.image_folder, args.seed, args.batch_size) == ("my model", "i.zip", 7, 8)
+    own, model, _, _ = parse(gen_chosen_rejected.GROUPS, None, words[module + 2 :])
+    assert (model.model_name_or_path, model.image_folder, own.seed, model.batch_size) == ("my model", "i.zip", 7, 8)
 
 
 # ---- several processes and kills

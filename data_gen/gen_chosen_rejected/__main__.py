@@ -6,11 +6,11 @@ Writes OUTPUT/pairs.json, dropped.jsonl (every answer that was not used, and why
 answers.jsonl. Started again, a killed run goes on; with other limits, a finished one selects again without the model.
 """
 
-import argparse
 import json
 import logging
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,120 +19,159 @@ from data_gen.gen_chosen_rejected.noise import KINDS, Noise
 from data_gen.gen_chosen_rejected.others import Answers, other_image, read_source_answers, repointed, truths
 from data_gen.gen_chosen_rejected.output import Selection, select, table, write
 from data_gen.gen_chosen_rejected.rules import THRESHOLDS, Rules, check_questions, read_thresholds, unfit
-from llava.answering import add_model_arguments, positive
 from llava.checks import check_pictures
-from llava.heads import add_head_arguments
+from llava.command_line import check_numbers, flag, parse
+from llava.heads import HeadSettings
 from llava.image import ImageStore
 from llava.records import Question, read_instructions, refuse_duplicates
-from llava.runtime import ArgumentParser, is_main_process, leave, setup_logging, user_errors, write_run_json
+from llava.run_folder import read_object
+from llava.runtime import is_main_process, leave, setup_logging, user_errors, write_run_json
+from llava.settings import AnswerSettings, ModelSettings
 
 logger = logging.getLogger("data_gen.gen_chosen_rejected")
 MODEL, OTHER_IMAGE = "model", "other_image"
 OF_THE_PAIRS = ("instructions", "rejected")  # what a folder of pairs must agree in to be written again
 
 
+@dataclass(kw_only=True)
+class PairSettings:
+    """What pairs are made of."""
+
+    _argument_group_name = "pairs"
+
+    instructions: str = flag("instructions.jsonl of data_gen.gen_instruction, or a test set")
+    output: Path = flag("folder to write")
+    rejected: str = flag(
+        "model: its own wrong answers; other_image: the true answer to the same question of another image of the "
+        "prompt, without any model", MODEL, choices=[MODEL, OTHER_IMAGE],
+    )  # fmt: skip
+    repoint: bool = flag(
+        "also ask about the other images: what is true there, against what is true of the first one", False
+    )
+    source: list[str] = flag(
+        "tables the instructions were made of: they know the answers of the other images (not needed where records "
+        "have `others`)", [],
+    )  # fmt: skip
+    seed: int = flag("of noise and of the choice among other images", 0)
+
+    def __post_init__(self):
+        check_numbers(self, seed=(0, None))
+
+
+@dataclass(kw_only=True)
+class AskedModel(ModelSettings):
+    """The model that is asked, if one is."""
+
+    model_name_or_path: str | None = flag(
+        "checkpoint or adapter of any dialect: folder or hub name; none is needed with --rejected other_image", None
+    )
+
+
+@dataclass(kw_only=True)
+class AskSettings(HeadSettings):
+    """How the model is asked."""
+
+    _argument_group_name = "answers of the model"
+
+    attention_layers: str = flag("layers of the attention ratio: auto (16 of 32), 16, 14-22 or 3,5", "auto")
+    max_new_tokens: int = flag("tokens of an answer at most", 512)
+    degrade: str = flag(
+        "noise on the pictures while the model answers: on the target, on the whole, or as published (collage: target, "
+        "pip: whole); the pair has the clean pictures", "none", choices=KINDS,
+    )  # fmt: skip
+    noise_std: float | None = flag("of 255; default as published: collage 225, pip 49, sequence 64", None)
+
+    def __post_init__(self):
+        check_numbers(self, max_new_tokens=(1, None))
+        if self.noise_std is not None and (self.degrade == "none" or not self.noise_std > 0):
+            raise ValueError("--noise_std must be above 0, and needs --degrade target, whole or published")
+
+    def answering(self) -> AnswerSettings:
+        """The same, as a job takes them: greedy, without maps."""
+        names = ("attention_layers", "attention_heads", "top_heads", "max_new_tokens")
+        return AnswerSettings(attention_maps=0, **{name: getattr(self, name) for name in names})
+
+
+@dataclass(kw_only=True)
+class RuleSettings:
+    """Which answers are kept."""
+
+    _argument_group_name = "rules (what is changed here needs no new answers, but for --max_chosen_chars)"
+
+    thresholds: str | None = flag(
+        f"highest attention ratio on the target; changes as JSON of: {json.dumps(THRESHOLDS)}", None
+    )
+    min_perplexity: float = flag("of the model's own answer: it is higher", Rules.min_perplexity)
+    max_chosen_chars: int = flag("the true answer must be shorter", Rules.max_chosen_chars)
+    max_length_ratio: float = flag("words of the longer answer per word of the shorter", Rules.max_length_ratio)
+    min_edit_distance: float = flag(
+        "between the two, as a share of the longer's characters", Rules.min_edit_distance
+    )
+
+    def __post_init__(self):
+        if not self.max_length_ratio >= 1 or not 0 <= self.min_edit_distance < 1:
+            raise ValueError("--max_length_ratio must be 1 or more, and --min_edit_distance from 0 to below 1")
+
+    def rules(self) -> Rules:
+        """The limits. Raises ValueError for thresholds that cannot be read."""
+        return Rules(**asdict(self) | {"thresholds": read_thresholds(self.thresholds)})
+
+
+GROUPS = (PairSettings, AskedModel, AskSettings, RuleSettings)
+
+
 def main() -> None:
     """Check, ask the model what it has not answered yet, select."""
-    args = parse_args()
     setup_logging()
     with user_errors():
-        check(args)
-        rules = rules_of(args)
-        questions = read_instructions(args.instructions)
+        own, model, asking, limits = parse(GROUPS, __doc__)
+        check(own, model, asking)
+        rules, noise = limits.rules(), Noise(asking.degrade, asking.noise_std, own.seed)
+        questions = read_instructions(own.instructions)
         refuse_duplicates([(question.id, question.where) for question in questions])
         fit = [question for question in questions if not unfit(question, rules)]
         if not fit:
-            raise ValueError(f"{args.instructions}: no pair can be made of any of its {len(questions)} records")
-        check_questions(questions, rules, by_attention=args.rejected == MODEL)
-        known = read_source_answers(args.source, questions)
-        if args.rejected == MODEL:
-            own, job = ready(args, fit)
+            raise ValueError(f"{own.instructions}: no pair can be made of any of its {len(questions)} records")
+        check_questions(questions, rules, by_attention=own.rejected == MODEL)
+        known = read_source_answers(own.source, questions)
+        if own.rejected == MODEL:
+            job = ready(model, asking.answering(), noise, fit)
         else:
-            check_pictures(fit, ImageStore(args.image_folder), None, "exists")
-    if args.rejected == MODEL:
-        ask(own, job, args.output / "answers.jsonl")
+            check_pictures(fit, ImageStore(model.image_folder), None, "exists")
+    if own.rejected == MODEL:
+        ask(job, noise, own.output / "answers.jsonl")
     if is_main_process():
-        selection = make(args, rules, questions, fit, known)
-        finish(args, rules, selection)
+        selection = make(own, noise, rules, questions, fit, known)
+        arguments = {name: value for group in (own, model, asking, limits) for name, value in asdict(group).items()}
+        finish(own.output, arguments, rules, selection)
     leave()
 
 
-def parse_args() -> argparse.Namespace:
-    """The command line."""
-    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    add = parser.add_argument
-    # fmt: off
-    add("--instructions", required=True, help="instructions.jsonl of data_gen.gen_instruction, or a test set")
-    add("--output", type=Path, required=True, help="folder to write")
-    add("--rejected", choices=[MODEL, OTHER_IMAGE], default=MODEL,
-        help="model: its own wrong answers; other_image: the true answer to the same question of another\n"
-             "image of the prompt, without any model")
-    add("--repoint", action="store_true",
-        help="also ask about the other images: what is true there, against what is true of the first one")
-    add("--source", nargs="*", default=[],
-        help="tables the instructions were made of: they know the answers of the other images\n"
-             "(not needed where records have `others`)")
-    add("--seed", type=int, default=0, help="of noise and of the choice among other images")
-    add_model_arguments(parser, required=False)
-    add("--attention_layers", default="auto", help="layers of the attention ratio: auto (16 of 32), 16, 14-22 or 3,5")
-    add_head_arguments(parser)
-    add("--max_new_tokens", type=positive, default=512, help="tokens of an answer at most")
-    add("--degrade", choices=KINDS, default="none",
-        help="noise on the pictures while the model answers: on the target, on the whole, or as published\n"
-             "(collage: target, pip: whole); the pair has the clean pictures")
-    add("--noise_std", type=float, help="of 255 (default as published: collage 225, pip 49, sequence 64)")
-    group = parser.add_argument_group("rules", "what is changed here needs no new answers, but for --max_chosen_chars")
-    add = group.add_argument
-    add("--thresholds", help="highest attention ratio on the target; changes as JSON. Default:\n"
-        + json.dumps(THRESHOLDS))
-    add("--min_perplexity", type=float, default=Rules.min_perplexity, help="of the model's own answer: it is higher")
-    add("--max_chosen_chars", type=int, default=Rules.max_chosen_chars, help="the true answer must be shorter")
-    add("--max_length_ratio", type=float, default=Rules.max_length_ratio,
-        help="words of the longer answer per word of the shorter")
-    add("--min_edit_distance", type=float, default=Rules.min_edit_distance,
-        help="between the two, as a share of the longer's characters")
-    # fmt: on
-    return parser.parse_args()
-
-
-def check(args: argparse.Namespace) -> None:
+def check(own: PairSettings, model: AskedModel, asking: AskSettings) -> None:
     """Raise ValueError for flags that do not go together, and for a folder of other pairs."""
-    if args.rejected == MODEL and not args.model_name_or_path:
+    if own.rejected == MODEL and not model.model_name_or_path:
         raise ValueError("--model_name_or_path is missing: name the model to ask, or take --rejected other_image")
-    if args.rejected == OTHER_IMAGE and args.degrade != "none":
+    if own.rejected == OTHER_IMAGE and asking.degrade != "none":
         raise ValueError("--degrade is for a model's answers: it does nothing with --rejected other_image")
-    if args.noise_std is not None and (args.degrade == "none" or not args.noise_std > 0):
-        raise ValueError("--noise_std must be above 0, and needs --degrade target, whole or published")
-    if args.seed < 0:
-        raise ValueError(f"--seed {args.seed}: must be 0 or more")
-    run_json = args.output / "run.json"
-    found = json.loads(run_json.read_text(encoding="utf-8")) if run_json.is_file() else {}
-    other = [name for name in OF_THE_PAIRS if found and found.get("arguments", {}).get(name) != getattr(args, name)]
+    run_json = own.output / "run.json"
+    found = read_object(run_json) if run_json.is_file() else {}
+    other = [name for name in OF_THE_PAIRS if found and found.get("arguments", {}).get(name) != getattr(own, name)]
     if other:
-        raise ValueError(f"{args.output} holds other pairs ({', '.join(other)} differ): choose another --output")
-
-
-def rules_of(args: argparse.Namespace) -> Rules:
-    """The limits that the flags say. Raises ValueError."""
-    if args.max_length_ratio < 1 or not 0 <= args.min_edit_distance < 1:
-        raise ValueError("--max_length_ratio must be 1 or more, and --min_edit_distance from 0 to below 1")
-    names = ("min_perplexity", "max_chosen_chars", "max_length_ratio", "min_edit_distance")
-    return Rules(read_thresholds(args.thresholds), **{name: getattr(args, name) for name in names})
+        raise ValueError(f"{own.output} holds other pairs ({', '.join(other)} differ): choose another --output")
 
 
 def make(
-    args: argparse.Namespace, rules: Rules, questions: Sequence[Question], fit: Sequence[Question], known: Answers
-) -> Selection:
+    own: PairSettings, noise: Noise, rules: Rules, questions: Sequence[Question], fit: Sequence[Question],
+    known: Answers,
+) -> Selection:  # fmt: skip
     """A verdict on everything that could be a pair."""
-    if args.rejected == MODEL:
-        noise = Noise(args.degrade, args.noise_std, args.seed)
-        made = candidates(fit, args.output / "answers.jsonl", noise, known)
-        unknown = []
+    if own.rejected == MODEL:
+        made, unknown = candidates(fit, own.output / "answers.jsonl", noise, known), []
     else:
-        found = [(question, other_image(question, truths(question, known), args.seed)) for question in fit]
+        found = [(question, other_image(question, truths(question, known), own.seed)) for question in fit]
         made = [candidate for _, candidate in found if candidate]
         unknown = [question for question, candidate in found if not candidate]
-    if args.repoint:
+    if own.repoint:
         made += [moved for question in fit for moved in repointed(question, truths(question, known))]
     selection = select(questions, made, rules)
     for question in unknown:
@@ -140,16 +179,15 @@ def make(
     return selection
 
 
-def finish(args: argparse.Namespace, rules: Rules, selection: Selection) -> None:
+def finish(output: Path, arguments: dict[str, Any], rules: Rules, selection: Selection) -> None:
     """Write everything and say what came of it."""
-    write(args.output, selection)
-    arguments: dict[str, Any] = {name: value for name, value in vars(args).items() if name != "thresholds"}
-    counts = selection.counts()
-    write_run_json(args.output / "run.json", arguments=arguments, thresholds=rules.thresholds, counts=counts)
+    write(output, selection)
+    counts, arguments = selection.counts(), {n: value for n, value in arguments.items() if n != "thresholds"}
+    write_run_json(output / "run.json", arguments=arguments, thresholds=rules.thresholds, counts=counts)
     logger.info("%s", table(selection))
-    logger.info("%s: %d pairs of %d candidates", args.output / "pairs.json", counts["kept"], counts["candidates"])
+    logger.info("%s: %d pairs of %d candidates", output / "pairs.json", counts["kept"], counts["candidates"])
     if not selection.pairs:
-        logger.info("no pair is left: see the reasons in %s", args.output / "dropped.jsonl")
+        logger.info("no pair is left: see the reasons in %s", output / "dropped.jsonl")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ Every answer is on disk as soon as it is there (llava.answers), so that rules ma
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from data_gen.gen_chosen_rejected.noise import Noise
@@ -29,7 +29,7 @@ def ready(model: ModelSettings, settings: AnswerSettings, noise: Noise, question
 
 def ask(job: Job, noise: Noise, output: Path) -> None:
     """Write the answers file, by all processes of the launcher, going on where a killed run was."""
-    answer(job, output, identify(job) | {"noise": [noise.kind, noise.std, noise.seed]})
+    answer(job, output, identify(job) | {"noise": asdict(noise)})
 
 
 def candidates(questions: Sequence[Question], output: Path, noise: Noise, known: Answers) -> list[Candidate]:
