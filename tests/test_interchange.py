@@ -244,7 +244,7 @@ def test_a_row_of_too_few_cells(imported, tmp_path):
     path.write_text(path.read_text() + "1\tx\n")
     code, records = imported("vlmevalkit", None, "a.tsv")
     assert (code, len(records)) == (1, 1)
-    assert imported.problems[0].endswith("a.tsv record 2 (id 1): 2 cells in a row, 10 in the header")
+    assert imported.problems[0].endswith("a.tsv record 2: 2 fields under a header of 10")
 
 
 @pytest.mark.parametrize(("file", "content"), [("a.parquet", b"PAR1 no"), ("a.json", b"[{"), ("a.txt", b"x")])

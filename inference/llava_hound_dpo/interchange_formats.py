@@ -70,10 +70,10 @@ class Item:
 
 def item_of(source: str, row: dict[str, Any]) -> Item:
     """Read a row of the data set `source`, a name in COLUMNS. Raises ValueError saying what is wrong with it."""
+    if isinstance(row, ValueError):  # of the table's reader
+        raise row
     if not isinstance(row, dict):
         raise ValueError(f"a record must be an object, not {type(row).__name__}")
-    if "" in row:  # of a table's reader
-        raise ValueError(row[""])
     question, answer, options, is_complete = SPECIAL.get(source, _plain)(row, COLUMNS[source])
     index, images = str(_one(row, COLUMNS[source].index)), _several(row, COLUMNS[source].images)
     if not images and source == "nlvr2":  # its own JSON names them by the sentence: dev-850-0-0 is about dev-850-0
