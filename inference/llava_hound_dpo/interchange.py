@@ -98,7 +98,9 @@ def import_command(settings: Import) -> None:
             settings.output / "test.json", json.dumps(found.records, indent=1, ensure_ascii=False, default=str) + "\n"
         )
         read_questions(settings.output / "test.json")  # what was written must be what the other stages read
-    write_run_json(settings.output / "run.json", arguments=asdict(settings), counts=counts(found), problems=found.problems)
+    write_run_json(
+        settings.output / "run.json", arguments=asdict(settings), counts=counts(found), problems=found.problems
+    )
     for line in found.problems[:SHOWN]:
         log.info("not converted: %s", line)
     log.info("%s in %s", json.dumps(counts(found)), settings.output / "test.json")
@@ -157,7 +159,7 @@ def convert(name: str, row: Row, number: int, folder: Path, output: Path) -> dic
         "image": [paths[n] for n in shown],
         "prompt": prompt,
         "answer": item.answer,
-        **({"choices": list(item.options)} if item.options else {}),
+        **({"choices": [option or None for option in item.options]} if item.options else {}),
         **region_of(prompt, len(shown)),
         "source": name,
         "source_index": item.index,
