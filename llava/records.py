@@ -244,13 +244,17 @@ def _parse_answer(raw: Any, where: str) -> Answer:
 
 
 def texts(raw: dict, name: str) -> tuple[str, ...] | None:
-    """A list of texts that a record may have, None without it. Raises ValueError."""
+    """A list of texts that a record may have, None without it; "" for a letter without an option (null in `choices`).
+
+    Raises ValueError.
+    """
     value = raw.get(name)
     if value is None:
         return None
-    if not isinstance(value, list) or not all(isinstance(v, str) and v.strip() for v in value):
+    there = [v for v in value if v is not None or name != "choices"] if isinstance(value, list) else [None]
+    if not all(isinstance(v, str) and v.strip() for v in there) or (value and not there):
         raise ValueError(f"`{name}` must be a list of texts, none of them empty")
-    return tuple(value)
+    return tuple(v or "" for v in value)
 
 
 def _shares(raw: dict, name: str) -> tuple[float, ...] | None:

@@ -198,6 +198,8 @@ class _Mention:
 def parse_choice(text: str, num_options: int, options: Sequence[str] = ()) -> int | None:
     """0-based option that an answer names, or None where it names none, several or a contradiction.
 
+    An option "" is absent: its letter is no answer.
+
     Read in this order: a label that opens a line or that a sentence states to be the answer ("the answer is A",
     "Answer: A", "B is correct"), a label in brackets, else the text of an option. What a clause denies does not count
     ("B, not A"; "A is wrong"), nor, beside something else, what stands in a reason or a question. Options that are
@@ -211,7 +213,7 @@ def parse_choice(text: str, num_options: int, options: Sequence[str] = ()) -> in
     if not found:
         return _option_by_text(plain, options, mentions, clauses)
     letter = ord(next(iter(found))) - ord("A")
-    if len(found) > 1 or letter >= num_options:
+    if len(found) > 1 or letter >= num_options or (options and not options[letter].strip()):
         return None
     said = normalise(_LEAD_IN.sub("", rest))
     contradicts = said and any(said == normalise(option) for i, option in enumerate(options) if i != letter)
@@ -354,7 +356,7 @@ def true_choice(answer: str, choices: Sequence[str]) -> int:
     same = [number for number, option in enumerate(choices) if normalise(option) == normalise(answer)]
     letter = re.fullmatch(r"\W*([A-Za-z])\W*", answer)
     number = same[0] if len(same) == 1 else ord(letter[1].upper()) - ord("A") if letter and not same else -1
-    if not 0 <= number < (len(choices) or NUM_LETTERS):
+    if not 0 <= number < (len(choices) or NUM_LETTERS) or (choices and not choices[number]):
         limit = f"the {len(choices)} `choices`" if choices else "the letters A to H, and the record has no `choices`"
         raise ValueError(f"multiple choice: the true answer {answer!r} is not one of {limit}")
     return number

@@ -7,7 +7,8 @@ from datasets import Dataset, DatasetDict, Features, Image, List, Value
 
 from inference.llava_hound_dpo.interchange_formats import letter_of, listed_options, region_of
 from llava.image import ImageStore
-from llava.records import read_questions
+from llava.records import read_questions, texts
+from llava.scorers import parse_choice, true_choice
 from tests.conftest import picture
 from tests.interchange_sets import (
     BLINK,
@@ -142,6 +143,18 @@ def test_tables_of_vlmevalkit(imported):
     assert files[0] == files[1] == base64.b64decode(coded("red"))
 
 
+def test_an_absent_option_keeps_the_letters_of_the_others(imported):
+    code, (record,) = imported("vlmevalkit", [table(B="", C="the third", D="none", answer="D")], "BLINK.tsv")
+    assert code == 0 and record["choices"] == ["the first", None, "the third", "none"] and record["answer"] == "D"
+    assert "\n(A) the first\n(C) the third\n(D) none\n" in record["prompt"]
+    (question,) = read_questions(imported.output / "test.json")
+    choices = texts(question.extra, "choices")
+    assert [parse_choice(text, 4, choices) for text in ("A", "B", "(C)", "D. none")] == [0, None, 2, 3]
+    assert true_choice("D", choices) == 3
+    with pytest.raises(ValueError, match="not one of"):
+        true_choice("B", choices)
+
+
 # ---- containers
 
 FEATURES = Features({
@@ -230,7 +243,11 @@ def test_strict_stops_at_the_first(imported, capsys):
 
 @pytest.mark.parametrize(
     ("change", "reason"),
-    [({"B": ""}, "gap"), ({"image": "not base64!" * 9}, "nor base64"), ({"image": "9"}, "no picture 9")],
+    [
+        ({"answer": "D"}, "the answer 'D'"),
+        ({"image": "not base64!" * 9}, "nor base64"),
+        ({"image": "9"}, "no picture 9"),
+    ],
 )
 def test_bad_rows_of_a_table(imported, change, reason):
     code, records = imported("vlmevalkit", [table(), table(index="1") | change], "a.tsv")
@@ -244,7 +261,7 @@ def test_a_row_of_too_few_cells(imported, tmp_path):
     path.write_text(path.read_text() + "1\tx\n")
     code, records = imported("vlmevalkit", None, "a.tsv")
     assert (code, len(records)) == (1, 1)
-    assert imported.problems[0].endswith("a.tsv record 2 (id 1): 2 cells in a row, 10 in the header")
+    assert imported.problems[0].endswith("a.tsv record 2: 2 fields under a header of 10")
 
 
 @pytest.mark.parametrize(("file", "content"), [("a.parquet", b"PAR1 no"), ("a.json", b"[{"), ("a.txt", b"x")])

@@ -18,7 +18,7 @@ from llava.image import ImageStore
 from llava.records import read_questions
 
 ROOT = Path(__file__).resolve().parent.parent
-VOID = {"meta", "img", "br", "link", "input", "hr"}
+VOID = {"meta", "img", "br", "wbr", "link", "input", "hr"}
 COLOURS = ("red", "blue", "green", "pink")
 HOSTILE = "<script>alert('x')</script> & \"quoted\""
 MAP = {"area": [0, -10, 60, 50], "mass": [[0.1, 0.0], [0.0, 0.3]]}

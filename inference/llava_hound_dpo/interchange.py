@@ -7,22 +7,22 @@ python -m inference.llava_hound_dpo.interchange
     writes a prediction table (vlmevalkit) or a sample log (lmms_eval)
 """
 
-import argparse
 import json
 import logging
 import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from inference.llava_hound_dpo.interchange_formats import COLUMNS, item_of, prompt_of, region_of
 from inference.llava_hound_dpo.interchange_readers import Row, picture_file, read_rows
 from inference.llava_hound_dpo.interchange_writers import WRITERS, export
+from llava.command_line import command, flag, parse
 from llava.records import read_questions, refuse_duplicates
-from llava.runtime import ArgumentParser, setup_logging, user_errors, write_bytes, write_run_json, write_text
+from llava.runtime import setup_logging, user_errors, write_bytes, write_run_json, write_text
 
 log = logging.getLogger(__name__)
 
@@ -30,37 +30,44 @@ INCOMPLETE = 1  # exit code: written, but without the records that could not be 
 SHOWN = 20  # problems in the log; run.json has all
 
 
+@dataclass(frozen=True)
+class Import:
+    """A data set becomes a test set."""
+
+    _argument_group_name = "import"
+    source_name: str = flag("which data set it is", aliases=["--from"], choices=list(COLUMNS))
+    source: Path = flag("file, folder of files, or folder of save_to_disk")
+    output: Path = flag("folder for test.json, images and run.json")
+    split: str | None = flag("one of several: val, or Art_Style/val of a folder of subsets", None)
+    image_folder: Path | None = flag("where the paths of pictures begin (default: beside --source)", None)
+    strict: bool = flag("stop at the first record that cannot be converted", False)
+
+
+@dataclass(frozen=True)
+class Export:
+    """Answers become a harness's predictions."""
+
+    _argument_group_name = "export"
+    to: str = flag("which harness scores them", choices=list(WRITERS))
+    answers: Path = flag("answers.jsonl of one model")
+    questions: Path = flag("the imported test.json")
+    output: Path = flag("vlmevalkit: .tsv, .json; lmms_eval: .jsonl, .json")
+    original: Path | None = flag("vlmevalkit: its TSV, for its columns and every one of its rows", None)
+    task: str | None = flag("lmms_eval, for a .json: the name of the task", None)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Import or export, and say what was left out."""
-    args = parse_args(argv)
     setup_logging()
-    if args.command == "import":
-        import_command(args)
+    with user_errors():
+        name, rest = command(argv, ("import", "export"), __doc__)
+        (settings,) = parse((Import if name == "import" else Export,), __doc__, rest)
+    if name == "import":
+        import_command(settings)
         return
     with user_errors():
-        count = export(args.to, args.answers, args.questions, args.output, args.original, args.task)
-    log.info("%d answers in %s", count, args.output)
-
-
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    into = commands.add_parser("import", help="a data set becomes a test set")
-    into.add_argument("--from", dest="source_name", choices=COLUMNS, required=True, help="which data set it is")
-    into.add_argument("--source", type=Path, required=True, help="file, folder of files, or folder of save_to_disk")
-    into.add_argument("--split", help="one of several: val, or Art_Style/val of a folder of subsets")
-    into.add_argument("--image_folder", type=Path, help="where the paths of pictures begin (default: beside --source)")
-    into.add_argument("--output", type=Path, required=True, help="folder for test.json, images and run.json")
-    into.add_argument("--strict", action="store_true", help="stop at the first record that cannot be converted")
-    out = commands.add_parser("export", help="answers become a harness's predictions")
-    out.add_argument("--to", choices=WRITERS, required=True, help="which harness scores them")
-    out.add_argument("--answers", type=Path, required=True, help="answers.jsonl of one model")
-    out.add_argument("--questions", type=Path, required=True, help="the imported test.json")
-    out.add_argument("--original", type=Path, help="vlmevalkit: its TSV, for its columns and every one of its rows")
-    out.add_argument("--task", help="lmms_eval, for a .json: the name of the task")
-    out.add_argument("--output", type=Path, required=True, help="vlmevalkit: .tsv, .json; lmms_eval: .jsonl, .json")
-    return parser.parse_args(argv)
+        count = export(**asdict(settings))
+    log.info("%d answers in %s", count, settings.output)
 
 
 # ---- import
@@ -74,26 +81,31 @@ class Imported:
     problems: list[str] = field(default_factory=list)
 
 
-def import_command(args: argparse.Namespace) -> None:
+def import_command(settings: Import) -> None:
     """Import a test set; exit code 1 where records could not be converted, 2 where none could."""
     with user_errors():
-        if args.output.exists() and not args.output.is_dir():
-            raise NotADirectoryError(f"--output {args.output} is a file; give a folder")
-        found = import_set(args.source_name, args.source, args.output, args.split, args.image_folder, args.strict)
+        if settings.output.exists() and not settings.output.is_dir():
+            raise NotADirectoryError(f"--output {settings.output} is a file; give a folder")
+        found = import_set(
+            settings.source_name, settings.source, settings.output, settings.split, settings.image_folder,
+            settings.strict,
+        )  # fmt: skip
         if not found.records:
             first = f"; the first: {found.problems[0]}" if found.problems else ""
-            raise ValueError(f"{args.source}: none of {len(found.problems)} records could be converted{first}")
+            raise ValueError(f"{settings.source}: none of {len(found.problems)} records could be converted{first}")
         refuse_duplicates([(record["id"], f"record {n}") for n, record in enumerate(found.records, 1)])
         write_text(
-            args.output / "test.json", json.dumps(found.records, indent=1, ensure_ascii=False, default=str) + "\n"
+            settings.output / "test.json", json.dumps(found.records, indent=1, ensure_ascii=False, default=str) + "\n"
         )
-        read_questions(args.output / "test.json")  # what was written must be what the other stages read
-    write_run_json(args.output / "run.json", arguments=vars(args), counts=counts(found), problems=found.problems)
+        read_questions(settings.output / "test.json")  # what was written must be what the other stages read
+    write_run_json(
+        settings.output / "run.json", arguments=asdict(settings), counts=counts(found), problems=found.problems
+    )
     for line in found.problems[:SHOWN]:
         log.info("not converted: %s", line)
-    log.info("%s in %s", json.dumps(counts(found)), args.output / "test.json")
+    log.info("%s in %s", json.dumps(counts(found)), settings.output / "test.json")
     if found.problems:
-        log.info("%d records are missing there; all reasons in %s", len(found.problems), args.output / "run.json")
+        log.info("%d records are missing there; all reasons in %s", len(found.problems), settings.output / "run.json")
         sys.exit(INCOMPLETE)
 
 
@@ -147,7 +159,7 @@ def convert(name: str, row: Row, number: int, folder: Path, output: Path) -> dic
         "image": [paths[n] for n in shown],
         "prompt": prompt,
         "answer": item.answer,
-        **({"choices": list(item.options)} if item.options else {}),
+        **({"choices": [option or None for option in item.options]} if item.options else {}),
         **region_of(prompt, len(shown)),
         "source": name,
         "source_index": item.index,

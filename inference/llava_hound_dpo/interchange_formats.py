@@ -63,16 +63,16 @@ class Item:
     question: str
     images: tuple[Any, ...]
     answer: str  # a letter where there are options
-    options: tuple[str, ...]
+    options: tuple[str, ...]  # "" where the row has none for a letter
     is_complete: bool = False  # the question lists its options and says how to answer
 
 
 def item_of(source: str, row: dict[str, Any]) -> Item:
     """Read a row of the data set `source`, a name in COLUMNS. Raises ValueError saying what is wrong with it."""
+    if isinstance(row, ValueError):  # of the table's reader
+        raise row
     if not isinstance(row, dict):
         raise ValueError(f"a record must be an object, not {type(row).__name__}")
-    if "" in row:  # of a table's reader
-        raise ValueError(row[""])
     question, answer, options, is_complete = SPECIAL.get(source, _plain)(row, COLUMNS[source])
     index, images = str(_one(row, COLUMNS[source].index)), _several(row, COLUMNS[source].images)
     if not images and source == "nlvr2":  # its own JSON names them by the sentence: dev-850-0-0 is about dev-850-0
@@ -85,12 +85,13 @@ def item_of(source: str, row: dict[str, Any]) -> Item:
 
 
 def _plain(row: dict, columns: Columns) -> tuple[str, str, tuple[str, ...], bool]:
-    options = _without_labels(tuple(map(str, _several(row, columns.options))))
+    options = _without_labels(tuple("" if _is_absent(o) else str(o) for o in _several(row, columns.options, True)))
+    labelled = [(_letter(n), option) for n, option in enumerate(options) if option]
     question, answer = _text(row, columns.question), _text(row, columns.answer)
     hint = row.get("hint")
-    is_listed = bool(options) and all(re.search(rf"\({_letter(n)}\)", question) for n in range(len(options)))
+    is_listed = bool(options) and all(re.search(rf"\({letter}\)", question) for letter, _ in labelled)
     if not is_listed and options:
-        question = "\n".join([question, *(f"({_letter(n)}) {option}" for n, option in enumerate(options))])
+        question = "\n".join([question, *(f"({letter}) {option}" for letter, option in labelled)])
     return f"{hint}\n{question}" if not _is_absent(hint) else question, answer, options, False
 
 
@@ -152,13 +153,13 @@ def letter_of(answer: str, options: Sequence[str]) -> str:
     """
     lone = re.fullmatch(r"\W*([A-Za-z])\W*", answer)
     number = ord(lone[1].upper()) - ord("A") if lone else _same(answer, options)
-    if lone and not number < len(options):
+    if lone and not (number < len(options) and options[number]):
         number = _same(answer, options)
     if number is None:
         raise ValueError(
             f"the answer {answer!r} is neither a letter from A to {_letter(len(options) - 1)} nor the text of an option"
         )
-    for text in (_letter(number), options[number]):
+    for text in (_letter(number), options[number]):  # the letter, unless it is read as another option's text
         if true_choice(text, options) == number:
             return text
     raise ValueError(f"the answer {answer!r} cannot be told from the options {', '.join(options)}")
@@ -171,8 +172,9 @@ def _same(answer: str, options: Sequence[str]) -> int | None:
 
 def _without_labels(options: tuple[str, ...]) -> tuple[str, ...]:
     """Texts of options; where every one begins with its own label ("(A) red"), without it."""
-    labels = [re.match(OWN_LABEL.format(_letter(n)) + r"(?=\S)", option) for n, option in enumerate(options)]
-    return tuple(o[label.end() :] for o, label in zip(options, labels, strict=True)) if all(labels) else options
+    labels = [re.match(OWN_LABEL.format(_letter(n)) + r"(?=\S)", option or f"({_letter(n)}) -")
+              for n, option in enumerate(options)]  # fmt: skip
+    return tuple(o and o[label.end() :] for o, label in zip(options, labels, strict=True)) if all(labels) else options
 
 
 def _letter(number: int) -> str:
@@ -234,17 +236,18 @@ def _text(row: dict, names: str) -> str:
     return str(value).strip()
 
 
-def _several(row: dict, pattern: str) -> tuple[Any, ...]:
+def _several(row: dict, pattern: str, may_have_gaps: bool = False) -> tuple[Any, ...]:
     """Values of a list column, or of the columns that the pattern names, in order; absent ones at the end left out.
 
-    Alternatives of the pattern are tried in turn. Raises ValueError where one is absent before one that is there.
+    Alternatives of the pattern are tried in turn. Raises ValueError where one is absent before one that is there,
+    unless it may be: an option keeps its letter.
     """
     for names in pattern.split("|") if pattern else ():
         columns = sorted((name for name in row if re.fullmatch(names, name)), key=lambda name: (len(name), name))
         values = [value for name in columns for value in _elements(name, row[name])]
         while values and _is_absent(values[-1]):
             values.pop()
-        if any(map(_is_absent, values)):
+        if any(map(_is_absent, values)) and not may_have_gaps:
             raise ValueError(f"`{columns[0]}` and what follows it have a gap")
         if values:
             return tuple(values)

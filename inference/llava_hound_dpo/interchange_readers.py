@@ -1,26 +1,23 @@
-"""Rows and pictures of data sets on disk: `datasets` folders, parquet, arrow, JSON and TSV. Nothing is downloaded."""
+"""Rows and pictures of data sets on disk: nothing is downloaded."""
 
 import base64
 import binascii
-import csv
 import io
 import re
-import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
-from llava.records import read_json
+from llava import tables
 
 SUFFIXES = (".parquet", ".arrow", ".jsonl", ".json", ".tsv")
 DESCRIPTIONS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}  # not data
 SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 EXTENSIONS = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "GIF": ".gif", "BMP": ".bmp"}
 IN_BASE64_FROM = 64  # characters; VLMEvalKit reads what is shorter as the index of the row that has the picture
-AT_ONCE = 16  # rows in memory: a row may hold tens of pictures
 
 
 @dataclass(frozen=True)
@@ -30,7 +27,7 @@ class Row:
     file: Path
     split: str  # "val", or "Art_Style/val" of a folder of subsets
     number: int  # from 0, through all files of the split: lmms-eval's doc_id
-    fields: dict[str, Any]
+    fields: Any  # an object, or the ValueError that says why it cannot be read
 
     @property
     def where(self) -> str:
@@ -78,54 +75,22 @@ def _data(folder: Path) -> list[Path]:
     return saved + [path for path in files if path.is_file() and not any(own in path.parents for own in saved)]
 
 
-def _fields(path: Path) -> Iterator[dict[str, Any]]:
-    """Every row of a file as a dict. Raises ValueError where the file is damaged."""
-    read = {".tsv": read_tsv, ".json": read_json, ".jsonl": read_json}.get(path.suffix, _arrow_rows)
+def _fields(path: Path) -> Iterator[Any]:
+    """Every row of a file. Raises ValueError where the file is damaged."""
     if path.is_file() and path.suffix not in SUFFIXES:
         raise ValueError(f"{path}: a data file ends in {', '.join(SUFFIXES)}")
-    try:
-        yield from read(path)
-    except (OSError, csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from error
+    return iter(read_tsv(path)) if path.suffix == ".tsv" else tables.read_rows(path)
 
 
-def _arrow_rows(path: Path) -> Iterator[dict[str, Any]]:
-    import datasets
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        if path.suffix == ".parquet":
-            tables: Iterable = pyarrow.parquet.ParquetFile(path).iter_batches(AT_ONCE)
-        else:  # as Arrow tables, pictures stay the bytes that they are
-            opened = datasets.load_from_disk(str(path)) if path.is_dir() else datasets.Dataset.from_file(str(path))
-            tables = opened.with_format("arrow").iter(AT_ONCE)
-        for table in tables:
-            yield from table.to_pylist()
-    except pyarrow.ArrowException as error:
-        raise ValueError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from error
-
-
-def read_tsv(path: Path) -> list[dict[str, Any]]:
-    """Rows of a VLMEvalKit table; an `image` that is another row's index is replaced by that row's.
-
-    A row of more or fewer cells than the header has lacks the columns of it, so that it is refused by name.
-    """
-    csv.field_size_limit(sys.maxsize)
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        table = csv.reader(file, delimiter="\t")
-        header = next(table, [])
-        cells = [row for row in table if row]
-    rows = [dict(zip(header, row, strict=True)) if len(row) == len(header) else _ragged(row, header) for row in cells]
-    images = {row["index"]: row["image"] for row in rows if "image" in row and "index" in row}
-    for row in rows:
-        if "image" in row and len(row["image"]) <= IN_BASE64_FROM:
+def read_tsv(path: Path) -> list[dict[str, Any] | ValueError]:
+    """Rows of a VLMEvalKit table; an `image` that is another row's index is replaced by that row's."""
+    rows = list(tables.read_rows(path))
+    whole = [row for row in rows if isinstance(row, dict)]
+    images = {row["index"]: row["image"] for row in whole if "image" in row and "index" in row}
+    for row in whole:
+        if row.get("image") and len(row["image"]) <= IN_BASE64_FROM:
             row["image"] = images.get(row["image"], row["image"])
     return rows
-
-
-def _ragged(row: list[str], header: list[str]) -> dict[str, Any]:
-    return {header[0]: row[0], "": f"{len(row)} cells in a row, {len(header)} in the header"}
 
 
 # ---- pictures

@@ -96,7 +96,7 @@ def _with_original(given: Given, original: Path) -> list[dict[str, Any]]:
     if not original.is_file():
         raise FileNotFoundError(f"--original {original}: no such file")
     rows = read_tsv(original)
-    if any("index" not in row or "" in row for row in rows):
+    if any(not isinstance(row, dict) or "index" not in row for row in rows):
         raise ValueError(f"{original}: no table of VLMEvalKit: a row has no `index`, or more cells than the header")
     indices = {row["index"] for row in rows}
     unknown = [index for index in texts if index not in indices]

@@ -12,6 +12,7 @@ from typing import Any
 
 import jinja2
 import numpy as np
+from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
@@ -79,7 +80,7 @@ def _template() -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": _percent, "number": _number, "shorten": _shorten}
+    environment.filters |= {"percent": _percent, "number": _number, "shorten": _shorten, "breakable": _breakable}
     return environment.get_template(TEMPLATE)
 
 
@@ -93,6 +94,11 @@ def _number(value: Any, form: str = ".3f") -> str:
 
 def _shorten(text: str) -> str:
     return text if len(text) <= LONGEST else f"{text[:LONGEST]} … ({len(text) - LONGEST} more characters)"
+
+
+def _breakable(name: str) -> Markup:
+    """A name that a line may break after its separators only, and not in the middle of a word."""
+    return Markup(re.sub(r"([_\-./\\])(?=\w)", r"\1<wbr>", str(escape(name))))
 
 
 def _grades(models: Sequence[Model]) -> dict[str, Any] | None:
