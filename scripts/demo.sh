@@ -35,9 +35,21 @@ done
 answers=("$OUT"/answers/{base,trained,base_adaptviz,trained_adaptviz}.jsonl)
 python -m inference.llava_hound_dpo.evaluate --answers "${answers[@]}" --questions "$OUT/data/test.json" \
   --image_folder "$OUT/data/images" --output "$OUT/scores" >"$OUT/evaluate.log"
-python -m scripts.miniature.compare --answers "${answers[@]}" --output "$OUT/scores"
-echo
-sed -n '/^| second - first/,$p' "$OUT/scores/scores.md"
+python - "$OUT/scores/scores.json" <<'PY'
+import json, pathlib, sys
+
+scores = json.loads(pathlib.Path(sys.argv[1]).read_text(encoding="utf-8"))
+models, formats = scores["answers"], ("sequence", "collage", "pip", "single")
+for title, key, scale, form, shown in (("accuracy %", "accuracy", 100, ">18.1f", formats),
+                                       ("attention ratio", "attention_ratio", 1, ">18.3f", formats[:3])):
+    print(f"\n{title:<24}{'prompts':>8}" + "".join(f"{name:>18}" for name in models))
+    for name in shown:
+        groups = [model["by_format"][name] for model in models.values()]
+        print(f"  {name:<22}{groups[0]['questions']:>8}" + "".join(format(scale * g[key], form) for g in groups))
+print("\naccuracy, points [95 % interval], paired by question")
+for c in scores["comparisons"]:
+    print(f"  {c['second'] + ' - ' + c['first']:<36}{100 * c['difference']:>+7.1f} [{100 * c['low']:+.1f}, {100 * c['high']:+.1f}]")
+PY
 
 cat <<EOT
 
@@ -46,7 +58,7 @@ what was run, with versions and counts            $OUT/trained/run.json
 losses and attention ratio by step                $OUT/trained/trainer_state.json
 data                                              $OUT/data/train.json, test.json, images/
 answers with attention ratio and confidence       $OUT/answers/trained.jsonl
-scores with intervals, by image and position      $OUT/scores/scores.md, scores.json, scores.png
+scores with intervals, by image and position      $OUT/scores/scores.md, scores.json
 the same as a page, with sample prompts           $OUT/scores/report.html
 demo finished in $(((SECONDS - start) / 60)) min $(((SECONDS - start) % 60)) s after installation
 EOT

@@ -56,8 +56,8 @@ def write_report(results: Mapping[str, Any], output: Path) -> str:
 
 def markdown(results: Mapping[str, Any]) -> str:
     """Title, summary and both tables."""
-    units, made = results["units"], results["git_commits"]
-    summary = f"{units['finished']} of {units['all']} units finished. Code: {', '.join(map(short_commit, made))}."
+    made = results["git_commits"]
+    summary = f"{results['progress']}. Code: {', '.join(map(short_commit, made))}."
     parts = [f"# {results['config'].get('title', 'Study')}", summary + (f" {SEVERAL}" if len(made) > 1 else "")]
     parts += ["## Arms", ARMS_NOTE, arms_table(results["arms"])]
     if results["comparisons"]:
@@ -84,16 +84,13 @@ def arms_table(arms: Sequence[Mapping[str, Any]]) -> str:
 
 def comparisons_table(comparisons: Sequence[Mapping[str, Any]]) -> str:
     """A row for every arm and control."""
-    rows = []
-    for own in comparisons:
-        mean, single = own["mean"], own.get("single")
-        resampled = f"[{100 * mean['low']:+.1f}, {100 * mean['high']:+.1f}]"
-        rows.append([
-            own["label"], str(len(own["seeds"])), shown(mean["over_seeds"], "+.1f"), resampled, f"{mean['p']:.2g}",
-            shown(mean["relative"], "+.1f"), shown(mean["begins"], "+.1f"),
-            shown(single and single["over_seeds"], "+.1f", brief=True),
-        ])  # fmt: skip
-    return table(["arm - control", "seeds", "mean", "resampled", "p", "relative %", "begins right", "single"], rows)
+    rows = [
+        [own["label"], str(len(own["seeds"])), shown(own["over_seeds"], "+.1f"),
+         f"[{100 * own['low']:+.1f}, {100 * own['high']:+.1f}]", f"{own['p']:.2g}", shown(own["relative"], "+.1f"),
+         shown(own["begins"], "+.1f")]
+        for own in comparisons
+    ]  # fmt: skip
+    return table(["arm - control", "seeds", "mean", "resampled", "p", "relative %", "begins right"], rows)
 
 
 def shown(found: Mapping[str, Any] | None, form: str = ".1f", scale: float = 100, brief: bool = False) -> str:

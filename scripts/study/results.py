@@ -1,6 +1,6 @@
 """What the finished units say, as results.json holds it: numbers of each arm over its seeds, paired comparisons."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,11 +10,12 @@ import numpy as np
 from inference.llava_hound_dpo.evaluate import judged
 from inference.llava_hound_dpo.summary import Row
 from scripts.study.config import BASE, Arm, Config
-from scripts.study.running import commits, finished
+from scripts.study.running import commits, finished, progress
 from scripts.study.statistics import compare, mean_of_groups, seed_interval
 from scripts.study.units import PLAIN, Unit, answer_name, train_name
 
 SCORE, BEGINS, CUT_OFF, RATIO = range(4)  # what is known of an answer
+Key = tuple[str, str]  # an arm, and the way it was answered
 NOT_AVERAGED = ("single", "multi")  # formats outside the mean, where there are others
 
 
@@ -26,10 +27,10 @@ class Answered:
     known: np.ndarray  # (K, S, Q), NaN where there is no attention ratio
     formats: np.ndarray  # (Q,)
 
-    def part(self, is_single: bool) -> "Answered":
-        """The questions about single images, or those whose formats make the mean."""
+    def averaged(self) -> "Answered":
+        """The questions whose formats make the mean."""
         in_mean = ~np.isin(self.formats, NOT_AVERAGED)
-        chosen = self.formats == "single" if is_single else in_mean | ~in_mean.any()
+        chosen = in_mean | ~in_mean.any()
         return Answered(self.seeds, self.known[..., chosen], self.formats[chosen])
 
     def of(self, seeds: Sequence[int]) -> "Answered":
@@ -49,22 +50,22 @@ def collect(config: Config, output: Path, units: Sequence[Unit]) -> dict[str, An
     answers = {key: found for key, found in answers.items() if found}
     if not answers:
         raise ValueError(f"{output}: no test answers are finished yet, so there is nothing to report")
+    labels = {(arm.name, way): arm.label + ("" if way == PLAIN else f" + {way}") for arm, way in ways}
     return {
         "config": config.raw,
-        "units": {"all": len(units), "finished": sum(bool(finished(output, unit.name)) for unit in units)},
+        "progress": progress(output, units),
         "git_commits": commits(output, units),
         "arms": [
-            {"arm": arm, "way": way, "label": label(config, arm, way), "seeds": found.seeds, "numbers": numbers(found)}
+            {"arm": arm, "way": way, "label": labels[arm, way], "seeds": found.seeds, "numbers": numbers(found)}
             for (arm, way), found in answers.items()
         ],
-        "comparisons": comparisons(config, answers),
+        "comparisons": [
+            {"control": one, "arm": other, "label": f"{labels[other]} - {labels[one]}", **found}
+            for one, other in compared(config, answers)
+            if (found := difference(answers[one], answers[other], one[0] == BASE))
+        ],
         "sanity": sanity(config, output),
     }
-
-
-def label(config: Config, arm: str, way: str) -> str:
-    """What a reader sees."""
-    return config.arms[arm].label + ("" if way == PLAIN else f" + {way}")
 
 
 def answered(config: Config, output: Path, arm: Arm, way: str) -> Answered | None:
@@ -92,7 +93,7 @@ def known_of(row: Row) -> tuple[float, float, float, float]:
 
 def numbers(found: Answered) -> dict[str, dict[str, Any]]:
     """By name, mean and t interval over seeds and the value of each seed; shares from 0 to 1."""
-    part = found.part(False)
+    part = found.averaged()
     by_seed = {"mean": part.by_seed(SCORE), "begins": part.by_seed(BEGINS), "cut_off": part.by_seed(CUT_OFF)}
     if not np.isnan(part.known[RATIO]).all():
         by_seed["ratio"] = np.nanmean(part.known[RATIO], axis=1)
@@ -101,33 +102,24 @@ def numbers(found: Answered) -> dict[str, dict[str, Any]]:
     return {name: asdict(seed_interval(values)) for name, values in by_seed.items()}
 
 
-def comparisons(config: Config, answers: Mapping[tuple[str, str], Answered]) -> list[dict[str, Any]]:
+def compared(config: Config, keys: Collection[Key]) -> Iterator[tuple[Key, Key]]:
     """Each arm with the base and its controls; answered with AdaptViz, with the same arm and the base without."""
-    found = []
-    for name, way in answers:
+    for name, way in keys:
         others = (BASE, *config.arms[name].against) if way == PLAIN else (name, BASE)
-        for control in dict.fromkeys(others):
-            if (control, way) != (name, PLAIN) and (control, PLAIN) in answers:
-                found += _comparison(config, (control, PLAIN), (name, way), answers)
-    return found
+        for control in dict.fromkeys((other, PLAIN) for other in others):
+            if control != (name, way) and control in keys:
+                yield control, (name, way)
 
 
-def _comparison(
-    config: Config, control: tuple[str, str], arm: tuple[str, str], answers: Mapping[tuple[str, str], Answered]
-) -> list[dict[str, Any]]:
-    """Arm - control on the seeds that both have; nothing where they share none."""
-    seeds = [seed for seed in answers[arm].seeds if control[0] == BASE or seed in answers[control].seeds]
+def difference(control: Answered, arm: Answered, is_base: bool) -> dict[str, Any] | None:
+    """Arm - control on the seeds that both have, None where they share none; the base stands beside every seed."""
+    seeds = [seed for seed in arm.seeds if is_base or seed in control.seeds]
     if not seeds:
-        return []
-    found = {"control": control, "arm": arm, "seeds": seeds}
-    found["label"] = f"{label(config, *arm)} - {label(config, *control)}"
-    for name, is_single in (("mean", False), ("single", True)):
-        one, other = (answers[key].of(seeds).part(is_single) for key in (control, arm))
-        if one.formats.size:
-            begins = seed_interval(other.by_seed(BEGINS) - one.by_seed(BEGINS), -1)
-            scores = compare(one.known[SCORE], other.known[SCORE], one.formats)
-            found[name] = asdict(scores) | {"begins": asdict(begins)}
-    return [found]
+        return None
+    one, other = (own.of(seeds).averaged() for own in (control, arm))
+    begins = seed_interval(other.by_seed(BEGINS) - one.by_seed(BEGINS), -1)
+    scores = compare(one.known[SCORE], other.known[SCORE], one.formats)
+    return {"seeds": seeds, **asdict(scores), "begins": asdict(begins)}
 
 
 def sanity(config: Config, output: Path) -> list[dict[str, Any]]:

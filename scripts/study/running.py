@@ -16,7 +16,7 @@ from typing import Any
 from llava.run_folder import read_object, refuse_another
 from llava.runtime import git_commit, write_text
 from scripts.study.config import ROOT
-from scripts.study.units import KINDS, Unit
+from scripts.study.units import Unit
 
 logger = logging.getLogger("scripts.study")
 
@@ -48,9 +48,8 @@ def commits(output: Path, units: Iterable[Unit]) -> list[str]:
 
 
 def progress(output: Path, units: Sequence[Unit]) -> str:
-    """One line: how many units of each kind are finished."""
-    by_kind = {kind: [bool(finished(output, unit.name)) for unit in units if unit.kind == kind] for kind in KINDS}
-    return "finished: " + ", ".join(f"{sum(own)} of {len(own)} {kind}" for kind, own in by_kind.items() if own)
+    """How far the study is."""
+    return f"{sum(bool(finished(output, unit.name)) for unit in units)} of {len(units)} units finished"
 
 
 @dataclass

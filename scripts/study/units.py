@@ -19,7 +19,6 @@ ANSWER = "inference/llava_hound_dpo/my_inference_hpc.sh"
 STEER = "inference_optimization/llava_hound_dpo/my_inference_adaptive.sh"
 JOB = "scripts/study/job.sh"
 TUNER = ("python", "-m", "inference_optimization.llava_hound_dpo.tune")
-KINDS = ("prepare", "train", "tune", "answer")
 PLAIN = "plain"  # the pass without AdaptViz
 
 
@@ -28,7 +27,6 @@ class Unit:
     """One folder of the study. A command's first word is a script of the repository."""
 
     name: str  # the folder, below the study's
-    kind: str  # one of KINDS
     commands: tuple[tuple[str, ...], ...]
     identity: Mapping[str, Any]  # what decides its content, by names that say what differs
     inputs: tuple[str, ...] = ()  # names of units that must be finished before
@@ -53,7 +51,7 @@ def plan(config: Config, base_digest: str) -> list[Unit]:
         units[unit.name] = replace(unit, inputs=inputs, identity=identity)
     wanted: set[str] = set()
     for unit in reversed(units.values()):
-        if unit.kind != "prepare" or unit.name in wanted:
+        if unit.name not in config.prepare or unit.name in wanted:
             wanted |= {unit.name, *unit.inputs}
     return [unit for unit in units.values() if unit.name in wanted]
 
@@ -76,7 +74,7 @@ def answer_name(arm: Arm, seed: int, way: str) -> str:
 def _prepared(config: Config) -> Iterable[Unit]:
     for name, texts in config.prepare.items():
         commands = tuple((JOB, *shlex.split(text)) for text in texts)
-        yield Unit(name, "prepare", commands, {f"command {number}": text for number, text in enumerate(texts, 1)})
+        yield Unit(name, commands, {f"command {number}": text for number, text in enumerate(texts, 1)})
 
 
 def _of_arm(config: Config, arm: Arm) -> Iterable[Unit]:
@@ -97,25 +95,25 @@ def _train(config: Config, arm: Arm, seed: int) -> Unit:
         "model_name_or_path": config.base, "data_path": arm.data.file, "image_folder": arm.data.images,
         "output_dir": "{own}/adapter", "report_to": "none", **config.training, **arm.flags, "seed": seed,
     }  # fmt: skip
-    return _unit(train_name(arm, seed), "train", (TRAIN,), flags)
+    return _unit(train_name(arm, seed), (TRAIN,), flags)
 
 
 def _answer(config: Config, arm: Arm, seed: int, way: str) -> Unit:
     flags, inputs = _asking(config, arm, seed, config.test.file, config.test.images)
     flags["output"] = "{own}/answers.jsonl"
     if way == PLAIN:
-        return _unit(answer_name(arm, seed, way), "answer", (ANSWER,), flags, inputs)
+        return _unit(answer_name(arm, seed, way), (ANSWER,), flags, inputs)
     own = dict(config.adaptviz[way])
     if own.pop(TUNE, None) is not None:
         own["config"], inputs = f"{{output}}/{_tune_name(arm, way)}/tuned.json", (*inputs, _tune_name(arm, way))
-    return _unit(answer_name(arm, seed, way), "answer", (STEER,), {**flags, **own}, inputs)
+    return _unit(answer_name(arm, seed, way), (STEER,), {**flags, **own}, inputs)
 
 
 def _tune(config: Config, arm: Arm, way: str) -> Unit:
     """AdaptViz's settings for the arm, chosen with its first seed."""
     flags, inputs = _asking(config, arm, arm.seeds[0], config.validation.file, config.validation.images)
     flags |= {"output": "{own}", **config.adaptviz[way][TUNE]}
-    return _unit(_tune_name(arm, way), "tune", (JOB, *TUNER), flags, inputs)
+    return _unit(_tune_name(arm, way), (JOB, *TUNER), flags, inputs)
 
 
 def _tune_name(arm: Arm, way: str) -> str:
@@ -129,5 +127,5 @@ def _asking(config: Config, arm: Arm, seed: int, file: str, images: str) -> tupl
     return flags, (train_name(arm, seed),) if arm.data else ()
 
 
-def _unit(name: str, kind: str, script: Sequence[str], flags: Mapping[str, Any], inputs: tuple[str, ...] = ()) -> Unit:
-    return Unit(name, kind, ((*script, *as_words(flags)),), flags, inputs)
+def _unit(name: str, script: Sequence[str], flags: Mapping[str, Any], inputs: tuple[str, ...] = ()) -> Unit:
+    return Unit(name, ((*script, *as_words(flags)),), flags, inputs)

@@ -1,0 +1,341 @@
+"""The study: its config, its plan, going on after a kill; a stub that takes no time stands in for the launch scripts."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from inference_optimization.llava_hound_dpo import run_adaptive
+from scripts.study.__main__ import main
+from scripts.study.config import ROOT, parse_config, read_config
+from scripts.study.running import FINISHED, LOG, Runner, UnitFailed, finished
+from scripts.study.units import ANSWER, STEER, TRAIN, Unit, plan
+from train.llava_hound_dpo.arguments import parse
+
+SHIPPED = ROOT / "scripts/miniature/study.json"
+QUESTIONS = [
+    {"id": f"q{number}", "image": ["a.png", "b.png"], "image_type": "sequence", "target": 2, "others": ["blue"],
+     "prompt": "<image><image>In Image2, what?", "answer": "red"}
+    for number in range(4)
+]  # fmt: skip
+# Called as `python STUB SCRIPT FLAGS`, it writes what the launch script would; a trained model's answers are right.
+STUB = """
+    import json, pathlib, sys, time
+    script, flags = sys.argv[1], dict(zip(sys.argv[2::2], sys.argv[3::2]))
+    (pathlib.Path(__file__).parent / "calls").open("a").write(script.rsplit("/", 1)[1] + "\\n")
+    if script.endswith("a100.sh"):
+        out = pathlib.Path(flags["--output_dir"])
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "checkpoint-1").mkdir(exist_ok=True)
+        while (pathlib.Path(__file__).parent / "slow").exists():
+            time.sleep(0.05)
+        if (pathlib.Path(__file__).parent / "broken").exists():
+            sys.exit("loading\\nerror: no such model\\nthe training ended with exit code 1")
+        (out / "adapter_model.safetensors").write_bytes(flags["--dpo_alpha"].encode())
+    elif script.endswith("job.sh"):
+        (pathlib.Path(flags["--output"]) / "tuned.json").write_text("{}")
+    else:
+        text = "red" if flags["--model_name_or_path"].endswith("adapter") or "--scale" in flags else "blue"
+        rows = [{"question_id": f"q{n}", "text": text, "answer": "red", "image_type": "sequence", "target": 2,
+                 "num_images": 2, "others": ["blue"]} for n in range(4)]
+        pathlib.Path(flags["--output"]).write_text("".join(json.dumps(row) + "\\n" for row in rows))
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A config with its data, and the stub that `study` runs it with."""
+    (tmp_path / "pairs.json").write_text("[]")
+    (tmp_path / "test.json").write_text(json.dumps(QUESTIONS))
+    (tmp_path / "images").mkdir()
+    (tmp_path / "stub.py").write_text(textwrap.dedent(STUB))
+    write(tmp_path, small(tmp_path))
+    return tmp_path
+
+
+def small(folder):
+    data = {"file": str(folder / "pairs.json"), "images": str(folder / "images")}
+    return {
+        "base": "scripts/miniature/base", "data": data, "test": {**data, "file": str(folder / "test.json")},
+        "training": {"max_steps": 2}, "answering": {"max_new_tokens": 4}, "seeds": [0, 1],
+        "adaptviz": {"steered": {"scale": 2}},
+        "arms": {
+            "base": {"adaptviz": ["steered"]},
+            "dpo": {"label": "DPO", "flags": {"dpo_alpha": 1}},
+            "ours": {"like": "dpo", "flags": {"attention_weight": 0.9}},
+            "again": {"like": "dpo", "same_as": "dpo", "seeds": [0]},
+        },
+    }  # fmt: skip
+
+
+def write(folder, config):
+    (folder / "study.json").write_text(json.dumps(config))
+
+
+def words(folder, *more):
+    launcher = f"{sys.executable} {folder / 'stub.py'}"
+    return ["--config", str(folder / "study.json"), "--output", str(folder / "out"), "--launcher", launcher, *more]
+
+
+def calls(folder):
+    return (folder / "calls").read_text().split() if (folder / "calls").exists() else []
+
+
+def refused(capsys, *arguments):
+    """The one line with which a study that cannot be run ends."""
+    with pytest.raises(SystemExit) as ended:
+        main(list(arguments))
+    lines = capsys.readouterr().err.strip().split("\n")
+    assert ended.value.code == 2 and len(lines) == 1, lines
+    return lines[0]
+
+
+# ---- the config
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"flags": {"attention_wieght": 1}}, "arms.new.flags: unknown flag --attention_wieght; did you mean --attention"),
+        ({"flags": {"gamma": "much"}}, "arms.new.flags: argument --gamma: invalid float value: 'much'"),
+        ({"like": "nobody"}, "arms.new, an arm before: unknown 'nobody'"),
+        ({"against": ["dop"]}, "arms.new.against: unknown 'dop'; did you mean 'dpo'"),
+        ({"adaptviz": ["steer"]}, "arms.new.adaptviz: unknown 'steer'; did you mean 'steered'"),
+        ({"lable": "x"}, "arms.new: unknown 'lable'; did you mean 'label'"),
+        ({"seeds": [1, 1]}, "arms.new.seeds: [1, 1] must be a list of different whole numbers"),
+        ({"data": {"file": "none.json"}}, "arms.new.data.file: none.json is not there"),
+    ],
+)  # fmt: skip
+def test_a_wrong_arm_is_one_line_that_names_it(folder, capsys, change, message):
+    config = small(folder)
+    write(folder, {**config, "arms": {**config["arms"], "new": change}})
+    assert message in refused(capsys, *words(folder)) and not calls(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seeds": []}, "seeds: [] must be a list"),
+        ({"arms": {"base": {"flags": {}}}}, "arms.base: unknown 'flags'"),
+        ({"traning": {}}, "did you mean 'training'"),
+        ({"adaptviz": {"steered": {"tune": {}}}}, "needs `validation`"),
+        ({"prepare": {"train": ["x"]}}, "'train' names a folder"),
+        ({"seeds": None}, "seeds: null must be a list"),
+        ({"training": []}, "study.json: "),
+    ],
+)
+def test_a_wrong_file_is_one_line_that_names_the_entry(folder, capsys, change, message):
+    write(folder, {**small(folder), **change})
+    line = refused(capsys, *words(folder))
+    assert "study.json" in line and message in line
+
+
+def test_what_is_missing_is_named(folder, capsys):
+    config = small(folder)
+    del config["test"]
+    write(folder, config)
+    assert "the entry 'test' is missing" in refused(capsys, *words(folder))
+    (folder / "study.json").write_text("{")
+    assert "broken JSON" in refused(capsys, *words(folder))
+    (folder / "study.json").unlink()
+    assert "no such file" in refused(capsys, *words(folder))
+
+
+def test_only_and_quick_choose_arms(folder, capsys):
+    config = small(folder)
+    write(folder, {**config, "quick": {"only": ["dpo"], "seeds": [7], "training": {"max_steps": 1}}})
+    path = folder / "study.json"
+    assert set(read_config(path, only=["ours"]).arms) == {"base", "ours"}
+    quick = read_config(path, is_quick=True)
+    assert (set(quick.arms), quick.arms["dpo"].seeds, quick.training) == ({"base", "dpo"}, (7,), {"max_steps": 1})
+    assert "--only: unknown 'dop'; did you mean 'dpo'" in refused(capsys, *words(folder, "--only", "dop"))
+
+
+# ---- the plan
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return {unit.name: unit for unit in plan(read_config(SHIPPED), "digest")}
+
+
+def test_every_unit_comes_after_its_inputs(shipped):
+    seen = set()
+    for unit in shipped.values():
+        assert set(unit.inputs) <= seen, unit.name
+        seen.add(unit.name)
+    assert set(shipped["train/sft_heads/seed_0"].inputs) == {"world", "pairs", "heads"}
+    assert set(shipped["answers/sft/seed_1/AdaptViz-tuned"].inputs) == {"world", "train/sft/seed_1",
+                                                                        "tune/sft/AdaptViz-tuned"}  # fmt: skip
+
+
+def test_what_no_arm_needs_is_not_prepared():
+    names = {unit.name for unit in plan(read_config(SHIPPED, only=["sft"]), "digest")}
+    assert {"world", "pairs"} <= names and not names & {"heads", "wrong_targets"}
+
+
+def test_all_arms_have_the_same_steps_and_batch_and_flags_that_training_takes(shipped):
+    trained = [unit.commands[0] for name, unit in shipped.items() if name.startswith("train/") and name.endswith("_0")]
+    assert len(trained) == 15 and {own[0] for own in trained} == {TRAIN}
+    settings = {(args.max_steps, args.per_device_train_batch_size) for own in trained for *_, args in [parse(own[1:])]}
+    assert settings == {(200, 32)}
+
+
+def test_an_arm_like_another_differs_in_its_own_flags_only(shipped):
+    one, other = (shipped[f"train/{name}/seed_0"].commands[0] for name in ("dpo", "dpo_attention"))
+    assert {(a, b) for a, b in zip(one, other, strict=True) if a != b} == {("0", "0.9")}
+
+
+def test_nothing_is_tuned_or_ranked_on_test_questions(shipped):
+    for name, unit in shipped.items():
+        if name.startswith("tune/") or name == "heads":
+            assert not any("test.json" in word for own in unit.commands for word in own)
+            assert any("validation_questions.json" in word for own in unit.commands for word in own)
+
+
+def test_what_is_upstream_changes_the_identity_of_what_is_below(shipped):
+    raw = json.loads(SHIPPED.read_text())
+    raw["prepare"]["pairs"] = [raw["prepare"]["pairs"][0].replace("--seed 0", "--seed 1")]
+    changed = {unit.name: unit for unit in plan(parse_config({**raw, "quick": {}}), "digest")}
+    name = "answers/dpo/seed_0/plain"
+    assert changed[name].commands == shipped[name].commands and changed[name].identity != shipped[name].identity
+
+
+def test_folders_are_filled_in_and_paths_of_the_repository_found(shipped, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (call,) = shipped["train/dpo/seed_3"].words(tmp_path / "out")
+    flags = dict(zip(call[1::2], call[2::2], strict=True))
+    assert call[0] == str(ROOT / TRAIN) and flags["--model_name_or_path"] == str(ROOT / "scripts/miniature/base")
+    assert flags["--output_dir"] == str(tmp_path / "out/train/dpo/seed_3/adapter") and flags["--seed"] == "3"
+    assert flags["--data_path"] == str(tmp_path / "out/pairs/pairs.json")
+
+
+def test_scripts_are_there(shipped):
+    assert all((ROOT / own[0]).is_file() for unit in shipped.values() for own in unit.commands)
+
+
+# ---- running
+
+
+def test_a_whole_study_is_run_once_and_reported(folder):
+    main(words(folder, "--jobs", "2"))
+    train, answer, steer = (Path(path).name for path in (TRAIN, ANSWER, STEER))
+    assert sorted(calls(folder)) == sorted([train] * 5 + [answer] * 5 + [steer])
+    main(words(folder))
+    assert len(calls(folder)) == 11
+    results = json.loads((folder / "out/results.json").read_text())
+    values = {(arm["arm"], arm["way"]): arm["numbers"]["mean"]["values"] for arm in results["arms"]}
+    assert values == {("base", "plain"): [0.0], ("base", "steered"): [1.0], ("dpo", "plain"): [1.0, 1.0],
+                      ("ours", "plain"): [1.0, 1.0]}  # fmt: skip
+    assert [own["is_same"] for own in results["sanity"]] == [True]
+    assert results["progress"] == "11 of 11 units finished"
+    assert not list((folder / "out").rglob("checkpoint-1"))
+
+
+def test_a_pass_is_tuned_with_the_first_seed_and_takes_the_settings(folder):
+    config = small(folder)
+    tuned = {"steered": {"tune": {"share": 0.5}}}
+    arms = {"dpo": {"flags": {"dpo_alpha": 1}, "adaptviz": ["steered"]}}
+    write(folder, {**config, "adaptviz": tuned, "validation": config["test"], "arms": arms})
+    units = {unit.name: unit for unit in plan(read_config(folder / "study.json"), "digest")}
+    (call,) = units["tune/dpo/steered"].commands
+    assert "{output}/train/dpo/seed_0/adapter" in call and call[-2:] == ("--share", "0.5")
+    assert units["answers/dpo/seed_1/steered"].commands[0][-2:] == ("--config", "{output}/tune/dpo/steered/tuned.json")
+
+
+def test_a_failed_study_says_why_and_goes_on_where_it_was(folder, capsys):
+    (folder / "broken").touch()
+    line = refused(capsys, *words(folder))
+    assert "train/dpo/seed_0: train_dpo_multi_hpc_a100.sh ended with 1: error: no such model" in line
+    assert (
+        line.endswith("Start the same command again to go on.") and str(folder / "out/train/dpo/seed_0" / LOG) in line
+    )
+    done = len(calls(folder))
+    (folder / "broken").unlink()
+    main(words(folder))
+    assert len(calls(folder)) == done + 9  # all but the base's two
+
+
+def test_killed_hard_it_keeps_others_out_until_its_child_ends_and_goes_on(folder, capsys):
+    """The child of a killed study holds its lock."""
+    (folder / "slow").touch()
+    job = subprocess.Popen([sys.executable, "-m", "scripts.study", *words(folder)], cwd=ROOT, stdout=subprocess.DEVNULL,
+                           stderr=subprocess.DEVNULL)  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not (folder / "out/train/dpo/seed_0/adapter").is_dir():
+        assert job.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    os.kill(job.pid, signal.SIGKILL)
+    job.wait()
+    assert "another process is writing there" in refused(capsys, *words(folder))
+    (folder / "slow").unlink()
+    main(words(folder))
+    counts = {name: calls(folder).count(Path(name).name) for name in (TRAIN, ANSWER, STEER)}
+    assert counts == {TRAIN: 6, ANSWER: 5, STEER: 1}  # the training that was killed, twice
+
+
+def test_another_configuration_is_refused_in_words(folder, capsys):
+    main(words(folder, "--only", "dpo"))
+    write(folder, {**small(folder), "training": {"max_steps": 3}})
+    line = refused(capsys, *words(folder))
+    assert "train/dpo/seed_0 is of another run (max_steps 2 there, 3 here)" in line and "another --output" in line
+
+
+def test_plan_only_runs_nothing_and_report_only_needs_answers(folder, capsys):
+    main(words(folder, "--plan_only"))
+    assert "to do  answers/ours/seed_1/plain" in capsys.readouterr().out and not calls(folder)
+    assert "no test answers are finished yet" in refused(capsys, *words(folder, "--report_only"))
+
+
+def test_units_of_other_code_are_named(folder, capsys, monkeypatch):
+    monkeypatch.setattr("scripts.study.running.git_commit", lambda: "abc")
+    main(words(folder, "--only", "dpo"))
+    monkeypatch.setattr("scripts.study.__main__.git_commit", lambda: "def")
+    main(words(folder, "--only", "dpo"))
+    assert "finished units are of other code (abc)" in capsys.readouterr().out
+
+
+def test_a_unit_waits_for_its_inputs_with_several_jobs(tmp_path):
+    script = tmp_path / "s.sh"
+    script.write_text('echo "$1" >>"$2"')
+    order = tmp_path / "order"
+    units = [Unit(name, ((str(script), name, str(order)),), {}, inputs)
+             for name, inputs in (("a", ()), ("b/c", ("a",)), ("d", ("b/c",)))]  # fmt: skip
+    Runner(tmp_path, 2).run(units)
+    assert order.read_text().split() == ["a", "b/c", "d"] and finished(tmp_path, "d")["seconds"] >= 0
+    (tmp_path / "d" / FINISHED).unlink()
+    script.write_text("exit 3")
+    with pytest.raises(UnitFailed, match=r"s\.sh ended with 3"):
+        Runner(tmp_path, 2).run(units)
+
+
+def test_the_real_scripts_answer_for_the_base(tmp_path):
+    """Pictures drawn by a prepared command, then plain answers through the real launch script."""
+    make = "python -m scripts.miniature.make_data --output {own} --num_train 0 --num_validation 0 --num_test 4"
+    data = {"file": "{output}/world/test.json", "images": "{output}/world/images"}
+    config = {
+        "base": "scripts/miniature/base", "data": data, "test": data, "prepare": {"world": [make]}, "seeds": [0], "arms": {},
+        "training": {}, "answering": {"max_new_tokens": 4, "num_workers": 0, "attention_maps": 0},
+    }  # fmt: skip
+    write(tmp_path, config)
+    main(["--config", str(tmp_path / "study.json"), "--output", str(tmp_path / "out")])
+    (arm,) = json.loads((tmp_path / "out/results.json").read_text())["arms"]
+    assert arm["label"] == "base" and 0 <= arm["numbers"]["ratio"]["mean"] <= 1
+    assert set(arm["numbers"]) > {"format/sequence", "format/collage", "format/pip", "format/single"}
+
+
+def test_flags_of_answering_and_steering_exist(shipped, monkeypatch, capsys):
+    """Those of the shipped config: a run of the command with them and no model ends with the model, not with a flag."""
+    (call,) = shipped["answers/base/seed_0/AdaptViz"].commands
+    flags = [word for word in call[1:] if word.startswith("--")]
+    monkeypatch.setattr(sys, "argv", ["run_adaptive", "--help"])
+    with pytest.raises(SystemExit):
+        run_adaptive.main()
+    known = capsys.readouterr().out
+    assert flags and all(flag in known for flag in flags)
