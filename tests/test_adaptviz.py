@@ -64,8 +64,8 @@ class TestRule:
         everything = AdaptViz("all", bands=Bands.fixed(2.0))
         assert everything.factors([0.5] * 4, types).tolist() == [2.0] * 4
 
-    def test_the_scale_is_on_the_region_and_on_no_text(self, model, processor):
-        batch = batch_of(model, processor, prompts_of(model))
+    def test_the_scale_is_on_the_region_and_on_no_text(self, model, family):
+        batch = batch_of(family, prompts_of(model))
         is_image = batch.input_ids == model.config.image_token_id
         scales = {scope: AdaptViz(scope).steer(torch.full((3,), 0.1), batch) for scope in ("target", "all", "balance")}
         assert torch.equal(scales["target"].weights[:, 0], batch.regions[..., 0])
@@ -84,17 +84,17 @@ class TestGrid:
 
     @pytest.mark.parametrize("steps", ["prefill", "all"])
     @pytest.mark.parametrize("kv_heads", [4, 2])
-    def test_every_variant_answers_as_alone(self, processor, steps, kv_heads):
+    def test_every_variant_answers_as_alone(self, processor, family, steps, kv_heads):
         from llava.attention import install
         from tests.conftest import tiny_model
 
         model = tiny_model(processor, num_key_value_heads=kv_heads)
         install(model)
-        batch = batch_of(model, processor, prompts_of(model, seed=4))
-        confidence, texts = answer_grid(model, processor.tokenizer, batch, self.VARIANTS, 6, steps == "all")
+        batch = batch_of(family, prompts_of(model, seed=4))
+        confidence, texts = answer_grid(model, family.tokenizer, batch, self.VARIANTS, 6, steps == "all")
         for number, variant in enumerate(self.VARIANTS):
             settings = AdaptViz(variant.scope, variant.rule, steps, bands=Bands.fixed(variant.factor))
-            alone = generate(model, processor.tokenizer, batch, [1], settings.steer, max_new_tokens=6)
+            alone = generate(model, family, batch, [1], settings.steer, max_new_tokens=6)
             assert [text[number] for text in texts] == [answer.text for answer in alone]
             assert confidence == pytest.approx([answer.confidence for answer in alone], abs=1e-6)
         assert len({tuple(text) for text in zip(*texts, strict=True)}) > 1
@@ -104,7 +104,7 @@ class TestGrid:
         regions = torch.zeros(2, 6, 5)
         regions[0] = torch.cat([eye[:, 2:], torch.ones(6, 1), eye], dim=1)
         regions[1, :2] = torch.tensor([1.0, 1.0, 1.0, 0.0, 0.0])
-        batch = PromptBatch(torch.zeros(2, 6), torch.ones(2, 6), torch.zeros(1), regions, (5, 3))
+        batch = PromptBatch(torch.zeros(2, 6), torch.ones(2, 6), {}, regions, (5, 3))
         assert another_part(batch).tolist() == [[1, 1, 0, 0, 0, 0], [0] * 6]
 
 

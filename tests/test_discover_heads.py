@@ -10,7 +10,7 @@ import pytest
 from data_gen.gen_chosen_rejected import __main__ as gen_chosen_rejected
 from inference.llava_hound_dpo import run_inference
 from inference_optimization.llava_hound_dpo import run_adaptive, tune
-from llava.checkpoints import weight_digest
+from llava.checkpoints import open_checkpoint
 from llava.heads import Ranking
 from scripts import discover_heads
 from tests.test_heads import ranking
@@ -61,7 +61,7 @@ class TestCommands:
         assert {one.layer for one in found.ranking[:4]} <= {1, 2} and found.ranking[0].auc > 0.9
         assert found.ranking[0].accuracy > found.chance + 0.2
         assert (found.num_prompts, len(found.ranking)) == (60, 16) and found.data.startswith("60 (")
-        assert found.weights == found.base_weights == weight_digest(str(BASE))
+        assert found.weights == found.base_weights == open_checkpoint(str(BASE)).digest
         assert f"{found.ranking[0].auc:.3f}" in printed and len(printed.splitlines()) > 11
 
     def test_a_few_prompts_of_some_layers(self, call, world):
@@ -72,12 +72,12 @@ class TestCommands:
     def test_answers_are_the_same_and_the_ratio_is_that_of_the_heads(self, call, heads, tmp_path):
         plain = lines(call(run_inference, "plain.jsonl"))
         on_heads = lines(call(run_inference, "heads.jsonl", "--attention_heads", heads, "--top_heads", 2))
-        chosen = Ranking.read(heads).top(2)
+        selected = Ranking.read(heads).top(2)
         for a, b in zip(plain, on_heads, strict=True):
             assert a["text"] == b["text"] and a["confidence"] == b["confidence"]
-            assert len(b["attention_ratio_by_layer"]) == len(chosen.layers)
+            assert len(b["attention_ratio_by_layer"]) == len(selected.layers)
         assert sum(a["attention_ratio"] != b["attention_ratio"] for a, b in zip(plain, on_heads, strict=True)) > 20
-        assert json.loads((tmp_path / "heads.run.json").read_text())["attention_heads"] == chosen.to_json()
+        assert json.loads((tmp_path / "heads.run.json").read_text())["attention_heads"] == selected.to_json()
 
     def test_maps_are_those_of_the_heads(self, call, heads):
         for a in lines(call(run_inference, "maps.jsonl", "--attention_heads", heads, "--top_heads", 1)):

@@ -26,14 +26,9 @@ def regions(target):
     return torch.stack([target, torch.ones_like(target)])
 
 
-def batch_of(model, processor, prompts):
-    return batch_prompts(
-        [p for p, _, _ in prompts],
-        [regions(t) for _, t, _ in prompts],
-        torch.cat([x for _, _, x in prompts]),
-        model.config.image_token_id,
-        processor.tokenizer.pad_token_id,
-    )
+def batch_of(family, prompts, **more):
+    pixels = {"pixel_values": torch.cat([x for _, _, x in prompts])}
+    return batch_prompts(family, [p for p, _, _ in prompts], [regions(t) for _, t, _ in prompts], pixels, **more)
 
 
 def alone_with_eager(model, prompt, target, pixels, steps, end, forced=None):
@@ -58,76 +53,74 @@ def alone_with_eager(model, prompt, target, pixels, steps, end, forced=None):
     return tokens, confidence, means[:, 0] / means[:, 1]
 
 
-def test_left_padded_batch_equals_single_prompts_with_eager_attention(processor):
+def test_left_padded_batch_equals_single_prompts_with_eager_attention(processor, family):
     ours, eager = tiny_model(processor), tiny_model(processor)
     install(ours)
     eager.set_attn_implementation("eager")
     prompts = prompts_of(ours)
-    end = processor.tokenizer.eos_token_id
-    batch = batch_of(ours, processor, prompts)
-    answers = generate(ours, processor.tokenizer, batch, [1, 2], max_new_tokens=6)
+    end = family.tokenizer.eos_token_id
+    batch = batch_of(family, prompts)
+    answers = generate(ours, family, batch, [1, 2], max_new_tokens=6)
     for answer, (prompt, target, pixels) in zip(answers, prompts, strict=True):
         with torch.no_grad():
             tokens, confidence, ratio = alone_with_eager(eager, prompt, target, pixels, 6, end)
-        assert answer.text == processor.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+        assert answer.text == family.tokenizer.decode(tokens, skip_special_tokens=True).strip()
         assert answer.tokens == tokens
         assert abs(answer.confidence - confidence) < 1e-5
         torch.testing.assert_close(torch.tensor(answer.ratio_by_layer), ratio, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("beams", [1, 4])
-def test_attention_of_a_beam_is_that_of_the_tokens_it_returns(processor, beams):
+def test_attention_of_a_beam_is_that_of_the_tokens_it_returns(processor, family, beams):
     """Beams are reordered on the way: the attention must be that of the path that won."""
     ours, eager = tiny_model(processor), tiny_model(processor)
     install(ours)
     eager.set_attn_implementation("eager")
-    prompts, end = prompts_of(ours, seed=2), processor.tokenizer.eos_token_id
-    batch = batch_of(ours, processor, prompts)
-    answers = generate(ours, processor.tokenizer, batch, [1, 2], max_new_tokens=6, num_beams=beams)
+    prompts, end = prompts_of(ours, seed=2), family.tokenizer.eos_token_id
+    batch = batch_of(family, prompts)
+    answers = generate(ours, family, batch, [1, 2], max_new_tokens=6, num_beams=beams)
     for answer, (prompt, target, pixels) in zip(answers, prompts, strict=True):
         with torch.no_grad():
             _, confidence, ratio = alone_with_eager(eager, prompt, target, pixels, 6, end, answer.tokens)
         assert abs(answer.confidence - confidence) < 1e-5
         torch.testing.assert_close(torch.tensor(answer.ratio_by_layer), ratio, atol=1e-5, rtol=1e-4)
-    greedy = generate(ours, processor.tokenizer, batch, [1, 2], max_new_tokens=6)
+    greedy = generate(ours, family, batch, [1, 2], max_new_tokens=6)
     assert ([a.tokens for a in answers] != [a.tokens for a in greedy]) == (beams > 1)
 
 
-def test_without_a_probe_the_answers_are_the_same(model, processor):
-    batch = batch_of(model, processor, prompts_of(model))
-    probed, plain = (generate(model, processor.tokenizer, batch, layers, max_new_tokens=6) for layers in ([1, 2], []))
+def test_without_a_probe_the_answers_are_the_same(model, family):
+    batch = batch_of(family, prompts_of(model))
+    probed, plain = (generate(model, family, batch, layers, max_new_tokens=6) for layers in ([1, 2], []))
     assert [(a.tokens, a.confidence) for a in probed] == [(a.tokens, a.confidence) for a in plain]
     assert plain[0].ratio is plain[0].ratio_by_layer is plain[0].shares is None
 
 
-def test_shares_are_those_of_the_parts(model, processor):
+def test_shares_are_those_of_the_parts(model, family):
     """Parts of a prompt whose target is its second part; prompts with fewer parts have fewer shares."""
     prompts = prompts_of(model)
     parts = [torch.eye(len(target) // TOKENS).repeat_interleave(TOKENS, 1) for _, target, _ in prompts]
     measured = [torch.cat([part[-1:], torch.ones_like(part[:1]), part]) for part in parts]
-    batch = batch_prompts(
-        [p for p, _, _ in prompts], measured, torch.cat([x for _, _, x in prompts]), model.config.image_token_id,
-        processor.tokenizer.pad_token_id,
-    )  # fmt: skip
-    answers = generate(model, processor.tokenizer, batch, [1, 2], max_new_tokens=3)
+    pixels = {"pixel_values": torch.cat([x for _, _, x in prompts])}
+    batch = batch_prompts(family, [p for p, _, _ in prompts], measured, pixels)
+    answers = generate(model, family, batch, [1, 2], max_new_tokens=3)
     for answer, part in zip(answers, parts, strict=True):
         assert len(answer.shares) == len(part)
         assert sum(answer.shares) == pytest.approx(1, abs=1e-5) and answer.shares[-1] == pytest.approx(answer.ratio)
 
 
-def test_an_answer_ends_at_its_end_token_while_others_go_on(processor):
+def test_an_answer_ends_at_its_end_token_while_others_go_on(processor, family):
     """A model made to answer with the end token at once has answers of one token, empty text."""
     model = tiny_model(processor)
     install(model)
     prompt, target, pixels = prompts_of(model)[0]
-    end = processor.tokenizer.eos_token_id
-    batch = batch_of(model, processor, [(prompt, target, pixels)])
-    (answer,) = generate(model, processor.tokenizer, batch, [2], max_new_tokens=5)
+    end = family.tokenizer.eos_token_id
+    batch = batch_of(family, [(prompt, target, pixels)])
+    (answer,) = generate(model, family, batch, [2], max_new_tokens=5)
     assert len(answer.tokens) > 1
 
     def always_end(ids, logits):
         return torch.full_like(logits, -1e9).index_fill(1, torch.tensor([end]), 0.0)
 
-    (ended,) = generate(model, processor.tokenizer, batch, [2], max_new_tokens=5, logits_processor=[always_end])
+    (ended,) = generate(model, family, batch, [2], max_new_tokens=5, logits_processor=[always_end])
     assert (ended.tokens, ended.text) == ([end], "")
     assert ended.confidence == answer.confidence

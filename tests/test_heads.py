@@ -4,15 +4,16 @@ import itertools
 import json
 import logging
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from inference_optimization.llava_hound_dpo.adaptviz import AdaptViz
 from llava.attention import Plan, Probe, attention_ratio, install, mean_over_heads, mean_over_layers
-from llava.checkpoints import load_model, weight_digest
+from llava.checkpoints import open_checkpoint
 from llava.generation import batch_prompts, generate
-from llava.heads import Heads, RankedHead, Ranking, choose_heads, rank, shares_of_parts
+from llava.heads import Heads, RankedHead, Ranking, select_heads, rank, shares_of_parts
 from llava.scaling import Scale
 from llava.statistics import auc
 from tests.conftest import tiny_model
@@ -50,23 +51,22 @@ def test_auc_needs_both_classes():
         auc([0.1, 0.2], [True, True])
 
 
-def batch_with_parts(model, processor, targets, seed=0):
+def batch_with_parts(model, family, targets, seed=0):
     """Prompts of 1, 3 and 2 images, in which the given parts are referred to."""
     prompts = prompts_of(model, seed)
     parts = [torch.eye(len(target) // TOKENS).repeat_interleave(TOKENS, 1) for _, target, _ in prompts]
     regions = [torch.cat([p[t : t + 1], torch.ones_like(p[:1]), p]) for p, t in zip(parts, targets, strict=True)]
-    pixels = torch.cat([x for _, _, x in prompts])
-    pad = processor.tokenizer.pad_token_id
-    return batch_prompts([p for p, _, _ in prompts], regions, pixels, model.config.image_token_id, pad)
+    pixels = {"pixel_values": torch.cat([x for _, _, x in prompts])}
+    return batch_prompts(family, [p for p, _, _ in prompts], regions, pixels)
 
 
 @pytest.mark.parametrize("planted", [(0, 2), (1, 0), (3, 3)], ids=str)
-def test_the_head_that_the_labels_come_from_is_found_first(model, processor, planted):
+def test_the_head_that_the_labels_come_from_is_found_first(model, family, planted):
     """Whatever part a head looks at most is called the target."""
     shares, layers = [], [0, 1, 3]
     for seed in range(8):
-        batch = batch_with_parts(model, processor, (0, 0, 0), seed)
-        answers = generate(model, processor.tokenizer, batch, layers, each_head=True, max_new_tokens=3)
+        batch = batch_with_parts(model, family, (0, 0, 0), seed)
+        answers = generate(model, family, batch, layers, each_head=True, max_new_tokens=3)
         shares += [shares_of_parts(answer.by_head) for answer in answers[1:]]
     row, head = layers.index(planted[0]), planted[1]
     ranked = rank(shares, [own[row, head].argmax().item() for own in shares], layers)
@@ -74,10 +74,10 @@ def test_the_head_that_the_labels_come_from_is_found_first(model, processor, pla
     assert len(ranked) == 12 and [one.auc for one in ranked] == sorted((one.auc for one in ranked), reverse=True)
 
 
-def test_masses_of_the_heads_are_those_that_the_mean_is_of(model, processor):
-    batch = batch_with_parts(model, processor, (0, 1, 1))
-    plain = generate(model, processor.tokenizer, batch, [1, 2], max_new_tokens=4)
-    each = generate(model, processor.tokenizer, batch, [1, 2], each_head=True, max_new_tokens=4)
+def test_masses_of_the_heads_are_those_that_the_mean_is_of(model, family):
+    batch = batch_with_parts(model, family, (0, 1, 1))
+    plain = generate(model, family, batch, [1, 2], max_new_tokens=4)
+    each = generate(model, family, batch, [1, 2], each_head=True, max_new_tokens=4)
     for a, b in zip(plain, each, strict=True):
         assert torch.equal(a.masses, b.masses) and not len(a.by_head) and b.by_head.shape == (2, 4, a.masses.shape[1])
         torch.testing.assert_close(b.by_head.mean(dim=1), b.masses, atol=1e-6, rtol=1e-5)
@@ -94,7 +94,7 @@ def test_round_trip(tmp_path):
     heads = written.top(3)
     assert heads == Heads({0: (3,), 2: (0, 1)}) and Heads.from_json(json.loads(json.dumps(heads.to_json()))) == heads
     assert (len(heads), str(heads), heads.layers) == (3, "0.3, 2.0, 2.1", {0, 2})
-    assert heads.chosen(4).tolist() == [[0, 0, 0, 1], [1, 1, 0, 0]]
+    assert heads.selected(4).tolist() == [[0, 0, 0, 1], [1, 1, 0, 0]]
 
 
 def test_the_best_of_some_layers():
@@ -117,10 +117,11 @@ class TestOrigin:
     @pytest.fixture
     def said(self, checkpoint, tmp_path, caplog):
         def said(model=checkpoint, **changes):
-            own = {"weights": weight_digest(checkpoint), "base_weights": weight_digest(checkpoint), **changes}
+            digest = open_checkpoint(checkpoint).digest
+            own = {"weights": digest, "base_weights": digest, **changes}
             ranking((2, 1), (0, 3), model="theirs", base="their base", **own).write(tmp_path / "heads.json")
             with caplog.at_level(logging.INFO, "llava.heads"):
-                choose_heads(str(tmp_path / "heads.json"), 1, model, 4, 4)
+                select_heads(str(tmp_path / "heads.json"), 1, open_checkpoint(model))
             (record,) = [record for record in caplog.records if record.name == "llava.heads"]
             return record
 
@@ -131,8 +132,9 @@ class TestOrigin:
         assert record.levelname == "INFO" and "1 heads (layer.head) 2.1; found on this checkpoint" in record.message
 
     def test_an_adapter_on_the_same_base(self, said, checkpoint, tmp_path):
-        policy = load_model(checkpoint)
-        make_trainable(policy, ModelArguments(checkpoint, lora_r=2)).save_pretrained(tmp_path / "adapter")
+        opened = open_checkpoint(checkpoint)
+        policy = make_trainable(opened.load(), opened.family, ModelArguments(checkpoint, lora_r=2))
+        policy.save_pretrained(tmp_path / "adapter")
         record = said(str(tmp_path / "adapter"))
         assert record.levelname == "INFO" and f"found on theirs, of the same base as {tmp_path}" in record.message
 
@@ -145,33 +147,33 @@ class TestOrigin:
 # ---- measuring
 
 
-def test_a_layer_counts_by_its_chosen_heads_by_hand():
+def test_a_layer_counts_by_its_selected_heads_by_hand():
     masses = torch.tensor([[0.1, 0.3], [0.5, 0.7]])[..., None, None].expand(2, 2, 1, 2)  # (L, H, T, R)
-    chosen = torch.tensor([[1.0, 1.0], [0.0, 1.0]])
-    rows = mean_over_heads(masses, chosen[..., None])
+    selected = torch.tensor([[1.0, 1.0], [0.0, 1.0]])
+    rows = mean_over_heads(masses, selected[..., None])
     torch.testing.assert_close(rows[:, 0, 0], torch.tensor([0.2, 0.7]))
-    torch.testing.assert_close(mean_over_layers(rows[:, 0, 0], chosen), torch.tensor((2 * 0.2 + 0.7) / 3))
+    torch.testing.assert_close(mean_over_layers(rows[:, 0, 0], selected), torch.tensor((2 * 0.2 + 0.7) / 3))
 
 
-def test_all_heads_of_the_layers_are_the_layers(model, processor):
-    batch = batch_with_parts(model, processor, (0, 2, 0))
-    plain = generate(model, processor.tokenizer, batch, [1, 2], max_new_tokens=3)
-    every = generate(model, processor.tokenizer, batch, [1, 2], heads=torch.ones(2, 4), max_new_tokens=3)
+def test_all_heads_of_the_layers_are_the_layers(model, family):
+    batch = batch_with_parts(model, family, (0, 2, 0))
+    plain = generate(model, family, batch, [1, 2], max_new_tokens=3)
+    every = generate(model, family, batch, [1, 2], heads=torch.ones(2, 4), max_new_tokens=3)
     for a, b in zip(plain, every, strict=True):
         assert a.ratio == pytest.approx(b.ratio, abs=1e-6) and a.shares == pytest.approx(b.shares, abs=1e-6)
 
 
 @pytest.mark.parametrize("beams", [1, 3])
-def test_ratio_on_heads_equals_eager_attention_on_these_heads(processor, beams):
+def test_ratio_on_heads_equals_eager_attention_on_these_heads(processor, family, beams):
     ours, eager = tiny_model(processor), tiny_model(processor)
     install(ours)
     eager.set_attn_implementation("eager")
-    prompts, end = prompts_of(ours), processor.tokenizer.eos_token_id
+    prompts, end = prompts_of(ours), family.tokenizer.eos_token_id
     regions = [torch.stack([target, torch.ones_like(target)]) for _, target, _ in prompts]
-    pixels, image = torch.cat([x for _, _, x in prompts]), ours.config.image_token_id
-    batch = batch_prompts([p for p, _, _ in prompts], regions, pixels, image, processor.tokenizer.pad_token_id)
-    settings = {"heads": SOME.chosen(4), "max_new_tokens": 5, "num_beams": beams}
-    answers = generate(ours, processor.tokenizer, batch, sorted(SOME.layers), **settings)
+    pixels = {"pixel_values": torch.cat([x for _, _, x in prompts])}
+    batch = batch_prompts(family, [p for p, _, _ in prompts], regions, pixels)
+    settings = {"heads": SOME.selected(4), "max_new_tokens": 5, "num_beams": beams}
+    answers = generate(ours, family, batch, sorted(SOME.layers), **settings)
     for answer, (prompt, target, own) in zip(answers, prompts, strict=True):
         by_layer = {}
         for layer, heads in SOME.by_layer.items():
@@ -230,11 +232,16 @@ def test_steering_one_head_changes_the_last_row_of_that_head_alone(processor, kv
     assert attention_ratio(steered_mass)[2] > attention_ratio(mass)[2]
 
 
+def job_of(num_layers, num_heads):
+    """As much of a job as the check of its settings reads."""
+    return SimpleNamespace(questions=[], checkpoint=SimpleNamespace(num_layers=num_layers, num_heads=num_heads))
+
+
 def test_settings_of_adaptviz_keep_their_heads():
     settings = AdaptViz(heads=SOME)
     assert AdaptViz.from_dict(json.loads(json.dumps(settings.to_dict()))) == settings
     assert AdaptViz.from_dict(AdaptViz().to_dict()).heads is None
     with pytest.raises(ValueError, match="layer 2 head 1 does not exist"):
-        settings.check([], 2, 4)
+        settings.check(job_of(2, 4))
     with pytest.raises(ValueError, match="nothing is scaled"):
-        replace(settings, layers=(0, 3)).check([], 4, 4)
+        replace(settings, layers=(0, 3)).check(job_of(4, 4))

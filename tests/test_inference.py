@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from llava.conversation import render
-from llava.layout import PatchGrid, part_weights, target_weights
 
 from inference.llava_hound_dpo import run_inference
 from llava.answers import AnswerStore
-from llava.checkpoints import load_config, load_model, load_processor
-from llava.image import ImageStore, pixel_values
+from llava.checkpoints import open_checkpoint
+from llava.families import Llava15
+from llava.image import ImageStore
 from llava.records import read_questions
+from llava.regions import part_weights, target_weights
 from tests.conftest import kill_with_workers
 
 ROOT = Path(__file__).parent.parent
@@ -89,23 +89,23 @@ class TestNumbers:
 
     def test_ratios_and_shares_equal_those_of_eager_attention(self, batched, world):
         """Every fifth prompt, alone, prompt and answer in one forward through transformers' eager attention."""
-        model, processor = load_model(str(BASE)), load_processor(str(BASE))
+        checkpoint = open_checkpoint(str(BASE))
+        model, family = checkpoint.load(), checkpoint.family
         model.set_attn_implementation({"text_config": "eager"})
-        grid = PatchGrid.of(processor.image_processor, load_config(str(BASE)).vision_config, pad=True)
-        store, questions = ImageStore(world / "images"), read_questions(world / "test.json")
+        processor, store = family.processor(), ImageStore(world / "images")
+        questions = read_questions(world / "test.json")
         for question, given in list(zip(questions, batched["16"], strict=True))[::5]:
             pictures = [store.open(name) for name in question.images]
-            inputs = processor(text=render([(question.prompt, given["text"])]), images=pictures, return_tensors="pt")
-            pixels = pixel_values(pictures, processor.image_processor, True)
-            ids = inputs["input_ids"]
+            text = family.render([(question.prompt, given["text"])])
+            ids = processor(text=text, images=pictures, return_tensors="pt")["input_ids"]
             with torch.no_grad():
-                maps = model(input_ids=ids, pixel_values=pixels, output_attentions=True).attentions[LAYER]
+                maps = model(input_ids=ids, **family.pixels(pictures), output_attentions=True).attentions[LAYER]
             rows = maps[0, :, -1 - given["num_tokens"] : -1].mean(dim=(0, 1))  # those that predict the answer
             on_images = rows[ids[0] == model.config.image_token_id]
-            sizes = [picture.size for picture in pictures]
-            ratio = (on_images * target_weights(question, sizes, grid)).sum() / on_images.sum()
+            images = [family.image(picture.size) for picture in pictures]
+            ratio = (on_images * target_weights(question, images)).sum() / on_images.sum()
             assert given["attention_ratio"] == pytest.approx(ratio.item(), abs=1e-5), question.where
-            shares = part_weights(question, sizes, grid) @ on_images / on_images.sum()
+            shares = part_weights(question, images) @ on_images / on_images.sum()
             assert given["attention_by_image"] == pytest.approx(shares.tolist(), abs=1e-5), question.where
             assert given["attention_by_image"][given["target"] - 1] == pytest.approx(ratio.item(), abs=1e-5)
 
@@ -338,9 +338,8 @@ class TestRefused:
 def test_only_base_model_answers_with_the_base_below_an_adapter(answer, tmp_path):
     from peft import LoraConfig, get_peft_model
 
-    from llava.checkpoints import LORA_TARGETS
-
-    model = get_peft_model(load_model(str(BASE)), LoraConfig(r=2, target_modules=LORA_TARGETS, init_lora_weights=False))
+    config = LoraConfig(r=2, target_modules=Llava15.lora_targets(), init_lora_weights=False)
+    model = get_peft_model(open_checkpoint(str(BASE)).load(), config)
     model.peft_config["default"].base_model_name_or_path = str(BASE)
     model.save_pretrained(tmp_path / "adapter")
     base, adapter = answer("base.jsonl"), answer("adapter.jsonl", "--model_name_or_path", tmp_path / "adapter")

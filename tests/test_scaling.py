@@ -71,11 +71,10 @@ def prompts_of(model, seed=0):
     return made
 
 
-def batch_of(model, processor, prompts):
+def batch_of(family, prompts):
     regions = [torch.stack([target, torch.ones_like(target)]) for _, target, _ in prompts]
-    pixels = torch.cat([pixels for _, _, pixels in prompts])
-    pad = processor.tokenizer.pad_token_id
-    return batch_prompts([p for p, _, _ in prompts], regions, pixels, model.config.image_token_id, pad)
+    pixels = {"pixel_values": torch.cat([pixels for _, _, pixels in prompts])}
+    return batch_prompts(family, [p for p, _, _ in prompts], regions, pixels)
 
 
 def steering(factors, region=0, **settings):
@@ -118,13 +117,13 @@ def naive_answer(model, naive, prompt, target, pixels, region, **settings):
 @pytest.mark.parametrize("every_step", [False, True], ids=["prefill", "every step"])
 @pytest.mark.parametrize("region", [0, 1], ids=["target", "all images"])
 @pytest.mark.parametrize("rule", RULES)
-def test_batch_with_own_factors_equals_naive_prompts_alone(models, processor, rule, region, every_step):
+def test_batch_with_own_factors_equals_naive_prompts_alone(models, family, rule, region, every_step):
     ours, other, naive = models
     prompts, factors = prompts_of(ours), (0.5, 2.0, 1.0)
     recorder = Recorder()
     steer = steering(factors, region, rule=rule, every_step=every_step)
-    batch = batch_of(ours, processor, prompts)
-    answers = generate(ours, processor.tokenizer, batch, [1], steer, max_new_tokens=STEPS, logits_processor=[recorder])
+    batch = batch_of(family, prompts)
+    answers = generate(ours, family, batch, [1], steer, max_new_tokens=STEPS, logits_processor=[recorder])
     for row, (answer, factor, (prompt, target, pixels)) in enumerate(zip(answers, factors, prompts, strict=True)):
         settings = {"alpha": factor, "rule": rule, "every_step": every_step, "keeps_mass": False}
         tokens, scores = naive_answer(other, naive, prompt, target, pixels, region, **settings)
@@ -133,12 +132,12 @@ def test_batch_with_own_factors_equals_naive_prompts_alone(models, processor, ru
             torch.testing.assert_close(recorder.scores[step][row], wanted[0], atol=1e-5, rtol=1e-4)
 
 
-def test_balance_equals_naive(models, processor):
+def test_balance_equals_naive(models, family):
     ours, other, naive = models
     prompts, factors, recorder = prompts_of(ours), (3.0, 0.5, 1.7), Recorder()
-    batch = batch_of(ours, processor, prompts)
+    batch = batch_of(family, prompts)
     steer = steering(factors, keeps_mass=True)
-    generate(ours, processor.tokenizer, batch, [1], steer, max_new_tokens=STEPS, logits_processor=[recorder])
+    generate(ours, family, batch, [1], steer, max_new_tokens=STEPS, logits_processor=[recorder])
     for row, (factor, (prompt, target, pixels)) in enumerate(zip(factors, prompts, strict=True)):
         settings = {"alpha": factor, "rule": "multiply", "every_step": False, "keeps_mass": True}
         _, scores = naive_answer(other, naive, prompt, target, pixels, 0, **settings)
@@ -146,7 +145,7 @@ def test_balance_equals_naive(models, processor):
             torch.testing.assert_close(recorder.scores[step][row], wanted[0], atol=1e-5, rtol=1e-4)
 
 
-def test_the_comparison_can_fail(models, processor):
+def test_the_comparison_can_fail(models, family):
     """Another factor, or the text between the images scaled as well, is far outside the tolerance."""
     ours, other, naive = models
     prompts = prompts_of(ours)
@@ -166,12 +165,12 @@ def test_the_comparison_can_fail(models, processor):
     assert (first["text"] - first["right"]).abs().max() > 1e-3
 
 
-def test_factors_of_one_are_plain_inference_bit_for_bit(models, processor):
+def test_factors_of_one_are_plain_inference_bit_for_bit(models, family):
     """Also for the one sample of a batch whose neighbours are scaled."""
     model, prompts = models[0], prompts_of(models[0])
-    batch, recorders = batch_of(model, processor, prompts), [Recorder() for _ in range(3)]
+    batch, recorders = batch_of(family, prompts), [Recorder() for _ in range(3)]
     plain, ones, mixed = (
-        generate(model, processor.tokenizer, batch, [1, 2], steer, max_new_tokens=STEPS, logits_processor=[recorder])
+        generate(model, family, batch, [1, 2], steer, max_new_tokens=STEPS, logits_processor=[recorder])
         for steer, recorder in zip((None, steering((1.0, 1.0, 1.0)), steering((2.0, 1.0, 0.5))), recorders, strict=True)
     )
     for a, b in zip(plain, ones, strict=True):
@@ -182,38 +181,38 @@ def test_factors_of_one_are_plain_inference_bit_for_bit(models, processor):
     assert not torch.equal(recorders[0].scores[0][0], recorders[2].scores[0][0])
 
 
-def test_sampling_with_factors_of_one_draws_what_plain_sampling_draws(models, processor):
+def test_sampling_with_factors_of_one_draws_what_plain_sampling_draws(models, family):
     model = models[0]
-    batch = batch_of(model, processor, prompts_of(model))
+    batch = batch_of(family, prompts_of(model))
     settings = {"do_sample": True, "temperature": 1.5, "top_p": 0.9, "top_k": 0, "max_new_tokens": 8}
     drawn = []
     for steer in (None, steering((1.0, 1.0, 1.0)), steering((9.0, 9.0, 9.0), region=1, every_step=True)):
         torch.manual_seed(5)
-        drawn.append([a.tokens for a in generate(model, processor.tokenizer, batch, [1], steer, **settings)])
+        drawn.append([a.tokens for a in generate(model, family, batch, [1], steer, **settings)])
     assert drawn[0] == drawn[1] != drawn[2]
 
 
 @pytest.mark.parametrize("beams", [1, 3])
-def test_the_measured_attention_is_the_scaled_one(models, processor, beams):
+def test_the_measured_attention_is_the_scaled_one(models, family, beams):
     """Boosting the target raises its ratio, far beyond rounding, in every sample; lowering it lowers the ratio."""
     model, prompts = models[0], prompts_of(models[0])
-    batch = batch_of(model, processor, prompts)
+    batch = batch_of(family, prompts)
     ratios = {}
     for factor in (0.3, 1.0, 3.0):
         steer = steering((factor,) * 3, rule="add")
-        answers = generate(model, processor.tokenizer, batch, [1], steer, max_new_tokens=1, num_beams=beams)
+        answers = generate(model, family, batch, [1], steer, max_new_tokens=1, num_beams=beams)
         ratios[factor] = [answer.ratio for answer in answers]
     for low, plain, high in zip(*ratios.values(), strict=True):
         assert low + 0.01 < plain < high - 0.01
 
 
-def test_layers_can_be_chosen(models, processor):
+def test_layers_can_be_chosen(models, family):
     """Scaling layer 1 alone changes what layer 1 sees and leaves layer 0 alone."""
     model = models[0]
-    batch = batch_of(model, processor, prompts_of(model))
-    plain = generate(model, processor.tokenizer, batch, [0, 1], max_new_tokens=1)
+    batch = batch_of(family, prompts_of(model))
+    plain = generate(model, family, batch, [0, 1], max_new_tokens=1)
     steer = steering((3.0, 3.0, 3.0), layers=frozenset({1}))
-    scaled = generate(model, processor.tokenizer, batch, [0, 1], steer, max_new_tokens=1)
+    scaled = generate(model, family, batch, [0, 1], steer, max_new_tokens=1)
     for a, b in zip(plain, scaled, strict=True):
         torch.testing.assert_close(a.masses[0], b.masses[0], atol=1e-6, rtol=1e-5)
         assert not torch.allclose(a.masses[1], b.masses[1], atol=1e-3)
