@@ -13,7 +13,9 @@ from jaxtyping import install_import_hook
 import tests.shapes  # noqa: F401  the import hook looks it up by name
 
 # Shapes written in signatures are checked while tests run.
-CHECKED = ["llava.attention", "llava.layout", "llava.scaling", "train.llava_hound_dpo.losses"]
+CHECKED = [
+    "llava.attention", "llava.families.family", "llava.regions", "llava.scaling", "train.llava_hound_dpo.losses",
+]  # fmt: skip
 install_import_hook(CHECKED, "tests.shapes.check")
 
 import psutil
@@ -70,6 +72,14 @@ def checkpoint(tmp_path_factory, processor):
     tiny_model(processor).save_pretrained(folder)
     processor.save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def family(checkpoint):
+    """The tiny checkpoint's tokenizer, prompts and picture geometry."""
+    from llava.checkpoints import open_checkpoint
+
+    return open_checkpoint(checkpoint).family
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import sentencepiece
 import torch
-from llava.original import build_tokenizer, pad_rows
 from safetensors.torch import save_file
 from transformers import (
     CLIPImageProcessorPil,
@@ -17,6 +16,8 @@ from transformers import (
     LlavaProcessor,
 )
 
+from llava.families.llava15 import Llava15
+from llava.families.llava15_original import build_tokenizer, pad_rows
 from scripts.miniature.model import world_text
 
 SIDE, PATCH, WIDTH, LAYERS = 28, 7, 32, 3
@@ -158,11 +159,10 @@ def write_adapters(formats: Formats) -> None:
     """The same random LoRA and the same changed projector as a PEFT adapter and as an original LoRA folder."""
     from peft import LoraConfig, get_peft_model
 
-    from llava.checkpoints import LORA_TARGETS, PROJECTOR
-
     model = LlavaForConditionalGeneration.from_pretrained(formats.llava_hf)
     adapted = get_peft_model(
-        model, LoraConfig(r=2, lora_alpha=4, target_modules=LORA_TARGETS, modules_to_save=[PROJECTOR])
+        model,
+        LoraConfig(r=2, lora_alpha=4, target_modules=Llava15.lora_targets(), modules_to_save=[Llava15.projector]),
     )
     torch.manual_seed(1)
     with torch.no_grad():

@@ -11,8 +11,10 @@ from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration
 
 from llava.attention import NAME
-from llava.checkpoints import LORA_TARGETS, image_tokens, load_config, load_model, load_processor
+from llava.checkpoints import open_checkpoint
+from llava.families import find_family
 
+TARGETS = find_family("llava").lora_targets()
 PROJECTOR = "multi_modal_projector.linear_1.weight"  # its name in the file ends in this
 
 
@@ -39,7 +41,7 @@ def edit_weights(folder, change):
 
 def inputs(config, seed=0):
     torch.manual_seed(seed)
-    ids = torch.tensor([[1, 300, *[config.image_token_id] * image_tokens(config), 301, 302, 303]])
+    ids = torch.tensor([[1, 300, *[config.image_token_id] * 36, 301, 302, 303]])
     return {"input_ids": ids, "pixel_values": torch.randn(1, 3, 72, 72)}
 
 
@@ -47,16 +49,16 @@ def inputs(config, seed=0):
 
 
 def test_config_and_processor(checkpoint, processor):
-    config = load_config(checkpoint)
-    assert (config.model_type, image_tokens(config)) == ("llava", 36)  # 72 px / 12 px = 6 x 6
-    loaded = load_processor(checkpoint)
+    opened = open_checkpoint(checkpoint)
+    config, loaded = opened.config, opened.family
+    assert (config.model_type, loaded.num_image_tokens()) == ("llava", 36)  # 72 px / 12 px = 6 x 6
     text = "USER: <image>\nIn Image1, what? ASSISTANT:"
     assert loaded.tokenizer(text)["input_ids"] == processor.tokenizer(text)["input_ids"]
     assert loaded.tokenizer.convert_tokens_to_ids("<image>") == config.image_token_id
 
 
 def test_loaded_weights_are_those_of_the_file(checkpoint):
-    model, plain = load_model(checkpoint), LlavaForConditionalGeneration.from_pretrained(checkpoint)
+    model, plain = open_checkpoint(checkpoint).load(), LlavaForConditionalGeneration.from_pretrained(checkpoint)
     assert len(model.state_dict()) == len(plain.state_dict())
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in plain.state_dict().items())
     with torch.no_grad():
@@ -64,13 +66,13 @@ def test_loaded_weights_are_those_of_the_file(checkpoint):
 
 
 def test_only_the_language_model_uses_our_attention(checkpoint):
-    config = load_model(checkpoint).config
+    config = open_checkpoint(checkpoint).load().config
     assert config.text_config._attn_implementation == NAME
     assert config.vision_config._attn_implementation == "sdpa"
 
 
 def test_dtype(checkpoint):
-    assert {p.dtype for p in load_model(checkpoint, torch.bfloat16).parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in open_checkpoint(checkpoint).load(torch.bfloat16).parameters()} == {torch.bfloat16}
 
 
 # ---- weights that do not fit
@@ -79,19 +81,19 @@ def test_dtype(checkpoint):
 def test_missing_tensor_is_named(copy):
     edit_weights(copy, lambda tensors, name: tensors.pop(name))
     with pytest.raises(ValueError, match=rf"missing tensors: \S*{PROJECTOR}"):
-        load_model(str(copy))
+        open_checkpoint(str(copy)).load()
 
 
 def test_unexpected_tensor_is_named(copy):
     edit_weights(copy, lambda tensors, name: tensors.update({"language_model.stranger.weight": torch.zeros(3)}))
     with pytest.raises(ValueError, match=r"unexpected tensors: \S*stranger\.weight"):
-        load_model(str(copy))
+        open_checkpoint(str(copy)).load()
 
 
 def test_misshaped_tensor_is_named(copy):
     edit_weights(copy, lambda tensors, name: tensors.update({name: torch.zeros(5, 7)}))
     with pytest.raises(ValueError, match=rf"mis-shaped tensors: \S*{PROJECTOR} \(5, 7\), the model has \(128, 96\)"):
-        load_model(str(copy))
+        open_checkpoint(str(copy)).load()
 
 
 def test_many_missing_tensors_are_counted(copy):
@@ -101,7 +103,7 @@ def test_many_missing_tensors_are_counted(copy):
 
     edit_weights(copy, drop_layer)
     with pytest.raises(ValueError, match=r"missing tensors: .* and 4 more"):  # 9 tensors a block, 5 named
-        load_model(str(copy))
+        open_checkpoint(str(copy)).load()
 
 
 def test_cut_weights_are_a_user_error(copy):
@@ -109,13 +111,13 @@ def test_cut_weights_are_a_user_error(copy):
     weights = copy / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100_000])
     with pytest.raises((ValueError, FileNotFoundError), match="copy"):
-        load_model(str(copy))
+        open_checkpoint(str(copy)).load()
 
 
 def test_absent_weights_are_a_user_error(copy):
     (copy / "model.safetensors").unlink()
     with pytest.raises((ValueError, FileNotFoundError), match="copy"):
-        load_model(str(copy))
+        open_checkpoint(str(copy)).load()
 
 
 # ---- folders that are no checkpoint
@@ -123,69 +125,68 @@ def test_absent_weights_are_a_user_error(copy):
 
 def test_folder_without_config(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no config\.json"):
-        load_config(str(tmp_path))
+        open_checkpoint(str(tmp_path))
 
 
 def test_folder_that_does_not_exist(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere.*no such checkpoint folder"):
-        load_config(str(tmp_path / "nowhere"))
+        open_checkpoint(str(tmp_path / "nowhere"))
 
 
-@pytest.mark.parametrize("load", [load_config, load_processor, load_model])
-def test_hub_name_while_offline(load):
+def test_hub_name_while_offline():
     with pytest.raises(FileNotFoundError, match="llava-hf/no-such-model") as caught:
-        load("llava-hf/no-such-model")
+        open_checkpoint("llava-hf/no-such-model")
     assert "\n" not in str(caught.value)
-    assert load is load_processor or "download the checkpoint" in str(caught.value)
+    assert "download the checkpoint" in str(caught.value)
 
 
 @pytest.mark.parametrize("model_type", ["llava_next", "llama", "llava_onevision"])
 def test_other_models_are_refused(copy, model_type):
     edit_config(copy, model_type=model_type)
     with pytest.raises(ValueError, match=rf"copy.*'{model_type}'.*LLaVA-1\.5"):
-        load_config(str(copy))
+        open_checkpoint(str(copy))
 
 
 def test_config_without_language_model_names_the_folder(copy):
     edit_config(copy, text_config=...)
     with pytest.raises(ValueError, match="copy"):
-        load_config(str(copy))
+        open_checkpoint(str(copy))
 
 
 def test_broken_config_names_the_file(copy):
     (copy / "config.json").write_text('{"model_type": ')
     with pytest.raises(ValueError, match=r"config\.json"):
-        load_config(str(copy))
+        open_checkpoint(str(copy))
 
 
 def test_feature_strategy_with_the_class_token_is_refused(copy):
     edit_config(copy, vision_feature_select_strategy="full")
     with pytest.raises(ValueError, match=r"'full'.*'default'"):
-        load_config(str(copy))
+        open_checkpoint(str(copy))
 
 
 # ---- tokenizer
 
 
 def test_another_image_id_is_refused(copy):
-    wanted = load_config(str(copy)).image_token_id
+    wanted = open_checkpoint(str(copy)).config.image_token_id
     edit_config(copy, image_token_index=17, image_token_id=17)
     with pytest.raises(ValueError, match=rf"<image> as id {wanted}.*17"):
-        load_processor(str(copy))
+        open_checkpoint(str(copy)).family
 
 
 def test_another_end_token_is_refused(copy):
     path = copy / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token": "<s>"}))
     with pytest.raises(ValueError, match=r"'<s>'.*'</s>'"):
-        load_processor(str(copy))
+        open_checkpoint(str(copy)).family
 
 
 def test_folder_without_tokenizer(copy):
     for name in ("tokenizer.json", "tokenizer_config.json", "processor_config.json", "special_tokens_map.json"):
         (copy / name).unlink(missing_ok=True)
     with pytest.raises(FileNotFoundError, match="copy: no processor"):
-        load_processor(str(copy))
+        open_checkpoint(str(copy)).family
 
 
 # ---- LoRA
@@ -196,32 +197,32 @@ def adapter(checkpoint, tmp_path):
     """(folder of a LoRA adapter with random weights, the model it was saved from), by plain peft."""
     torch.manual_seed(0)
     plain = LlavaForConditionalGeneration.from_pretrained(checkpoint)
-    lora = get_peft_model(plain, LoraConfig(r=4, lora_alpha=8, target_modules=LORA_TARGETS, init_lora_weights=False))
+    lora = get_peft_model(plain, LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS, init_lora_weights=False))
     lora.save_pretrained(tmp_path / "adapter")
     return tmp_path / "adapter", lora.eval()
 
 
 def test_adapter_loads_on_its_base(adapter, checkpoint):
     folder, wanted = adapter
-    model = load_model(str(folder))
+    model = open_checkpoint(str(folder)).load()
     assert isinstance(model, PeftModel) and model.config.text_config._attn_implementation == NAME
     with torch.no_grad():
-        logits = [m(**inputs(wanted.config)).logits for m in (model.eval(), wanted, load_model(checkpoint))]
+        logits = [m(**inputs(wanted.config)).logits for m in (model.eval(), wanted, open_checkpoint(checkpoint).load())]
     torch.testing.assert_close(logits[0], logits[1])
     assert not torch.allclose(logits[0], logits[2], atol=1e-2)
 
 
 def test_config_and_processor_of_an_adapter_are_its_bases(adapter, checkpoint):
     folder = str(adapter[0])
-    assert load_config(folder).to_dict() == load_config(checkpoint).to_dict()
-    assert load_processor(folder).tokenizer.get_vocab() == load_processor(checkpoint).tokenizer.get_vocab()
+    assert open_checkpoint(folder).config.to_dict() == open_checkpoint(checkpoint).config.to_dict()
+    assert open_checkpoint(folder).family.tokenizer.get_vocab() == open_checkpoint(checkpoint).family.tokenizer.get_vocab()
 
 
 def test_adapter_without_its_base(adapter):
     path = adapter[0] / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "/nowhere/base"}))
     with pytest.raises(FileNotFoundError, match="/nowhere/base"):
-        load_model(str(adapter[0]))
+        open_checkpoint(str(adapter[0])).load()
 
 
 def test_adapter_with_a_missing_tensor_is_refused(adapter):
@@ -232,7 +233,7 @@ def test_adapter_with_a_missing_tensor_is_refused(adapter):
     del tensors[gone]
     save_file(tensors, path, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=gone.split(".lora_")[0].split("model.", 1)[1]):
-        load_model(str(adapter[0]))
+        open_checkpoint(str(adapter[0])).load()
 
 
 def test_lora_targets_are_the_seven_layers_of_each_language_block(adapter):
