@@ -39,6 +39,10 @@ def edit_weights(folder, change):
     return name
 
 
+def family_of(folder):
+    return open_checkpoint(str(folder)).family
+
+
 def inputs(config, seed=0):
     torch.manual_seed(seed)
     ids = torch.tensor([[1, 300, *[config.image_token_id] * 36, 301, 302, 303]])
@@ -172,21 +176,21 @@ def test_another_image_id_is_refused(copy):
     wanted = open_checkpoint(str(copy)).config.image_token_id
     edit_config(copy, image_token_index=17, image_token_id=17)
     with pytest.raises(ValueError, match=rf"<image> as id {wanted}.*17"):
-        open_checkpoint(str(copy)).family
+        family_of(copy)
 
 
 def test_another_end_token_is_refused(copy):
     path = copy / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token": "<s>"}))
     with pytest.raises(ValueError, match=r"'<s>'.*'</s>'"):
-        open_checkpoint(str(copy)).family
+        family_of(copy)
 
 
 def test_folder_without_tokenizer(copy):
     for name in ("tokenizer.json", "tokenizer_config.json", "processor_config.json", "special_tokens_map.json"):
         (copy / name).unlink(missing_ok=True)
     with pytest.raises(FileNotFoundError, match="copy: no processor"):
-        open_checkpoint(str(copy)).family
+        family_of(copy)
 
 
 # ---- LoRA
@@ -214,8 +218,9 @@ def test_adapter_loads_on_its_base(adapter, checkpoint):
 
 def test_config_and_processor_of_an_adapter_are_its_bases(adapter, checkpoint):
     folder = str(adapter[0])
-    assert open_checkpoint(folder).config.to_dict() == open_checkpoint(checkpoint).config.to_dict()
-    assert open_checkpoint(folder).family.tokenizer.get_vocab() == open_checkpoint(checkpoint).family.tokenizer.get_vocab()
+    own, base = open_checkpoint(folder), open_checkpoint(checkpoint)
+    assert own.config.to_dict() == base.config.to_dict()
+    assert own.family.tokenizer.get_vocab() == base.family.tokenizer.get_vocab()
 
 
 def test_adapter_without_its_base(adapter):
@@ -244,3 +249,81 @@ def test_lora_targets_are_the_seven_layers_of_each_language_block(adapter):
     blocks = {f"self_attn.{n}_proj" for n in "qkvo"} | {f"mlp.{n}_proj" for n in ("gate", "up", "down")}
     prefix = "base_model.model.model.language_model.layers"
     assert found == sorted(f"{prefix}.{layer}.{block}" for layer in range(4) for block in blocks)
+
+
+# ---- what an adapter stands on
+
+
+def write_adapter(folder, base):
+    folder.mkdir(exist_ok=True)
+    settings = {"peft_type": "LORA", "base_model_name_or_path": str(base), "target_modules": TARGETS}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    save_file({"base_model.model.q_proj.lora_A.weight": torch.zeros(1)}, folder / "adapter_model.safetensors")
+    return str(folder)
+
+
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_adapters_that_stand_on_each_other_in_a_circle_are_refused(tmp_path, length):
+    """Not followed for ever."""
+    names = [f"adapter{number}" for number in range(length)]
+    for name, below in zip(names, [*names[1:], names[0]], strict=True):
+        write_adapter(tmp_path / name, tmp_path / below)
+    with pytest.raises(ValueError, match=r"adapter0: the adapters stand on each other in a circle.*--base_model") as e:
+        open_checkpoint(str(tmp_path / "adapter0"))
+    assert "\n" not in str(e.value)
+
+
+def test_a_given_base_wins_over_the_one_that_an_adapter_names(adapter, checkpoint, copy):
+    folder = str(adapter[0])
+    assert open_checkpoint(folder).root.path == checkpoint
+    assert open_checkpoint(folder, base=str(copy)).root.path == str(copy)
+
+
+def test_an_adapter_that_names_no_base(tmp_path):
+    with pytest.raises(ValueError, match=r"names no base model.*--base_model"):
+        open_checkpoint(write_adapter(tmp_path / "adapter", ""))
+
+
+def test_a_peft_adapter_beside_a_config_is_still_one(adapter, checkpoint):
+    """Some tools leave the base's config.json in an adapter's folder; it says nothing of the tensors' names."""
+    folder, wanted = adapter
+    shutil.copy(Path(checkpoint) / "config.json", folder)
+    opened = open_checkpoint(str(folder))
+    assert opened.dialect == "PEFT adapter"
+    with torch.no_grad():
+        logits = [m(**inputs(wanted.config)).logits for m in (opened.load().eval(), wanted)]
+    torch.testing.assert_close(*logits)
+
+
+# ---- opened once
+
+
+def test_a_checkpoint_is_what_it_says(adapter, checkpoint):
+    own, base = open_checkpoint(str(adapter[0])), open_checkpoint(checkpoint)
+    assert (base.dialect, base.base, base.root) == ("llava-hf", None, base)
+    assert (own.root, own.base.path) == (own.base, checkpoint)
+    assert str(own) == f"{adapter[0]} (PEFT adapter) on {checkpoint} (llava-hf)"
+    assert own.family is own.family and (base.num_layers, base.num_heads) == (4, 4)
+    assert own.check_tensors() == len(own.load().state_dict()) > base.check_tensors()
+
+
+def test_the_digest_changes_with_the_weights_of_the_adapter_or_its_base(adapter, copy):
+    folder = str(adapter[0])
+    before = open_checkpoint(folder, base=str(copy)).digest
+    assert open_checkpoint(folder, base=str(copy)).digest == before != open_checkpoint(str(copy)).digest
+    edit_weights(copy, lambda tensors, name: [tensor.add_(1) for tensor in tensors.values()])
+    assert open_checkpoint(folder, base=str(copy)).digest != before
+
+
+def test_no_code_that_comes_with_a_checkpoint_is_run(copy, tmp_path):
+    """A config may name python files of its own (`auto_map`)."""
+    owned = tmp_path / "owned"
+    (copy / "evil.py").write_text(f"import pathlib\npathlib.Path({str(owned)!r}).touch()\nEvil = None\n")
+    for name in ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json"):
+        if (copy / name).is_file():
+            found = json.loads((copy / name).read_text())
+            kinds = ("AutoConfig", "AutoModel", "AutoTokenizer", "AutoProcessor", "AutoImageProcessor")
+            (copy / name).write_text(json.dumps(found | {"auto_map": {kind: "evil.Evil" for kind in kinds}}))
+    opened = open_checkpoint(str(copy))
+    assert opened.family.num_image_tokens() == 36 and opened.load()
+    assert not owned.exists()
