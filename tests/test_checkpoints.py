@@ -327,3 +327,10 @@ def test_no_code_that_comes_with_a_checkpoint_is_run(copy, tmp_path):
     opened = open_checkpoint(str(copy))
     assert opened.family.num_image_tokens() == 36 and opened.load()
     assert not owned.exists()
+
+
+def test_nothing_trusts_code_of_a_checkpoint():
+    root = Path(__file__).parent.parent
+    stages = ("llava", "train", "inference", "inference_optimization", "data_gen", "scripts")
+    text = "\n".join(path.read_text(encoding="utf-8") for stage in stages for path in (root / stage).rglob("*.py"))
+    assert text.count("trust_remote_code") == text.count("trust_remote_code=False") > 0
