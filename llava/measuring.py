@@ -15,8 +15,8 @@ def masses_of(
 ) -> Tensor:
     """(L, R + S) attention mass on each region and each prompt token while `answer` (token ids) is said after it.
 
-    The batch has one prompt. Mean over the rows that predict the answer's tokens, and over `heads` (L, H; None: all), as
-    `generate` measures.
+    The batch has one prompt. Mean over the rows that predict the answer's tokens, and over `heads` (L, H; None:
+    all), as `generate` measures.
     """
     assert len(batch.input_ids) == 1, "one prompt"
     batch, prompt = batch.to(model.device), batch.input_ids.shape[1]

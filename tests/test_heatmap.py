@@ -67,7 +67,7 @@ def test_maps_and_measured_answers_equal_eager_attention(model, processor, famil
     prompts = prompts_of(model)
     answers = generate(model, family, mapped_batch(family, prompts), [1, 2], heads=heads, max_new_tokens=5)
     for answer, one in zip(answers, prompts, strict=True):
-        prompt, target, pixels = one
+        prompt, _, pixels = one
         is_image = torch.tensor(prompt) == family.image_id
         rows = eager_rows(processor, prompt, pixels, answer.tokens)
         chosen = torch.ones(2, 4) if heads is None else heads
