@@ -308,7 +308,7 @@ def mean_masses(
 
 
 def attention_ratio(masses: Float[Tensor, "*axes 2"]) -> Float[Tensor, "*axes"]:
-    """Share of the image attention that lies on the target, from mean masses of (target, all images); the ratio R is its mean over layers.
+    """Share of the image attention on the target, from mean masses of (target, all images); R is its mean over layers.
 
     The denominator is kept above 1e-6, for prompts that put no attention on images at all.
     """
