@@ -35,7 +35,7 @@ def read_object(path: Path) -> dict[str, Any]:
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     """A phrase for every entry that is not the same: "beta 0.1 there, 0.2 here"; of a group, for each of its own."""
     there, here, found = as_json(there), as_json(here), []
-    for name in {**here, **there}:
+    for name in sorted({**here, **there}, key=lambda name: not (name in there and name in here)):  # what both say first
         before, now = there.get(name), here.get(name)
         if isinstance(before, dict) and isinstance(now, dict):
             found += differences(before, now)

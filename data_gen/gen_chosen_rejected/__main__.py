@@ -104,9 +104,7 @@ class RuleSettings:
     min_perplexity: float = flag("of the model's own answer: it is higher", Rules.min_perplexity)
     max_chosen_chars: int = flag("the true answer must be shorter", Rules.max_chosen_chars)
     max_length_ratio: float = flag("words of the longer answer per word of the shorter", Rules.max_length_ratio)
-    min_edit_distance: float = flag(
-        "between the two, as a share of the longer's characters", Rules.min_edit_distance
-    )
+    min_edit_distance: float = flag("between the two, as a share of the longer's characters", Rules.min_edit_distance)
 
     def __post_init__(self):
         if not self.max_length_ratio >= 1 or not 0 <= self.min_edit_distance < 1:
