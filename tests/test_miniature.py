@@ -14,7 +14,7 @@ from PIL import Image
 
 from llava.checkpoints import load_model, load_processor
 from llava.records import read_preferences, read_questions
-from scripts.miniature import course, train_base, wrong_targets
+from scripts.miniature import course, make_data, make_source, train_base, wrong_targets
 from scripts.miniature.lessons import conversation_batch
 from scripts.miniature.prompts import sample_prompt
 from scripts.miniature.scores import score_base
@@ -120,11 +120,13 @@ def test_pairs_with_wrong_targets_are_still_read(world, tmp_path, monkeypatch):
     assert all((a.target, a.target_box) != (b.target, b.target_box) for a, b in zip(after, before, strict=True))
 
 
-@pytest.mark.parametrize("module", ["make_data", "make_source", "train_base", "wrong_targets"])
-def test_a_wrong_flag_is_one_line(module, tmp_path):
-    words = [sys.executable, "-m", f"scripts.miniature.{module}", "--output", str(tmp_path), "--sed", "1"]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.strip().endswith("unknown flag --sed; did you mean --seed?")
+@pytest.mark.parametrize("command", [make_data, make_source, train_base, wrong_targets])
+def test_a_wrong_flag_is_one_line(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["command", "--output", str(tmp_path), "--sed", "1"])
+    with pytest.raises(SystemExit) as ended:
+        command.main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "error: unknown flag --sed; did you mean --seed?\n"
 
 
 class TestShippedBase:
