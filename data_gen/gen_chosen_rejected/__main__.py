@@ -11,6 +11,7 @@ import json
 import logging
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from llava.checks import check_pictures
 from llava.heads import add_head_arguments
 from llava.image import ImageStore
 from llava.records import Question, read_instructions, refuse_duplicates
+from llava.run_folder import ANOTHER_FOLDER, only_writer, read_object, refuse_another
 from llava.runtime import ArgumentParser, is_main_process, leave, setup_logging, user_errors, write_run_json
 
 logger = logging.getLogger("data_gen.gen_chosen_rejected")
@@ -35,25 +37,27 @@ def main() -> None:
     """Check, ask the model what it has not answered yet, select."""
     args = parse_args()
     setup_logging()
-    with user_errors():
-        check(args)
-        rules = rules_of(args)
-        questions = read_instructions(args.instructions)
-        refuse_duplicates([(question.id, question.where) for question in questions])
-        fit = [question for question in questions if not unfit(question, rules)]
-        if not fit:
-            raise ValueError(f"{args.instructions}: no pair can be made of any of its {len(questions)} records")
-        check_questions(questions, rules, by_attention=args.rejected == MODEL)
-        known = read_source_answers(args.source, questions)
+    with ExitStack() as stack:
+        with user_errors():
+            check(args)
+            rules = rules_of(args)
+            questions = read_instructions(args.instructions)
+            refuse_duplicates([(question.id, question.where) for question in questions])
+            fit = [question for question in questions if not unfit(question, rules)]
+            if not fit:
+                raise ValueError(f"{args.instructions}: no pair can be made of any of its {len(questions)} records")
+            check_questions(questions, rules, by_attention=args.rejected == MODEL)
+            known = read_source_answers(args.source, questions)
+            if args.rejected == MODEL:
+                own, job = ready(args, fit)
+            else:
+                check_pictures(fit, ImageStore(args.image_folder), None, "exists")
+            if is_main_process():
+                stack.enter_context(only_writer(args.output / "pairs"))
         if args.rejected == MODEL:
-            own, job = ready(args, fit)
-        else:
-            check_pictures(fit, ImageStore(args.image_folder), None, "exists")
-    if args.rejected == MODEL:
-        ask(own, job, args.output / "answers.jsonl")
-    if is_main_process():
-        selection = make(args, rules, questions, fit, known)
-        finish(args, rules, selection)
+            ask(own, job, args.output / "answers.jsonl")
+        if is_main_process():
+            finish(args, rules, make(args, rules, questions, fit, known))
     leave()
 
 
@@ -106,10 +110,10 @@ def check(args: argparse.Namespace) -> None:
     if args.seed < 0:
         raise ValueError(f"--seed {args.seed}: must be 0 or more")
     run_json = args.output / "run.json"
-    found = json.loads(run_json.read_text(encoding="utf-8")) if run_json.is_file() else {}
-    other = [name for name in OF_THE_PAIRS if found and found.get("arguments", {}).get(name) != getattr(args, name)]
-    if other:
-        raise ValueError(f"{args.output} holds other pairs ({', '.join(other)} differ): choose another --output")
+    if run_json.is_file():
+        found = read_object(run_json).get("arguments") or {}
+        there, here = ({name: own.get(name) for name in OF_THE_PAIRS} for own in (found, vars(args)))
+        refuse_another(f"the finished run in {args.output}", there, here, ANOTHER_FOLDER)
 
 
 def rules_of(args: argparse.Namespace) -> Rules:
