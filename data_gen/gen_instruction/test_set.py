@@ -55,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_numbers(flags, num_per_format=(1, None), seed=(0, None))
         if bool(flags.exclude_training) != bool(flags.exclude_images):
             raise ValueError("--exclude_training and --exclude_images belong together: records and their pictures")
+        if flags.exclude_images:
+            PictureFiles(flags.exclude_images)  # is there, before anything is made
         identity = identify(flags)
         run = finished_run(flags.output, identity)
         if run:
