@@ -31,6 +31,11 @@ def is_upright(picture: Image.Image) -> bool:
         return True
 
 
+def is_turned(picture: Image.Image) -> bool:
+    """Whether EXIF swaps width and height; of a TIFF, pillow's size is the turned one already."""
+    return picture.format != "TIFF" and picture.getexif().get(ORIENTATION, 1) in range(5, 9)
+
+
 def _as_rgb(picture: Image.Image) -> Image.Image:
     if picture.mode == "RGB":
         return picture
