@@ -2,22 +2,15 @@
 
 import hashlib
 import io
-import struct
 import warnings
-import zlib
 from typing import NamedTuple
 
-import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from data_gen.drops import Unusable
 from llava.image import ImageStore
+from llava.pixels import DECODER_ERRORS, as_seen, is_upright
 
-# Pillow promises OSError for damaged files; its plugins also let through what they meet on the way.
-DECODER_ERRORS = (
-    OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, LookupError, TypeError, OverflowError,
-)  # fmt: skip
-ORIENTATION = 0x0112  # EXIF tag
 SUFFIXES = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "BMP": ".bmp", "GIF": ".gif", "TIFF": ".tif"}
 COPIED = ("JPEG", "PNG", "WEBP")  # formats whose files are passed on as they are
 SAMPLE = (64, 64)  # pixels compared to tell pictures of one size apart
@@ -26,7 +19,7 @@ SAMPLE = (64, 64)  # pixels compared to tell pictures of one size apart
 class Picture(NamedTuple):
     """A decoded picture and the file it came from."""
 
-    pixels: Image.Image  # RGB, first frame, EXIF orientation applied
+    pixels: Image.Image  # as it is seen (llava.pixels)
     data: bytes  # the encoded file
     suffix: str  # of a file name for `data`: ".jpg"
     is_plain: bool  # every reader makes exactly `pixels` of `data`
@@ -58,11 +51,10 @@ def decode(data: bytes, name: str) -> Picture:
         picture = _open(data, name)
         kind, mode = picture.format, picture.mode
         try:
-            pixels, is_upright = _upright(picture)
-            pixels = _as_rgb(pixels)
+            pixels = as_seen(picture)
         except DECODER_ERRORS as error:
             raise Unusable("damaged picture", f"{name} is truncated or damaged ({error})") from error
-    is_plain = kind in COPIED and mode in ("RGB", "L") and is_upright
+    is_plain = kind in COPIED and mode in ("RGB", "L") and is_upright(picture)
     return Picture(pixels, data, SUFFIXES.get(kind, f".{kind.lower()}"), is_plain)
 
 
@@ -95,28 +87,3 @@ def _open(data: bytes, name: str) -> Image.Image:
     if picture.width * picture.height > limit:
         raise Unusable("huge picture", huge)
     return picture
-
-
-def _upright(picture: Image.Image) -> tuple[Image.Image, bool]:
-    """The picture turned as its EXIF says, and whether it stood upright before; damaged EXIF says nothing."""
-    picture.load()
-    try:
-        is_upright = picture.getexif().get(ORIENTATION, 1) == 1
-        if not is_upright:
-            picture = ImageOps.exif_transpose(picture)
-    except DECODER_ERRORS:
-        return picture, True
-    return picture, is_upright
-
-
-def _as_rgb(picture: Image.Image) -> Image.Image:
-    """RGB pixels; pictures of 16 bits keep their upper 8, where pillow's conversion would clip them to white."""
-    if picture.mode == "RGB":
-        return picture
-    if picture.mode == "F":
-        raise ValueError("its pixels are floating-point numbers of unknown range")
-    if picture.mode.startswith("I"):
-        values = np.asarray(picture).astype(np.int64)
-        shift = 8 if picture.mode != "I" or values.max() > 255 else 0
-        picture = Image.fromarray((values >> shift).clip(0, 255).astype(np.uint8))
-    return picture.convert("RGB")

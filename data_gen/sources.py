@@ -1,14 +1,14 @@
 """Single-image records that multi-image prompts are made of, and the pictures that go with them.
 
 Three forms are read: LLaVA-665k style JSON or JSONL (`id`, `image`, `conversations`), data sets of the `datasets`
-library (the same fields, or `question` and `answer`; pictures inside or as paths), and a CSV file with the columns
-`image,question,answer[,id,subset]`. 31 bytes of a record stay in memory; texts are read again when they are needed.
+library (the same fields, or `question` and `answer`; pictures inside or as paths), and a CSV or TSV file with the
+columns `image,question,answer[,id,subset]`. Memory holds no text: usable records lie in an Arrow file on disk.
 """
 
 import hashlib
 import re
-import struct
-from collections.abc import Callable, Iterable, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -17,11 +17,13 @@ import numpy as np
 
 from data_gen.drops import Drop, Unusable
 from data_gen.pictures import Picture, PictureFiles, decode
-from data_gen.tables import Place, open_table
+from data_gen.tables import Table
 from llava.records import IMAGE, check_answer, name_of, texts
 
 BOX = re.compile(r"\[\s*\d+(\.\d+)?(,\s*\d+(\.\d+)?){3}\s*\]")  # a bounding box: four numbers in brackets
 NO_SUBSET = "all"
+GROUP = (12, 60)  # pictures of a group of companions: nine cells and some to spare, up to what leaves a wide choice
+MANY = 40  # groups of a subset, where that leaves them large enough: some of them are 5 % of the prompts
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Source:
     where: str  # "coco.json record 3 (id 17)", for messages
     id: str
     path: str  # of its picture below the image folder; a made-up name if the table holds the picture itself
-    subset: str  # companions come from the same one
+    subset: str  # companions come from the same one, if possible from the same group in it
     turns: tuple[tuple[str, str], ...]  # question and answer, without `<image>`
     is_conversation: bool  # later turns may refer to earlier ones; else they are questions of their own
 
@@ -41,101 +43,137 @@ class Source:
         return any(BOX.search(text) for turn in self.turns for text in turn)
 
 
-# The index: table, record number in it from 1, place (start, length), subset, hash of subset and path, has a box.
-PACKED = struct.Struct("<HiqiIQ?")
-ROW = np.dtype(
-    [("table", "<u2"), ("number", "<i4"), ("start", "<i8"), ("length", "<i4"), ("subset", "<u4"), ("picture", "<u8"),
-     ("has_box", "?")]
-)  # fmt: skip
-
-
 class Sources(Sequence[Source]):
     """All usable records of several tables, in their order.
 
-    `report` gets a Drop for every record that is not usable. Safe in forked workers; can be pickled.
+    `report` gets a Drop for every record that is not usable; `scratch` is where the records are kept, a folder for
+    temporary files if it is not given. Safe in forked workers; can be pickled.
     Raises FileNotFoundError or ValueError if a file as a whole cannot be read or nothing in it is usable.
     """
 
-    def __init__(self, paths: Iterable[str | Path], image_folder: str | Path | None, report: Callable[[Drop], None]):
-        self.tables = [open_table(path) for path in paths]
+    def __init__(
+        self, paths: Iterable[str | Path], image_folder: str | Path | None, report: Callable[[Drop], None],
+        scratch: Path | None = None,
+    ):  # fmt: skip
+        self._scratch = tempfile.TemporaryDirectory(dir=scratch, prefix="sources-")  # goes with this object
+        self.tables = [Table(path) for path in paths]
         self.files = PictureFiles(image_folder) if image_folder else None
         if outside := [str(table.path) for table in self.tables if not (table.is_embedded or self.files)]:
             raise ValueError(f"{outside[0]}: its pictures are files of their own; say where with --image_folder")
+        for table in self.tables:
+            if table.is_embedded:
+                table.lay_out(Path(self._scratch.name))
         self.subsets: list[str] = []
         self.num_read = 0
         self._first_drop: Drop | None = None
-        self._rows = np.frombuffer(self._scan(report), ROW)
-        if not len(self._rows):
+        self._records = self._stored(report)
+        if not len(self):
             raise ValueError(f"none of {self.num_read} source records is usable. The first: {self._first_drop}")
-        self._pools = self._pools_by_subset()
+        self._table, self._row, self._subset, self._picture, self._has_box = (
+            self._records.data.column(name).to_numpy() for name in ("table", "row", "subset", "picture", "has_box")
+        )
+        self._groups, self._group = self._in_groups()
+
+    def __getstate__(self):
+        return {**self.__dict__, "_scratch": None}
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._records)
 
     def __getitem__(self, index: int) -> Source:
-        table = self._table(index)
-        return parse_source(table.read(self._place(index)), table, int(self._rows["number"][index]))
+        found = self._records[int(index)]
+        turns = tuple(zip(found["questions"], found["answers"], strict=True))
+        subset = self.subsets[found["subset"]]
+        return Source(found["where"], found["id"], found["path"], subset, turns, found["is_conversation"])
 
     def has_box(self) -> np.ndarray:
         """Whether each record has a bounding box, as an array of bool."""
-        return self._rows["has_box"]
+        return self._has_box
 
     def in_subset(self, subset: str) -> np.ndarray:
         """Whether each record is of the subset, as an array of bool."""
-        return self._rows["subset"] == (self.subsets.index(subset) if subset in self.subsets else -1)
+        return self._subset == (self.subsets.index(subset) if subset in self.subsets else -1)
 
-    def companions(self, index: int) -> np.ndarray:
-        """One record for every distinct path in the subset of a record."""
-        return self._pools[self._rows["subset"][index]]
+    def companions(self, index: int) -> Iterator[np.ndarray]:
+        """One record for every distinct path of the subset of a record, by groups: first its own, then those after it.
+
+        Prompts that keep to their groups share no picture with those of other groups: any share of them can be held
+        out. Groups depend on the paths only, so that several runs on the same sources have the same ones.
+        """
+        groups, own = self._groups[self._subset[index]], self._group[index]
+        return (groups[number % len(groups)] for number in range(own, own + len(groups)))
 
     def same_path(self, index: int, other: int) -> bool:
         """Whether two records are about the same file."""
-        return self._rows["picture"][index] == self._rows["picture"][other]
+        return self._picture[index] == self._picture[other]
 
     def picture(self, index: int, source: Source) -> Picture:
         """The picture of a record. Raises Unusable if it is missing, damaged or too large."""
-        table = self._table(index)
+        table, row = self.tables[self._table[index]], int(self._row[index])
         if not table.is_embedded:
             return decode(self.files.read(source.path), source.path)
-        data = table.picture(self._place(index))
+        data = table.picture(row)
         if data is None:
-            raise Unusable("missing picture", f"{table.path} has none in row {self._rows['start'][index]}")
+            raise Unusable("missing picture", f"{table.path} has none in row {row}")
         return decode(data, source.path)
 
     def is_embedded(self, index: int) -> bool:
         """Whether a record's picture is inside its table, without a file of its own."""
-        return self._table(index).is_embedded
+        return self.tables[self._table[index]].is_embedded
 
-    def _table(self, index: int):
-        return self.tables[self._rows["table"][index]]
+    def _stored(self, report: Callable[[Drop], None]):
+        """Usable records as a Dataset that is mapped from its file."""
+        from datasets import Dataset, Features, List, Value  # slow to import
+        from datasets.arrow_writer import ArrowWriter
 
-    def _place(self, index: int) -> Place:
-        return int(self._rows["start"][index]), int(self._rows["length"][index])
+        text, flag = Value("string"), Value("bool")
+        kinds = {"where": text, "id": text, "path": text, "questions": List(text), "answers": List(text)}
+        kinds |= {"is_conversation": flag, "has_box": flag, "table": Value("uint16"), "row": Value("int32")}
+        kinds |= {"subset": Value("int32"), "picture": Value("int64")}
+        file = Path(self._scratch.name) / "records.arrow"
+        with ArrowWriter(path=str(file), features=Features(kinds)) as writer:
+            for record in self._usable(report):
+                writer.write(record)
+            writer.finalize()
+        return Dataset.from_file(str(file))
 
-    def _scan(self, report: Callable[[Drop], None]) -> bytearray:
-        rows, subsets = bytearray(), {}
+    def _usable(self, report: Callable[[Drop], None]) -> Iterator[dict[str, Any]]:
+        subsets: dict[str, int] = {}
         for table_number, table in enumerate(self.tables):
-            for number, (place, raw) in enumerate(table.scan(), 1):
+            for row, raw in enumerate(table.rows()):
                 self.num_read += 1
                 try:
-                    source = parse_source(raw, table, number)
+                    source = parse_source(raw, table.path, row + 1)
                 except Unusable as error:
-                    drop = Drop.of(error, _id(raw, table, number), name_of(table.path, number, raw))
+                    drop = Drop.of(error, _id(raw, table.path, row + 1), name_of(table.path, row + 1, raw))
                     self._first_drop = self._first_drop or drop
                     report(drop)
                     continue
                 subset = subsets.setdefault(source.subset, len(subsets))
                 key = f"{subset} {table_number if table.is_embedded else ''} {source.path}"
-                picture = hashlib.blake2b(key.encode(errors="surrogatepass"), digest_size=8).digest()
-                rows += PACKED.pack(
-                    table_number, number, *place, subset, int.from_bytes(picture, "little"), source.has_box
-                )
+                picture = hashlib.blake2b(key.encode(), digest_size=8).digest()
+                questions, answers = zip(*source.turns, strict=True)
+                yield {
+                    "where": source.where, "id": source.id, "path": source.path, "questions": questions,
+                    "answers": answers, "is_conversation": source.is_conversation, "has_box": source.has_box,
+                    "table": table_number, "row": row, "subset": subset,
+                    "picture": int.from_bytes(picture, signed=True),
+                }  # fmt: skip
         self.subsets = list(subsets)
-        return rows
 
-    def _pools_by_subset(self) -> list[np.ndarray]:
-        first = np.sort(np.unique(self._rows["picture"], return_index=True)[1]).astype(np.int32)
-        return [first[self._rows["subset"][first] == number] for number in range(len(self.subsets))]
+    def _in_groups(self) -> tuple[list[list[np.ndarray]], np.ndarray]:
+        """Groups of every subset, of records with distinct paths, and the number of each record's group."""
+        groups, group = [], np.zeros(len(self), dtype=np.int32)
+        for subset in range(len(self.subsets)):
+            records = np.flatnonzero(self._subset == subset)
+            hashes, first = np.unique(self._picture[records], return_index=True)  # in an order by chance
+            size = min(max(len(first) // MANY, GROUP[0]), GROUP[1])
+            parts = np.array_split(first, max(len(first) // size, 1))
+            ends = np.cumsum([len(part) for part in parts])
+            places = np.searchsorted(hashes, self._picture[records])
+            group[records] = np.searchsorted(ends, places, side="right")
+            groups.append([np.sort(records[part]).astype(np.int32) for part in parts])
+        return groups, group
 
 
 def source_paths(record: dict[str, Any]) -> list[str]:
@@ -149,8 +187,8 @@ def rng_of(seed: int, id: str) -> np.random.Generator:
     return np.random.default_rng([seed, int.from_bytes(hashlib.sha256(id.encode()).digest()[:8], "little")])
 
 
-def parse_source(raw: Any, table, number: int) -> Source:
-    """The record in a table's row. Raises Unusable saying why it cannot be asked about."""
+def parse_source(raw: Any, table: Path, number: int) -> Source:
+    """The record in the row of that number, from 1, of a table. Raises Unusable saying why it cannot be asked about."""
     if isinstance(raw, ValueError):
         raise Unusable("unreadable record", str(raw))
     if not isinstance(raw, dict):
@@ -162,17 +200,18 @@ def parse_source(raw: Any, table, number: int) -> Source:
         path = _path(raw)
         turns = _conversation(raw["conversations"]) if is_conversation else _questions(raw)
         subset = raw.get("subset") or (path.split("/", 1)[0] if "/" in path else NO_SUBSET)
+        "".join((path, str(subset), str(raw.get("id")), *sum(turns, ()))).encode()  # half a character is no text
     except Unusable:
         raise
     except ValueError as error:
         raise Unusable("malformed record", str(error)) from error
-    where = name_of(table.path, number, raw)
+    where = name_of(table, number, raw)
     return Source(where, _id(raw, table, number), path, str(subset), turns, is_conversation)
 
 
-def _id(raw: Any, table, number: int) -> str:
+def _id(raw: Any, table: Path, number: int) -> str:
     has_id = isinstance(raw, dict) and raw.get("id") not in (None, "")
-    return str(raw["id"]) if has_id else f"{table.path.stem}_{number}"
+    return str(raw["id"]) if has_id else f"{table.stem}_{number}"
 
 
 def _path(raw: dict) -> str:

@@ -179,7 +179,7 @@ def region_mass(
     mask: Bool[Tensor, "#B #one #Q K"] | None,
     scaling: float | None,
 ) -> Float[Tensor, "B H Q R"]:
-    """Attention probability (0..1) that each row puts on each region: Σ_j A[b,h,q,j] · W[b,j,r] of design §4.
+    """Attention probability (0..1) that each row puts on each region: Σ_j A[b,h,q,j] · W[b,j,r].
 
     A second attention call whose values are the region weights: exact, differentiable in query and key, and O(K)
     memory; one call for every D regions. Computed in fp32, because masses summed in bf16 are off by half a percent.
@@ -255,7 +255,7 @@ def _repeat_heads(query: Tensor, key: Tensor) -> Tensor:
 def layer_range(num_layers: int, spec: str, reference: tuple[int, int] = (14, 22), depth: int = 32) -> frozenset[int]:
     """Zero-based layers of a spec: "auto", "all", "14-22" (inclusive) or "3,5,7".
 
-    "auto" is the share of the depth that layers 14..22 are of LLaVA-1.5-7B's 32 (design §4), at least one layer.
+    "auto" is the share of the depth that layers 14..22 are of LLaVA-1.5-7B's 32, at least one layer.
     Raises ValueError if the spec names a layer that the model lacks.
     """
     if spec == "auto":
@@ -308,7 +308,7 @@ def mean_masses(
 
 
 def attention_ratio(masses: Float[Tensor, "*axes 2"]) -> Float[Tensor, "*axes"]:
-    """R_l of design §4 from mean masses of (target, all images); the ratio R is its mean over layers.
+    """Share of the image attention on the target, from mean masses of (target, all images); R is its mean over layers.
 
     The denominator is kept above 1e-6, for prompts that put no attention on images at all.
     """

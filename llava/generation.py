@@ -124,19 +124,19 @@ def generate(
     probe = Probe(batch.regions, frozenset(layers), each_key=any(batch.is_mapped)) if layers else None
     with use_plan(Plan(probe=probe)) as ambient:
         watch = Watch(model, batch, ambient, steer, beams)
+        settings["logits_processor"] = [watch, *settings.get("logits_processor", ())]
         out = model.generate(
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,
             **batch.pixels,
             output_attentions=bool(layers),
             return_dict_in_generate=True,
-            logits_processor=[watch],
             **({} if watch.cache is None else {"past_key_values": watch.cache}),
             **settings,
         )
     tokens = out.sequences[:, batch.input_ids.shape[1] :]
     lengths = _lengths(tokens, tokenizer.eos_token_id)
-    masses = by_head = torch.zeros(len(tokens), 0, 0)
+    masses = by_head = torch.zeros(len(tokens), 0, batch.regions.shape[2])
     if layers:
         steps, rows = [watch.corrected(out.attentions[0]), *out.attentions[1:]], _rows(out, tokens)
         masses = _mean_masses([_over_heads(mass, heads) for mass in steps], rows, lengths)

@@ -8,10 +8,10 @@ import zipfile
 import zlib
 from pathlib import Path, PurePosixPath
 
-import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
-ORIENTATION = 0x0112  # EXIF tag
+from llava.pixels import DECODER_ERRORS, as_seen, is_turned
+
 DAMAGED = (zipfile.BadZipFile, zlib.error, tarfile.TarError, EOFError)
 
 
@@ -52,8 +52,8 @@ class ImageStore:
         with self._decoded(name) as picture:
             width, height = picture.size
             try:
-                return (height, width) if width != height and _is_turned(picture) else (width, height)
-            except (OSError, SyntaxError, ValueError) as error:
+                return (height, width) if width != height and is_turned(picture) else (width, height)
+            except DECODER_ERRORS as error:
                 raise ValueError(f"{self._place(name)}: truncated or damaged picture ({error})") from error
 
     def open(self, name: str) -> Image.Image:
@@ -64,7 +64,7 @@ class ImageStore:
         with self._decoded(name) as picture:
             try:
                 return as_seen(picture)
-            except (OSError, SyntaxError, ValueError) as error:
+            except DECODER_ERRORS as error:
                 raise ValueError(f"{self._place(name)}: truncated or damaged picture ({error})") from error
 
     def read(self, name: str) -> bytes:
@@ -129,22 +129,6 @@ class ImageStore:
         if self.kind == "zip":
             return {_normal(n): n for n in archive.namelist() if not n.endswith("/")}
         return {_normal(m.name): m for m in archive.getmembers() if m.isfile()}
-
-
-def as_seen(picture: Image.Image) -> Image.Image:
-    """The picture in 8-bit RGB as a person sees it: turned as its EXIF orientation says, 16 bits a channel scaled.
-
-    An alpha channel is dropped, as transformers' image processors do.
-    """
-    picture = ImageOps.exif_transpose(picture)
-    if picture.mode.startswith("I") and picture.getextrema()[1] > 255:  # PIL would clip to white
-        picture = Image.fromarray((np.asarray(picture).astype(np.int64) // 257).clip(0, 255).astype(np.uint8))
-    return picture.convert("RGB")
-
-
-def _is_turned(picture: Image.Image) -> bool:
-    """Whether orientation swaps width and height; of a TIFF, PIL's size is the turned one already."""
-    return picture.format != "TIFF" and picture.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
 
 
 def _kind(path: Path) -> str:

@@ -277,7 +277,7 @@ def _parse_prompt(raw: Any, where: str, known: set[str]) -> dict[str, Any]:
     image_type, target = _what_is_asked(raw, prompt, len(images))
     return {
         "where": where,
-        "id": str(raw.get("id", where)),
+        "id": str(raw.get("id", f"record_{where.rpartition(' ')[2]}")),  # by number, however the file's path is written
         "images": images,
         "prompt": prompt,
         "image_type": image_type,

@@ -14,6 +14,7 @@ from filelock import FileLock, Timeout
 
 PATIENCE_S = 5  # the children of a killed run may hold its lock for a moment
 SHOWN = 4  # differences that a message lists
+ANOTHER_FOLDER = "choose another --output, or remove it"
 
 
 def as_json(content: Any) -> Any:
@@ -35,7 +36,7 @@ def read_object(path: Path) -> dict[str, Any]:
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     """A phrase for every entry that is not the same: "beta 0.1 there, 0.2 here"; of a group, for each of its own."""
     there, here, found = as_json(there), as_json(here), []
-    for name in {**here, **there}:
+    for name in sorted({**here, **there}, key=lambda name: not (name in there and name in here)):  # what both say first
         before, now = there.get(name), here.get(name)
         if isinstance(before, dict) and isinstance(now, dict):
             found += differences(before, now)
@@ -50,6 +51,15 @@ def refuse_another(what: Path | str, there: Mapping[str, Any], here: Mapping[str
     if found:
         more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
         raise ValueError(f"{what} is of another run ({'; '.join(found[:SHOWN])}{more}): {cure}")
+
+
+def finished_run(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The run.json of this same run, if it has ended in a folder. Raises ValueError if another one has."""
+    if not (folder / "run.json").is_file():
+        return None
+    run = read_object(folder / "run.json")
+    refuse_another(f"the finished run in {folder}", run.get("identity") or {}, identity, ANOTHER_FOLDER)
+    return run
 
 
 @contextmanager
@@ -79,11 +89,14 @@ class Log:
     One process appends to a file; any may read it meanwhile.
     """
 
-    def __init__(self, path: Path):
-        self.path, self._is_open = path, False
+    def __init__(self, path: Path, is_synced: bool = True):
+        self.path, self._is_synced, self._is_open = path, is_synced, False
 
     def append(self, records: Sequence[Any]) -> None:
-        """Put the records on disk before anything else happens. Raises OSError; what was there before stays."""
+        """Put the records on disk before anything else happens. Raises OSError; what was there before stays.
+
+        Not synced, they survive a kill as well, but not the machine's: for records that cost less than a disk's turn.
+        """
         if not self._is_open:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._cut_torn_line()
@@ -91,24 +104,28 @@ class Log:
         with self.path.open("a", encoding="utf-8") as file:
             file.write("".join(json.dumps(record) + "\n" for record in records))
             file.flush()
-            os.fsync(file.fileno())
+            if self._is_synced:
+                os.fsync(file.fileno())
 
     def __iter__(self) -> Iterator[Any]:
         """The whole lines, in order. Raises ValueError naming a line that is no JSON."""
         if not self.path.is_file():
             return
-        lines = self.path.read_text(encoding="utf-8", errors="replace").split("\n")
-        for number, line in enumerate(lines[:-1], 1):  # what follows the last line break was torn
-            try:
-                if line:
-                    yield json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{self.path} line {number}: a damaged line ({error}); remove it") from error
+        with self.path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if not line.endswith(b"\n"):  # torn
+                    return
+                try:
+                    if line != b"\n":
+                        yield json.loads(line)
+                except ValueError as error:
+                    raise ValueError(f"{self.path} line {number}: a damaged line ({error}); remove it") from error
 
     def _cut_torn_line(self) -> None:
         if self.path.is_file():
-            content = self.path.read_bytes()
-            os.truncate(self.path, content.rfind(b"\n") + 1)
+            with self.path.open("rb") as file:
+                end = sum(len(line) for line in file if line.endswith(b"\n"))
+            os.truncate(self.path, end)
 
 
 def _short(value: Any, limit: int = 60) -> str:

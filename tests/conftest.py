@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -72,6 +73,16 @@ def checkpoint(tmp_path_factory, processor):
     tiny_model(processor).save_pretrained(folder)
     processor.save_pretrained(folder)
     return str(folder)
+
+
+def llava15(image_processor, patch=14, pad=True):
+    """The family of a vision tower as large as the processor's pictures, bound to a tokenizer that knows no text."""
+    from llava.families.llava15 import Llava15
+
+    side = image_processor.crop_size["height"] if image_processor.do_center_crop else image_processor.size["height"]
+    config = SimpleNamespace(image_token_id=99, vision_config=SimpleNamespace(image_size=side, patch_size=patch))
+    tokenizer = SimpleNamespace(eos_token="</s>", added_tokens_decoder={}, convert_tokens_to_ids=lambda token: 99)
+    return Llava15(config, tokenizer, image_processor, pad)
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ from transformers import (
     LlavaProcessor,
 )
 
-from llava.families import Llava15
+from llava.families.llava15 import Llava15
 from llava.families.llava15_original import build_tokenizer, pad_rows
 from scripts.miniature.model import world_text
 

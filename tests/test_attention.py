@@ -67,6 +67,20 @@ def test_region_mass_gradients_equal_those_through_explicit_probabilities():
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("count", [7, 8, 9, 21], ids=str)
+def test_more_regions_than_the_head_size_are_the_explicit_sum(count):
+    """One call takes as many regions as a head is wide, 8 here."""
+    torch.manual_seed(count)
+    query, key = torch.randn(2, 2, 5, 8), torch.randn(2, 2, 9, 8)
+    regions, mask = torch.rand(2, 9, count), torch.rand(2, 1, 5, 9) > 0.3
+    mask[..., 0] = True
+    found = region_mass(query, key, regions, mask, 0.4)
+    weights = (query @ key.transpose(-1, -2) * 0.4).masked_fill(~mask, -torch.inf).softmax(-1)
+    explicit = sum(weights[..., key, None] * regions[:, None, None, key] for key in range(9))
+    assert found.shape == (2, 2, 5, count)
+    torch.testing.assert_close(found, explicit, atol=1e-6, rtol=1e-5)
+
+
 def test_region_mass_passes_gradcheck():
     torch.manual_seed(0)
     query = torch.randn(1, 2, 3, 4, requires_grad=True, dtype=torch.float32)

@@ -5,12 +5,13 @@ import shutil
 
 import pytest
 import torch
-from llava.conversation import encode_answer, encode_prompt, render
-from llava.original import pad_rows, translate_config, translate_name
 from safetensors.torch import load_file, save_file
 from sentencepiece import SentencePieceProcessor
 
-from llava.checkpoints import account, find_source, load_config, load_model, load_processor, shapes_of
+from llava.checkpoints import open_checkpoint, shapes_of
+from llava.families.llava15 import vicuna_v1
+from llava.families.llava15_original import pad_rows, translate_config, translate_name
+from llava.weights import account
 from tests.dialects import SIDE, make_formats
 
 
@@ -21,7 +22,7 @@ def formats(tmp_path_factory):
 
 def logits_of(path, **settings):
     """Logits of a fixed prompt with two images."""
-    model = load_model(str(path), **settings).eval()
+    model = open_checkpoint(str(path), **settings).load().eval()
     image = [model.config.image_token_id] * 16
     ids = torch.tensor([[1, 5, 9, *image, 30, *image, 31, 40, 7]])
     pixels = torch.randn(2, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
@@ -47,7 +48,7 @@ def test_the_tower_can_be_given(formats, tmp_path):
     folder = copied(formats.original, tmp_path)
     edit_config(folder, mm_vision_tower="nowhere/to-be-found")
     with pytest.raises(FileNotFoundError, match="nowhere/to-be-found"):
-        load_config(str(folder))
+        open_checkpoint(str(folder))
     expected = logits_of(formats.original)
     torch.testing.assert_close(logits_of(folder, image_tower=str(moved)), expected, atol=0, rtol=0)
 
@@ -63,7 +64,7 @@ def test_the_tower_can_be_given(formats, tmp_path):
     ],
 )
 def test_the_dialect_is_found(formats, name, dialect):
-    assert find_source(str(getattr(formats, name))).dialect == dialect
+    assert open_checkpoint(str(getattr(formats, name))).dialect == dialect
 
 
 class TestRefusedByName:
@@ -92,28 +93,28 @@ class TestRefusedByName:
     def test_missing(self, formats, kind, tmp_path):
         path = self.broken(formats, kind, tmp_path, lambda tensors, name: tensors.pop(name))
         with pytest.raises(ValueError, match=r"missing tensors: .*layers\.2\.self_attn\.v_proj"):
-            load_model(path)
+            open_checkpoint(path).load()
 
     def test_unexpected(self, formats, kind, tmp_path):
         def add(tensors, name):
             tensors[name.replace("layers.2", "layers.7")] = tensors[name].clone()
 
         with pytest.raises(ValueError, match=r"unexpected tensors: .*layers\.7\.self_attn\.v_proj"):
-            load_model(self.broken(formats, kind, tmp_path, add))
+            open_checkpoint(self.broken(formats, kind, tmp_path, add)).load()
 
     def test_mis_shaped(self, formats, kind, tmp_path):
         def cut(tensors, name):
             tensors[name] = tensors[name][:, :-1].clone()
 
         with pytest.raises(ValueError, match=r"mis-shaped tensors: .*layers\.2\.self_attn\.v_proj"):
-            load_model(self.broken(formats, kind, tmp_path, cut))
+            open_checkpoint(self.broken(formats, kind, tmp_path, cut)).load()
 
     def test_a_tensor_that_means_nothing(self, formats, tmp_path):
         def add(tensors, name):
             tensors["model.mm_resampler.weight"] = torch.ones(2)
 
         with pytest.raises(ValueError, match=r"unexpected tensors: model\.mm_resampler\.weight"):
-            load_model(self.broken(formats, "original", tmp_path, add))
+            open_checkpoint(self.broken(formats, "original", tmp_path, add)).load()
 
 
 def copied(folder, tmp_path):
@@ -135,7 +136,7 @@ def test_a_bin_with_code_in_it_is_not_run(formats, tmp_path):
     folder = copied(formats.original_bin, tmp_path)
     torch.save({"lm_head.weight": Evil()}, folder / "pytorch_model-00001-of-00002.bin")
     with pytest.raises(Exception, match=r"weights_only|Weights only"):
-        load_model(str(folder))
+        open_checkpoint(str(folder)).load()
     assert not (tmp_path / "owned").exists()
 
 
@@ -151,7 +152,7 @@ def test_what_llava_15_does_not_have_is_refused(formats, tmp_path, changes, expe
     folder = copied(formats.original, tmp_path)
     edit_config(folder, **changes)
     with pytest.raises(ValueError, match=expected):
-        load_config(str(folder))
+        open_checkpoint(str(folder))
 
 
 @pytest.mark.parametrize(
@@ -166,7 +167,7 @@ def test_the_key_map_of_the_full_model_leaves_nothing_over(tmp_path, hidden, ffn
         "max_position_embeddings": 4096, "mm_vision_tower": str(tmp_path), "mm_projector_type": "mlp2x_gelu",
         "mm_vision_select_layer": -2, "mm_vision_select_feature": "patch", "bos_token_id": 1, "eos_token_id": 2,
     }  # fmt: skip
-    config = translate_config(raw, None)
+    config = translate_config(raw, str(tmp_path))
     assert (config.image_token_id, config.text_config.vocab_size, config.image_seq_length) == (32000, 32064, 576)
     given = {}
     for name, shape in original_index(hidden, ffn, layers).items():
@@ -223,9 +224,9 @@ TEXTS = [
 @pytest.mark.parametrize("text", TEXTS)
 def test_tokens_equal_the_rule_of_the_original_code(formats, text):
     """Split at `<image>`, sentencepiece for each chunk, one BOS in front, the image id between chunks."""
-    tokenizer = load_processor(str(formats.original)).tokenizer
+    family = open_checkpoint(str(formats.original)).family
     pieces = SentencePieceProcessor(model_file=str(formats.pieces))
-    image = tokenizer.convert_tokens_to_ids("<image>")
+    image = family.tokenizer.convert_tokens_to_ids("<image>")
 
     def by_rule(whole):
         ids = [pieces.bos_id()]
@@ -233,14 +234,14 @@ def test_tokens_equal_the_rule_of_the_original_code(formats, text):
             ids += ([image] if number else []) + pieces.encode(chunk)
         return ids
 
-    prompt, answer = encode_prompt(tokenizer, text), encode_answer(tokenizer, text, "dark blue")
-    assert prompt == by_rule(render([(text, None)]))
+    prompt, answer = family.encode_prompt(text), family.encode_answer(text, "dark blue")
+    assert prompt == by_rule(vicuna_v1([(text, None)]))
     assert prompt.count(pieces.bos_id()) == 1
     # the stop string is one token; the original's sentencepiece reads it so because it is a control symbol there
-    assert prompt + answer == [*by_rule(render([(text, "dark blue")]).removesuffix("</s>")), pieces.eos_id()]
+    assert prompt + answer == [*by_rule(vicuna_v1([(text, "dark blue")]).removesuffix("</s>")), pieces.eos_id()]
 
 
 def test_llava_hf_and_original_tokenizers_agree(formats):
-    old, new = (load_processor(str(p)).tokenizer for p in (formats.original, formats.llava_hf))
+    old, new = (open_checkpoint(str(p)).family for p in (formats.original, formats.llava_hf))
     for text in TEXTS:
-        assert encode_prompt(old, text) == encode_prompt(new, text)
+        assert old.encode_prompt(text) == new.encode_prompt(text)

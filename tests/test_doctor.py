@@ -9,6 +9,8 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from llava.checkpoints import open_checkpoint
+from llava.families import ImageTokens
 from scripts import doctor, selftest
 from tests.conftest import preference
 
@@ -182,10 +184,7 @@ class TestSelfTestNotices:
     """The self-test must fail when the term is broken, or it tells nothing."""
 
     def problems(self, checkpoint):
-        from llava.checkpoints import load_config, load_processor
-
-        checks = selftest.run(load_config(checkpoint), load_processor(checkpoint).image_processor)
-        return [name for name, problem in checks if problem]
+        return [name for name, problem in selftest.run(open_checkpoint(checkpoint).family) if problem]
 
     def test_a_wrong_mass(self, checkpoint, monkeypatch):
         import llava.attention
@@ -195,10 +194,8 @@ class TestSelfTestNotices:
         assert any("eager" in name for name in self.problems(checkpoint))
 
     def test_shifted_boxes(self, checkpoint, monkeypatch):
-        from llava.layout import PatchGrid
-
-        right = PatchGrid.weights
-        monkeypatch.setattr(PatchGrid, "weights", lambda self, box, size: right(self, box, size).roll(3))
+        right = ImageTokens.weights
+        monkeypatch.setattr(ImageTokens, "weights", lambda self, box: right(self, box).roll(3))
         assert any("boxes" in name for name in self.problems(checkpoint))
 
     def test_a_wrong_sign(self, checkpoint, monkeypatch):

@@ -9,7 +9,8 @@ from safetensors import safe_open
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 import scripts.export
-from llava.checkpoints import load_model, load_processor
+from llava.checkpoints import open_checkpoint
+from llava.families.llava15 import vicuna_v1
 from scripts.export import example, logits
 from tests.dialects import make_formats
 
@@ -50,17 +51,18 @@ def export(monkeypatch, capsys):
 def test_round_trip_in_fp32(export, formats, tmp_path, source, layout):
     done = export(getattr(formats, source), tmp_path / "out", "--format", layout, "--dtype", "float32")
     assert done.returncode == 0, done.stderr
-    expected = load_model(str(formats.adapter)).eval()
-    probe = example(expected)
+    opened = open_checkpoint(str(formats.adapter))
+    expected, family = opened.load().eval(), opened.family
+    probe = example(family)
     if layout == "hf":
         found = LlavaForConditionalGeneration.from_pretrained(tmp_path / "out").eval()
-        processor = AutoProcessor.from_pretrained(tmp_path / "out")
+        tokenizer = AutoProcessor.from_pretrained(tmp_path / "out").tokenizer
     else:
-        found, processor = load_model(str(tmp_path / "out")).eval(), load_processor(str(tmp_path / "out"))
-    torch.testing.assert_close(logits(found, probe), logits(expected, probe), atol=1e-5, rtol=0)
+        written = open_checkpoint(str(tmp_path / "out"))
+        found, tokenizer = written.load().eval(), written.family.tokenizer
+    torch.testing.assert_close(logits(found, family, probe), logits(expected, family, probe), atol=1e-5, rtol=0)
     text = "In Image2, what  colour<image>?"
-    own = load_processor(str(formats.adapter)).tokenizer
-    assert processor.tokenizer(text)["input_ids"] == own(text)["input_ids"]
+    assert tokenizer(text)["input_ids"] == family.tokenizer(text)["input_ids"]
 
 
 def test_tensors_have_the_names_of_the_published_llava_hf_checkpoint(export, formats, tmp_path):
@@ -94,20 +96,18 @@ def test_bf16_prints_its_difference(export, formats, tmp_path):
 
 
 def test_chat_template_is_the_template_of_training(export, formats, tmp_path):
-    from llava.conversation import render
-
     export(formats.adapter, tmp_path / "out")
     processor = AutoProcessor.from_pretrained(tmp_path / "out")
     question = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}]
     prompt = processor.apply_chat_template(question, add_generation_prompt=True, tokenize=False)
-    assert prompt == render([("<image>\nWhat is this?", None)])
+    assert prompt == vicuna_v1([("<image>\nWhat is this?", None)])
     turns = [
         {"role": "user", "content": "A?"},
         {"role": "assistant", "content": "B"},
         {"role": "user", "content": "C?"},
     ]
     whole = processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-    assert whole == render([("A?", "B"), ("C?", None)])
+    assert whole == vicuna_v1([("A?", "B"), ("C?", None)])
 
 
 def test_a_folder_with_files_is_not_overwritten(export, formats, tmp_path):

@@ -334,7 +334,7 @@ class TestRefused:
 
     def test_a_folder_of_other_pairs(self, make, capsys, tmp_path):
         make("refused", "--rejected", "other_image")
-        assert "holds other pairs (rejected differ)" in self.error(make, capsys)
+        assert "is of another run (rejected other_image there, model here)" in self.error(make, capsys)
 
     def test_answers_of_another_model_run(self, make, capsys, made, tmp_path):
         answered(made, tmp_path / "refused")

@@ -38,8 +38,8 @@ def test_interrupted_anywhere_it_ends_with_the_same_bytes(monkeypatch, tmp_path)
 
         def killed_there(self, record, drops, point=point):
             if self.num_done + (calls := getattr(self, "calls", 0)) >= point:
-                self._log.write(b'{"record": {"id": "cut of')
-                self._log.flush()
+                with self._log.path.open("ab") as log:
+                    log.write(b'{"record": {"id": "cut of')
                 (self.unfinished / "1.part").write_bytes(b"half a picture")
                 raise Killed
             self.calls = calls + 1
@@ -107,7 +107,7 @@ def test_a_finished_run_is_not_repeated_and_another_is_refused(monkeypatch, tmp_
     assert generate(monkeypatch, *flags, "--num_workers", 1) == 0
     assert (tmp_path / "out/run.json").stat().st_mtime_ns == before
     assert generate(monkeypatch, *flags, "--seed", 5) == 2
-    assert "seed '0' there, '5' here" in capsys.readouterr().err
+    assert "seed 0 there, 5 here" in capsys.readouterr().err
     write(tmp_path, [record(number) for number in range(5)])
     assert generate(monkeypatch, *flags) == 2
     assert "source.json" in capsys.readouterr().err
@@ -127,11 +127,10 @@ def test_leftovers_of_another_run_are_refused_in_one_line(monkeypatch, tmp_path,
 
 
 def test_two_processes_do_not_write_one_folder(tmp_path):
-    output = Output(tmp_path, {"a": {}})
-    output.start()
     code = "from data_gen.gen_instruction.output import Output; from pathlib import Path; import sys\n"
-    code += "Output(Path(sys.argv[1]), {'a': {}}).start()"
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    code += "Output(Path(sys.argv[1]), {'a': {}}).__enter__()"
+    with Output(tmp_path, {"a": {}}):
+        done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and "another process is writing there" in done.stderr
 
 

@@ -13,7 +13,7 @@ from inference_optimization.llava_hound_dpo.adaptviz import AdaptViz
 from llava.attention import Plan, Probe, attention_ratio, install, mean_over_heads, mean_over_layers
 from llava.checkpoints import open_checkpoint
 from llava.generation import batch_prompts, generate
-from llava.heads import Heads, RankedHead, Ranking, select_heads, rank, shares_of_parts
+from llava.heads import Heads, RankedHead, Ranking, rank, select_heads, shares_of_parts
 from llava.scaling import Scale
 from llava.statistics import auc
 from tests.conftest import tiny_model

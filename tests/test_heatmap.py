@@ -6,34 +6,89 @@ import sys
 import numpy as np
 import pytest
 import torch
-from llava.layout import PatchGrid
 from PIL import Image
 
-from llava.generation import batch_prompts, generate
-from llava.heatmap import OUTLINE, STRIP, attention_map, draw_prompt, patch_masses
+from llava.attention import mean_over_layers
+from llava.checkpoints import open_checkpoint
+from llava.generation import generate
+from llava.heads import Heads
+from llava.heatmap import OUTLINE, STRIP, attention_map, draw_prompt
+from llava.measuring import masses_of
 from scripts import draw_attention
-from tests.conftest import SIDE
-from tests.test_layout import grid_of
-
-TOKENS = 36
+from tests.conftest import tiny_model
+from tests.test_generation import batch_of, prompts_of
 
 
-def test_patches_add_up_to_the_regions_of_the_same_answer(model, processor):
-    """Sampled, so that the answer said again is not the greedy one."""
-    image = [model.config.image_token_id] * TOKENS
-    target = torch.rand(2 * TOKENS)
-    pixels = torch.randn(2, 3, SIDE, SIDE)
-    regions = [torch.stack([target, torch.ones_like(target)])]
-    prompt = [1, 11, *image, 12, *image, 13]
-    token, pad = model.config.image_token_id, processor.tokenizer.pad_token_id
-    batch = batch_prompts([prompt], regions, pixels, token, pad)
+def mapped_batch(family, prompts):
+    """The prompts of a batch whose maps are all wanted."""
+    return batch_of(family, prompts, is_mapped=[True] * len(prompts))
+
+
+def test_tokens_add_up_to_the_regions_of_the_same_answer(model, family):
+    """Sampled, of two prompts of different length."""
+    prompts = prompts_of(model)[:2]
     torch.manual_seed(0)
     settings = {"do_sample": True, "temperature": 3.0, "max_new_tokens": 5}
-    (answer,) = generate(model, processor.tokenizer, batch, [1, 2], **settings)
-    masses = patch_masses(model, processor.tokenizer, batch, answer.tokens, [1, 2], token)
-    assert masses.shape == (2 * TOKENS,)
-    torch.testing.assert_close(masses.sum(), answer.masses[:, 1].mean(), atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close((masses * target).sum(), answer.masses[:, 0].mean(), atol=1e-6, rtol=1e-5)
+    answers = generate(model, family, mapped_batch(family, prompts), [1, 2], **settings)
+    for answer, (_, target, _) in zip(answers, prompts, strict=True):
+        assert answer.by_token.shape == target.shape
+        torch.testing.assert_close(answer.by_token.sum(), answer.masses[:, 1].mean(), atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close((answer.by_token * target).sum(), answer.masses[:, 0].mean(), atol=1e-6, rtol=1e-5)
+
+
+def test_a_map_changes_nothing_else(model, family):
+    prompts = prompts_of(model)
+    plain, mapped = (
+        generate(model, family, batch, [1, 2], max_new_tokens=4)
+        for batch in (batch_of(family, prompts), mapped_batch(family, prompts))
+    )
+    for a, b in zip(plain, mapped, strict=True):
+        assert (a.tokens, a.confidence, a.perplexity) == (b.tokens, b.confidence, b.perplexity)
+        torch.testing.assert_close(a.masses, b.masses, atol=1e-6, rtol=1e-5)
+        assert not len(a.by_token)
+
+
+HEADS = {"all heads": None, "some heads": Heads({1: (0, 3), 2: (1,)}).selected(4)}
+
+
+def eager_rows(processor, prompt, pixels, tokens):
+    """(2, H, S) eager attention of layers 1 and 2 from the answer's rows to the prompt's tokens, their mean."""
+    eager = tiny_model(processor)
+    eager.set_attn_implementation("eager")
+    ids = torch.tensor([[*prompt, *tokens[:-1]]])
+    with torch.no_grad():
+        out = eager(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=pixels, output_attentions=True)
+    return torch.stack([out.attentions[n][0, :, len(prompt) - 1 :, : len(prompt)].mean(dim=1) for n in (1, 2)])
+
+
+@pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
+def test_maps_and_measured_answers_equal_eager_attention(model, processor, family, heads):
+    """The map of a greedy answer, and what one pass over prompt and answer finds, against every attention map."""
+    prompts = prompts_of(model)
+    answers = generate(model, family, mapped_batch(family, prompts), [1, 2], heads=heads, max_new_tokens=5)
+    for answer, one in zip(answers, prompts, strict=True):
+        prompt, _, pixels = one
+        is_image = torch.tensor(prompt) == family.image_id
+        rows = eager_rows(processor, prompt, pixels, answer.tokens)
+        chosen = torch.ones(2, 4) if heads is None else heads
+        by_layer = (rows * chosen[..., None]).sum(dim=1) / chosen.sum(dim=1, keepdim=True)  # (2, S)
+        wanted = (by_layer * (chosen.sum(dim=1) / chosen.sum())[:, None]).sum(dim=0)[is_image]
+        torch.testing.assert_close(answer.by_token, wanted, atol=1e-6, rtol=1e-4)
+        measured = masses_of(model, batch_of(family, [one]), answer.tokens, [1, 2], heads)
+        assert measured.shape == (2, 2 + len(prompt))
+        torch.testing.assert_close(measured[:, 2:], by_layer, atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(measured[:, :2], answer.masses, atol=1e-6, rtol=0)
+        by_token = mean_over_layers(measured[:, 2:][:, is_image], heads)
+        torch.testing.assert_close(by_token, answer.by_token, atol=1e-6, rtol=0)
+
+
+def test_the_mass_of_an_answer_that_another_gave(model, processor, family):
+    """Also of one token, whose row is the prompt's last."""
+    prompt, _, pixels = one = prompts_of(model)[2]
+    for tokens in ([50, 60, 70, family.tokenizer.eos_token_id], [family.tokenizer.eos_token_id]):
+        measured = masses_of(model, batch_of(family, [one]), tokens, [1, 2])
+        rows = eager_rows(processor, prompt, pixels, tokens).mean(dim=1)
+        torch.testing.assert_close(measured[:, 2:], rows, atol=1e-6, rtol=1e-4)
 
 
 def brightest(sheet):
@@ -44,13 +99,13 @@ def brightest(sheet):
 
 @pytest.mark.parametrize("size", [(200, 100), (100, 200), (120, 120)], ids=str)
 @pytest.mark.parametrize("pad", [True, False], ids=["pad", "crop"])
-def test_a_hot_patch_is_drawn_where_its_pixels_are(size, pad):
+def test_a_hot_patch_is_drawn_where_its_pixels_are(checkpoint, size, pad):
     """One patch in the middle row and third column: its place in the picture, padding or cropping undone."""
-    grid: PatchGrid = grid_of(side=72, patch=12, pad=pad)
+    image = open_checkpoint(checkpoint, pad=pad).family.image(size)
     masses = torch.zeros(36)
     row, col = 3, 2
     masses[row * 6 + col] = 0.5
-    (one,) = attention_map(masses, [size], grid)
+    (one,) = attention_map(masses, [image])
     # Every patch is so many px of the square that the grid covers, which lies centred on the picture.
     side = max(size) if pad else min(size)
     wanted = [(size[0] - side) / 2 + (col + 0.5) * side / 6, (size[1] - side) / 2 + (row + 0.5) * side / 6]
@@ -59,10 +114,9 @@ def test_a_hot_patch_is_drawn_where_its_pixels_are(size, pad):
     assert np.abs(brightest(sheet) - np.array(wanted) * height / size[1]).max() < 0.1 * height / size[1] * side / 6
 
 
-def test_two_images_share_one_scale_and_show_their_shares():
-    grid = grid_of(side=72, patch=12)
+def test_two_images_share_one_scale_and_show_their_shares(family):
     masses = torch.cat([torch.full((36,), 0.003), torch.full((36,), 0.001)])
-    maps = attention_map(masses, [(72, 72), (72, 72)], grid)
+    maps = attention_map(masses, [family.image((72, 72))] * 2)
     pictures = [Image.new("RGB", (72, 72), "black")] * 2
     sheet = np.asarray(draw_prompt(pictures, maps, 0, None, 100).convert("L"), dtype=float)
     assert sheet.shape == (100 + STRIP, 208)
@@ -78,8 +132,8 @@ def test_the_target_is_outlined():
     assert second.getpixel((2, STRIP + 100)) == (255, 0, 0) and second.getpixel((210, STRIP + 100)) == OUTLINE
 
 
-def test_maps_survive_json():
-    maps = attention_map(torch.rand(36), [(72, 72)], grid_of(side=72, patch=12))
+def test_maps_survive_json(family):
+    maps = attention_map(torch.rand(36), [family.image((72, 72))])
     assert json.loads(json.dumps(maps)) == maps
 
 

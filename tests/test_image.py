@@ -19,7 +19,9 @@ from torch.utils.data import DataLoader
 from transformers import CLIPImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-from llava.image import ImageStore, mean_colour, pad_to_square, pixel_values
+from llava.families.llava15 import mean_colour, pad_to_square
+from llava.image import ImageStore
+from tests.conftest import llava15
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPES = [(97, 40), (40, 97), (64, 64), (3, 2), (1, 50), (1, 1)]  # width, height
@@ -247,7 +249,7 @@ def test_mean_colour_of_clip():
 def test_padded_pixels_equal_transformers_own_padding(size):
     settings = {"size": {"shortest_edge": 56}, "crop_size": {"height": 56, "width": 56}}
     picture = Image.fromarray(noise(*size))
-    ours = pixel_values([picture], CLIPImageProcessorPil(**settings), pad=True)
+    ours = llava15(CLIPImageProcessorPil(**settings)).pixels([picture])["pixel_values"]
     theirs = LlavaImageProcessorPil(**settings, do_pad=True)(images=[picture], return_tensors="pt")["pixel_values"]
     assert ours.shape == (1, 3, 56, 56) and ours.dtype == torch.float32
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
@@ -255,6 +257,6 @@ def test_padded_pixels_equal_transformers_own_padding(size):
 
 def test_unpadded_pixels_are_the_processors_own(processor):
     pictures = [Image.fromarray(noise(90, 80, seed)) for seed in range(2)]
-    ours = pixel_values(pictures, processor.image_processor, pad=False)
+    ours = llava15(processor.image_processor, 12, pad=False).pixels(pictures)["pixel_values"]
     theirs = [processor.image_processor(images=[p], return_tensors="pt")["pixel_values"][0] for p in pictures]
     assert torch.equal(ours, torch.stack(theirs)) and not torch.equal(ours[0], ours[1])

@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 from transformers import CLIPImageProcessorPil
 
-from llava.image import ImageStore, pixel_values
+from llava.image import ImageStore
+from tests.conftest import llava15
 
 MEAN, STD = np.array([0.48145466, 0.4578275, 0.40821073]), np.array([0.26862954, 0.26130258, 0.27577711])
 SIDE = 336
@@ -65,6 +66,6 @@ def test_pixels_equal_the_original_code(tmp_path, name):
     path = tmp_path / "picture.png"
     path = PICTURES[name](path) or path
     processor = CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
-    found = pixel_values([ImageStore(tmp_path).open(path.name)], processor, pad=True)
+    found = llava15(processor).pixels([ImageStore(tmp_path).open(path.name)])["pixel_values"]
     assert found.shape == (1, 3, SIDE, SIDE)
     torch.testing.assert_close(found[0].double(), torch.from_numpy(by_hand(path)), atol=1e-6, rtol=0)

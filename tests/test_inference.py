@@ -301,6 +301,22 @@ class TestRefused:
         assert code == 2 and "max_new_tokens" in error
         assert (tmp_path / "refused.jsonl").read_bytes() == before
 
+    def test_a_second_run_at_once_is_refused_and_the_first_goes_on(self, answer, capsys, tmp_path, monkeypatch):
+        answer("whole.jsonl")
+        append, refused = AnswerStore.append, []
+        monkeypatch.setattr("llava.run_folder.PATIENCE_S", 0.1)
+
+        def another(store, part, records):
+            monkeypatch.setattr(AnswerStore, "append", append)
+            refused.append(self.code(answer, capsys))
+            append(store, part, records)
+
+        monkeypatch.setattr(AnswerStore, "append", another)
+        answer("refused.jsonl")
+        ((code, error),) = refused
+        assert code == 2 and error.count("\n") == 1 and "another process is writing there" in error
+        assert (tmp_path / "refused.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
     def test_a_file_of_somebody_else_is_not_overwritten(self, answer, capsys, tmp_path):
         (tmp_path / "refused.jsonl").write_text("mine\n")
         code, error = self.code(answer, capsys)

@@ -14,7 +14,7 @@ from PIL import Image
 
 from llava.checkpoints import load_model, load_processor
 from llava.records import read_preferences, read_questions
-from scripts.miniature import course, train_base
+from scripts.miniature import course, make_data, make_source, train_base, wrong_targets
 from scripts.miniature.lessons import conversation_batch
 from scripts.miniature.prompts import sample_prompt
 from scripts.miniature.scores import score_base
@@ -85,6 +85,48 @@ def test_a_distractor_differs_from_the_target_on_what_is_asked():
         for _ in range(50):
             prompt = sample_prompt(rng, "train", image_type)
             assert prompt.answer not in prompt.others
+
+
+def record(image_type, **more):
+    return {"image_type": image_type, "prompt": "p", "chosen": "red", "rejected": "blue", "target": 2, **more}
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        record("sequence", image=["a", "b", "c"], target_box=[0, 0, 72, 72]),
+        record("collage", image=["a"], target_box=[36, 0, 72, 36], grid=[2, 2]),
+        record("pip", image=["a"], target=1, target_box=[11, 11, 61, 61]),
+    ],
+)
+def test_a_wrong_target_is_another_region_and_nothing_else_changes(before):
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        after = wrong_targets.with_another_target(before, rng)
+        assert {name for name in before if before[name] != after[name]} <= {"target", "target_box"}
+        assert after != before
+        if before["image_type"] != "sequence":
+            boxes = [(record["target_box"][0::2], record["target_box"][1::2]) for record in (before, after)]
+            (x0, y0), (x1, y1) = boxes
+            assert x0[1] <= x1[0] or x1[1] <= x0[0] or y0[1] <= y1[0] or y1[1] <= y0[0]
+
+
+def test_pairs_with_wrong_targets_are_still_read(world, tmp_path, monkeypatch):
+    words = ["--pairs", str(world / "train.json"), "--output", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["wrong_targets", *words])
+    wrong_targets.main()
+    before, after = (read_preferences(path) for path in (world / "train.json", tmp_path / "pairs.json"))
+    assert [pair.chosen for pair in after] == [pair.chosen for pair in before]
+    assert all((a.target, a.target_box) != (b.target, b.target_box) for a, b in zip(after, before, strict=True))
+
+
+@pytest.mark.parametrize("command", [make_data, make_source, train_base, wrong_targets])
+def test_a_wrong_flag_is_one_line(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["command", "--output", str(tmp_path), "--sed", "1"])
+    with pytest.raises(SystemExit) as ended:
+        command.main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "error: unknown flag --sed; did you mean --seed?\n"
 
 
 class TestShippedBase:

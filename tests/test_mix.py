@@ -173,7 +173,8 @@ def test_a_killed_run_is_done_again_and_a_finished_one_is_not(inputs, tmp_path, 
     capsys.readouterr()
     run(*inputs, "--output", output, *flags)
     assert "nothing to do" in capsys.readouterr().out
-    assert "holds another data set" in refused(capsys, *inputs, "--output", output, *flags, "--seed", 3)
+    said = refused(capsys, *inputs, "--output", output, *flags, "--seed", 3)
+    assert "is of another run (seed 0 there, 3 here)" in said
 
 
 # ---- bad input

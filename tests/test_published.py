@@ -182,7 +182,7 @@ def test_rows_that_are_no_pairs_are_named(tmp_path, capsys, columns, said):
     [
         (("read", "--published", "nowhere"), "train.json and one of"),
         (("export", "--data_path", "no.json", "--image_folder", ".", "--output", "x"), "no.json: no such file"),
-        (("import", "--path", "nowhere", "--output", "x"), "nowhere: no such data set"),
+        (("import", "--path", "nowhere", "--output", "x"), "nowhere: no such file"),
         (("import", "--path", __file__, "--output", "x"), "neither a folder of save_to_disk nor"),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from llava.checkpoints import load_model
+from llava.checkpoints import open_checkpoint
 from tests.dialects import make_formats
 from tests.test_trainer import one_batch, pairs  # noqa: F401  a fixture
 from train.llava_hound_dpo import run_dpo
@@ -156,7 +156,8 @@ def test_an_original_checkpoint_is_quantised_to_the_same(tmp_path):
     formats = make_formats(tmp_path)
     four_bits = quantisation(4, torch.float32, "cpu")
     ours, theirs = (
-        dict(load_model(str(path), **four_bits).named_parameters()) for path in (formats.original, formats.llava_hf)
+        dict(open_checkpoint(str(path)).load(**four_bits).named_parameters())
+        for path in (formats.original, formats.llava_hf)
     )
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
     packed = [name for name, parameter in ours.items() if parameter.dtype == torch.uint8]

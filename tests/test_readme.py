@@ -37,7 +37,8 @@ def test_flags_exist():
     }  # the last of srun
     for folder in ("train", "inference", "inference_optimization", "data_gen", "scripts", "llava"):
         for path in (ROOT / folder).rglob("*.py"):
-            known |= set(re.findall(r'"--([a-z][\w-]*)"', path.read_text(encoding="utf-8")))
+            text = path.read_text(encoding="utf-8")
+            known |= set(re.findall(r'"--([a-z][\w-]*)"', text)) | set(re.findall(r"(?m)^    (\w+): .+ = flag\(", text))
     flags = re.findall(r"(?<![\w-])--([a-z][\w-]*)", README)
     assert len(flags) > 20 and set(flags) <= known, set(flags) - known
 

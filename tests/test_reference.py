@@ -10,8 +10,9 @@ import torch
 from llava.checkpoints import open_checkpoint
 from llava.image import ImageStore
 from llava.records import DataError
+from llava.run_folder import differences
 from tests.test_trainer import fill_lora_b, make_trainer, one_batch, pairs  # noqa: F401  fixtures
-from train.llava_hound_dpo.reference import HEADER, ReferenceCache, _differences, describe_reference
+from train.llava_hound_dpo.reference import HEADER, ReferenceCache, _labelled, describe_reference
 from train.llava_hound_dpo.trainer import METRICS
 
 FULL = ("--lora_enable", "False")
@@ -173,9 +174,9 @@ def changed(flags, monkeypatch, tmp_path, what):
     if what == "precision":
         return (*flags, "--bf16", "True"), "computed in float32 there,"
     if what == "picture settings":
-        return (*flags, "--image_aspect_ratio", "crop"), "image_aspect_ratio (pad there, crop here)"
+        return (*flags, "--image_aspect_ratio", "crop"), "image_aspect_ratio pad there, crop here"
     monkeypatch.setattr("train.llava_hound_dpo.reference.LAYOUT_VERSION", 99)
-    return flags, "row layout (1 there, 99 here)"
+    return flags, "row layout 1 there, 99 here"
 
 
 @pytest.mark.parametrize("what", ["weights", "precision", "picture settings", "layout"])
@@ -200,9 +201,12 @@ def test_changed_processor_settings_are_named_one_by_one(checkpoint):
         vars(opened.family.image_processor).update(changes)
         return describe_reference(opened, "fp32")
 
-    assert list(_differences(made_from(), made_from())) == []
-    (phrase,) = _differences(made_from(), made_from(image_mean=[0, 0, 0]))
-    assert phrase.startswith("picture settings: image_mean ((0.48") and phrase.endswith("there, [0, 0, 0] here)")
+    def found(theirs, ours):
+        return differences(_labelled(theirs), _labelled(ours))
+
+    assert found(made_from(), made_from()) == []
+    (phrase,) = found(made_from(), made_from(image_mean=[0, 0, 0]))
+    assert phrase.startswith("picture settings: image_mean [0.48") and phrase.endswith("there, [0, 0, 0] here")
 
 
 def test_a_cache_without_its_header_is_refused(make_trainer, cache):  # noqa: F811

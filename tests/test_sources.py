@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_gen import tables
 from data_gen.drops import Unusable
 from data_gen.pictures import decode, encode, fingerprint
 from data_gen.sources import BOX, Sources, parse_source
-from data_gen.tables import open_table
+from data_gen.tables import Table
+from llava import tables
 from tests.single_images import colour, record, save_pictures, turns, write
 
 UNICODE = 'Größe – 多大?\u2028\n"quoted", with , commas'
@@ -51,11 +51,8 @@ def save_json(path, rows, kind):
 def test_json_forms_are_read_alike_in_any_chunks(monkeypatch, tmp_path, kind, chunk):
     monkeypatch.setattr(tables, "CHUNK", max(chunk, 7))
     path = save_json(tmp_path / "s.json", records(), kind)
-    table = open_table(path)
-    scanned = list(table.scan())
-    assert [raw for _, raw in scanned] == records()
-    assert [table.read(place) for place, _ in scanned] == records()
-    assert [pickle.loads(pickle.dumps(table)).read(place) for place, _ in scanned] == records()
+    assert list(Table(path).rows()) == records() == list(tables.read_rows(path))
+    assert list(pickle.loads(pickle.dumps(Table(path))).rows()) == records()
 
 
 def test_csv_of_questions(tmp_path):
@@ -72,10 +69,45 @@ def test_csv_of_questions(tmp_path):
     ].detail
 
 
+def test_tsv_is_read_as_csv_is(tmp_path):
+    (tmp_path / "q.tsv").write_text('image\tquestion\tanswer\na/1.png\tWhy "so"?\tN/A\na/2.png\t\tx\n')
+    (tmp_path / "images").mkdir()
+    sources, drops = read(tmp_path / "q.tsv", images=tmp_path / "images")
+    assert [source.turns for source in sources] == [(('Why "so"?', "N/A"),)]
+    assert "the field `question` is missing or empty" in drops[0].detail
+
+
+def test_half_a_character_is_refused(tmp_path):
+    """A lone surrogate is no text: it could be written nowhere."""
+    (tmp_path / "s.jsonl").write_text(json.dumps(record(0, conversations=turns("<image> A\ud83d?", "B."))) + "\n")
+    (tmp_path / "images").mkdir()
+    with pytest.raises(ValueError, match=r"malformed record: .*surrogates"):
+        read(tmp_path / "s.jsonl", images=tmp_path / "images")
+
+
+def test_groups_of_companions_are_disjoint_and_the_same_in_every_run(tmp_path):
+    raws = [record(number, id=f"{number}_{copy}") for copy in range(2) for number in range(200)]
+    flags = write(tmp_path, raws)
+    write(tmp_path, raws[:0:-1] + raws[:1], "other.json")
+    (tmp_path / "images").mkdir()
+
+    def groups(path):
+        sources, _ = read(path, images=tmp_path / "images")
+        paths, found = [source.path for source in sources], set()
+        for index, path in enumerate(paths):
+            own = [frozenset(paths[number] for number in group) for group in sources.companions(index)]
+            assert path in own[0] and len(frozenset().union(*own)) == 200 == sum(map(len, own))
+            found.add(own[0])
+        return found
+
+    found = groups(flags[1])
+    assert len(found) == 16 and {len(group) for group in found} == {12, 13} and groups(tmp_path / "other.json") == found
+
+
 def test_csv_needs_its_columns(tmp_path):
     (tmp_path / "q.csv").write_text("image,question\na,b\n")
     with pytest.raises(ValueError, match="the header lacks answer; it has image, question"):
-        open_table(tmp_path / "q.csv")
+        list(Table(tmp_path / "q.csv").rows())
 
 
 @pytest.mark.parametrize("kind", ["folder", "parquet"])
@@ -94,7 +126,7 @@ def test_data_sets_of_the_datasets_library(tmp_path, monkeypatch, kind, embedded
     path = tmp_path / ("data" if kind == "folder" else "data.parquet")
     made.save_to_disk(str(path)) if kind == "folder" else made.to_parquet(str(path))
     sources, drops = read(path, images=tmp_path / "images" if embedded == "path" else None)
-    assert not drops and len(sources) == 4 and len(sources.companions(0)) == 4
+    assert not drops and len(sources) == 4 and sum(map(len, sources.companions(0))) == 4
     for index, source in enumerate(pickle.loads(pickle.dumps(sources))):
         assert source.turns == (("Who?", "He."), ("Where?", "There.")) and source.id == f"data_{index + 1}"
         picture = sources.picture(index, source)
@@ -110,7 +142,7 @@ def test_splits_must_be_chosen(tmp_path):
     split = datasets.Dataset.from_dict({"question": ["a"]})
     datasets.DatasetDict({"train": split, "test": split}).save_to_disk(str(tmp_path / "d"))
     with pytest.raises(ValueError, match=r"holds the splits train, test; give one, as .*train"):
-        open_table(tmp_path / "d")
+        Table(tmp_path / "d")
 
 
 @pytest.mark.parametrize(
@@ -127,7 +159,7 @@ def test_splits_must_be_chosen(tmp_path):
 def test_a_file_that_cannot_be_read_on_is_refused(tmp_path, text, message):
     (tmp_path / "s.json").write_text(text)
     with pytest.raises(ValueError, match=message):
-        list(open_table(tmp_path / "s.json").scan())
+        list(Table(tmp_path / "s.json").rows())
 
 
 def test_a_broken_line_costs_only_itself(tmp_path):
@@ -173,7 +205,7 @@ def test_bad_records(tmp_path, changes, reason, detail):
     path = tmp_path / "s.jsonl"
     path.write_text("{}")
     with pytest.raises(Unusable, match=detail) as caught:
-        parse_source(raw, open_table(path), 1)
+        parse_source(raw, path, 1)
     assert caught.value.reason == reason and caught.value.is_bad
 
 
@@ -203,7 +235,8 @@ def test_pools_have_each_path_once_and_only_their_subset(tmp_path):
     flags = write(tmp_path, raws)
     (tmp_path / "images").mkdir()
     sources, _ = read(flags[1], images=flags[3])
-    assert list(sources.companions(5)) == [0, 1, 2] and list(sources.companions(10)) == [9, 10]
+    assert [list(group) for group in sources.companions(5)] == [[0, 1, 2]]
+    assert [list(group) for group in sources.companions(10)] == [[9, 10]]
     assert sources.same_path(0, 3) and sources.same_path(0, 11) and not sources.same_path(0, 9)
     assert sources.subsets == ["coco", "gqa"] and sources.in_subset("gqa").sum() == 2
     assert not sources.in_subset("x").any()
@@ -262,6 +295,15 @@ def test_sixteen_bits_keep_their_greys():
         assert np.asarray(found.pixels)[32, 0].tolist() == [128] * 3 and not found.is_plain
     with pytest.raises(Unusable, match="floating-point"):
         decode(as_file(Image.new("F", (4, 4)), "TIFF"), "x")
+
+
+def test_what_a_palette_leaves_transparent_is_white():
+    palette = Image.new("P", (8, 4))
+    palette.putpalette([0, 0, 0, 10, 200, 30])
+    palette.paste(1, (0, 0, 4, 4))
+    found = decode(as_file(palette, "PNG", transparency=0), "x")
+    assert found.pixels.getpixel((6, 2)) == (255, 255, 255) and found.pixels.getpixel((1, 1)) == (10, 200, 30)
+    assert not found.is_plain
 
 
 def test_the_first_frame_of_an_animation():

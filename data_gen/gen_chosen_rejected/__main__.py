@@ -10,6 +10,7 @@ import json
 import logging
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from llava.command_line import check_numbers, flag, parse
 from llava.heads import HeadSettings
 from llava.image import ImageStore
 from llava.records import Question, read_instructions, refuse_duplicates
-from llava.run_folder import read_object
+from llava.run_folder import ANOTHER_FOLDER, only_writer, read_object, refuse_another
 from llava.runtime import is_main_process, leave, setup_logging, user_errors, write_run_json
 from llava.settings import AnswerSettings, ModelSettings
 
@@ -104,9 +105,7 @@ class RuleSettings:
     min_perplexity: float = flag("of the model's own answer: it is higher", Rules.min_perplexity)
     max_chosen_chars: int = flag("the true answer must be shorter", Rules.max_chosen_chars)
     max_length_ratio: float = flag("words of the longer answer per word of the shorter", Rules.max_length_ratio)
-    min_edit_distance: float = flag(
-        "between the two, as a share of the longer's characters", Rules.min_edit_distance
-    )
+    min_edit_distance: float = flag("between the two, as a share of the longer's characters", Rules.min_edit_distance)
 
     def __post_init__(self):
         if not self.max_length_ratio >= 1 or not 0 <= self.min_edit_distance < 1:
@@ -123,27 +122,31 @@ GROUPS = (PairSettings, AskedModel, AskSettings, RuleSettings)
 def main() -> None:
     """Check, ask the model what it has not answered yet, select."""
     setup_logging()
-    with user_errors():
-        own, model, asking, limits = parse(GROUPS, __doc__)
-        check(own, model, asking)
-        rules, noise = limits.rules(), Noise(asking.degrade, asking.noise_std, own.seed)
-        questions = read_instructions(own.instructions)
-        refuse_duplicates([(question.id, question.where) for question in questions])
-        fit = [question for question in questions if not unfit(question, rules)]
-        if not fit:
-            raise ValueError(f"{own.instructions}: no pair can be made of any of its {len(questions)} records")
-        check_questions(questions, rules, by_attention=own.rejected == MODEL)
-        known = read_source_answers(own.source, questions)
+    with ExitStack() as stack:
+        with user_errors():
+            own, model, asking, limits = parse(GROUPS, __doc__)
+            check(own, model, asking)
+            rules, noise = limits.rules(), Noise(asking.degrade, asking.noise_std, own.seed)
+            questions = read_instructions(own.instructions)
+            refuse_duplicates([(question.id, question.where) for question in questions])
+            fit = [question for question in questions if not unfit(question, rules)]
+            if not fit:
+                raise ValueError(f"{own.instructions}: no pair can be made of any of its {len(questions)} records")
+            check_questions(questions, rules, by_attention=own.rejected == MODEL)
+            known = read_source_answers(own.source, questions)
+            if own.rejected == MODEL:
+                job = ready(model, asking.answering(), noise, fit)
+            else:
+                check_pictures(fit, ImageStore(model.image_folder), None, "exists")
+            if is_main_process():
+                stack.enter_context(only_writer(own.output / "pairs"))
         if own.rejected == MODEL:
-            job = ready(model, asking.answering(), noise, fit)
-        else:
-            check_pictures(fit, ImageStore(model.image_folder), None, "exists")
-    if own.rejected == MODEL:
-        ask(job, noise, own.output / "answers.jsonl")
-    if is_main_process():
-        selection = make(own, noise, rules, questions, fit, known)
-        arguments = {name: value for group in (own, model, asking, limits) for name, value in asdict(group).items()}
-        finish(own.output, arguments, rules, selection)
+            ask(job, noise, own.output / "answers.jsonl")
+        if is_main_process():
+            selection = make(own, noise, rules, questions, fit, known)
+            groups = (own, model, asking, limits)
+            arguments = {name: value for group in groups for name, value in asdict(group).items()}
+            finish(own.output, arguments, rules, selection)
     leave()
 
 
@@ -154,10 +157,10 @@ def check(own: PairSettings, model: AskedModel, asking: AskSettings) -> None:
     if own.rejected == OTHER_IMAGE and asking.degrade != "none":
         raise ValueError("--degrade is for a model's answers: it does nothing with --rejected other_image")
     run_json = own.output / "run.json"
-    found = read_object(run_json) if run_json.is_file() else {}
-    other = [name for name in OF_THE_PAIRS if found and found.get("arguments", {}).get(name) != getattr(own, name)]
-    if other:
-        raise ValueError(f"{own.output} holds other pairs ({', '.join(other)} differ): choose another --output")
+    if run_json.is_file():
+        found = read_object(run_json).get("arguments") or {}
+        there, here = ({name: given.get(name) for name in OF_THE_PAIRS} for given in (found, asdict(own)))
+        refuse_another(f"the finished run in {own.output}", there, here, ANOTHER_FOLDER)
 
 
 def make(

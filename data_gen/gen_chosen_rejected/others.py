@@ -8,7 +8,7 @@ from data_gen.drops import Unusable
 from data_gen.gen_chosen_rejected.correctness import is_right
 from data_gen.gen_chosen_rejected.rules import Candidate, num_pictures
 from data_gen.sources import parse_source, rng_of, source_paths
-from data_gen.tables import open_table
+from data_gen.tables import Table
 from llava.records import IMAGE, TARGET, Question, texts
 
 logger = logging.getLogger(__name__)
@@ -28,10 +28,10 @@ def read_source_answers(paths: Iterable[str], questions: Sequence[Question]) -> 
     wanted = {path for question in questions for path in source_paths(question.extra)}
     answers: Answers = {path: {} for path in wanted}
     for path in paths:
-        table = open_table(path)
-        for number, (_, raw) in enumerate(table.scan(), 1):
+        table = Table(path)
+        for number, raw in enumerate(table.rows(), 1):
             try:
-                source = parse_source(raw, table, number)
+                source = parse_source(raw, table.path, number)
             except Unusable:  # listed in dropped.jsonl of the instructions, where none of them can be asked about
                 continue
             if source.path in wanted:

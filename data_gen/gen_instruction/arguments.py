@@ -1,22 +1,28 @@
 """Command lines: what both generators take, and what is checked before any work."""
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from data_gen.gen_instruction.workers import usable_cores
+from llava.command_line import flag
 
 
-def add_common(parser: argparse.ArgumentParser) -> None:
+@dataclass(kw_only=True)
+class Common:
     """Flags of instructions and test sets alike."""
-    parser.add_argument("--source", nargs="+", required=True,
-                        help="LLaVA-style JSON or JSONL, folder of datasets' save_to_disk, .parquet, or .csv with\n"
-                             "image,question,answer[,id,subset]; several are put together")  # fmt: skip
-    parser.add_argument("--image_folder", help="folder, .zip or .tar of the pictures, unless the source embeds them")
-    parser.add_argument("--output", type=Path, required=True, help="folder to write")
-    parser.add_argument("--num_workers", type=int, default=usable_cores(), help="processes (default: all cores)")
-    parser.add_argument("--picture_format", choices=["jpg", "png"], default="jpg",
-                        help="of collages and pictures in pictures: jpg of quality 95 (default), or png")  # fmt: skip
+
+    _argument_group_name = "sources and output"
+    source: list[str] = flag(
+        "LLaVA-style JSON or JSONL, folder of datasets' save_to_disk, .parquet, or .csv or .tsv with "
+        "image,question,answer[,id,subset]; several are put together"
+    )
+    image_folder: str | None = flag("folder, .zip or .tar of the pictures, unless the source embeds them", None)
+    output: Path = flag("folder to write")
+    num_workers: int = flag("processes", usable_cores())
+    picture_format: str = flag(
+        "of collages and pictures in pictures: jpg of quality 95, or png", "jpg", choices=["jpg", "png"]
+    )
 
 
 def weights(text: str, allowed: dict[str, Any]) -> dict[Any, float]:
@@ -41,3 +47,8 @@ def weights(text: str, allowed: dict[str, Any]) -> dict[Any, float]:
 def weights_or(text: str | None, default: dict[Any, float]) -> dict[Any, float]:
     """The weights of a flag that may be left out; their choices are those of the default."""
     return default if text is None else weights(text, {str(choice): choice for choice in default})
+
+
+def shown(shares: dict[Any, int]) -> str:
+    """Weights as the flags take them."""
+    return ",".join(f"{choice}:{weight}" for choice, weight in shares.items())

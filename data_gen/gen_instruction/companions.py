@@ -2,6 +2,7 @@
 
 from collections.abc import Container, Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 
@@ -31,7 +32,9 @@ def members(
     prompt: str,
     forbidden: Container[bytes] = frozenset(),
 ) -> Iterator[Member]:
-    """The record itself, then `count` - 1 companions of its subset, in random order; no two of the same content.
+    """The record itself, then `count` - 1 companions of its group, in random order; no two of the same content.
+
+    Where the group has too few different pictures, those of the next one in the subset follow.
 
     One picture at a time, so that a caller that shrinks each holds one large picture only. Companions that cannot be
     read are passed over and appended to `passed`. No fingerprint of a picture is in `forbidden`.
@@ -42,7 +45,7 @@ def members(
         raise Unusable("excluded picture", f"{first.source.path} is among the pictures that must not be used", False)
     seen, num_vain = {first.fingerprint}, 0
     yield first
-    for candidate in shuffled(sources.companions(index), rng):
+    for candidate in chain.from_iterable(shuffled(group, rng) for group in sources.companions(index)):
         if len(seen) == count or num_vain == MAX_PASSED:
             break
         if sources.same_path(index, candidate):

@@ -139,10 +139,12 @@ def _asked(draft: Draft, source: Source, position: int | None = None) -> list[tu
 
 
 def _stored(recipe: Recipe, member: Member) -> str:
-    """Where a picture of a sequence is found."""
+    """Where a picture of a sequence is found; what other readers would see otherwise is copied as it is seen."""
     path, picture, files = member.source.path, member.picture, recipe.sources.files
     if not recipe.copies_sequences:
         return path
+    if not picture.is_plain:
+        return recipe.folder.copy(path + ".png", encode(picture.pixels, "png"), None)
     if recipe.sources.is_embedded(member.index):
         return recipe.folder.copy(path + picture.suffix, picture.data, None)
     return recipe.folder.copy(path, picture.data, files.path / path if files.kind == "folder" else None)

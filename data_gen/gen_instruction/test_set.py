@@ -7,80 +7,106 @@ collages only those whose records list their `sources`). The same flags write th
 data_gen.gen_instruction.
 """
 
-import argparse
 import json
 import logging
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from data_gen.drops import Drop, Unusable
-from data_gen.gen_instruction.arguments import add_common
+from data_gen.gen_instruction.arguments import Common
 from data_gen.gen_instruction.collage import GRIDS
 from data_gen.gen_instruction.questions import Maker, Tar
 from data_gen.gen_instruction.schedule import FORMATS
 from data_gen.gen_instruction.workers import WorkerKilled, ordered
 from data_gen.pictures import PictureFiles, decode, fingerprint
 from data_gen.sources import Sources
+from data_gen.tables import stamp
+from llava.command_line import check_numbers, flag, parse
 from llava.records import name_of, read_json
-from llava.runtime import ArgumentParser, setup_logging, stop, user_errors, write_run_json, write_text
+from llava.run_folder import finished_run, only_writer
+from llava.runtime import setup_logging, stop, user_errors, write_run_json, write_text
 
 logger = logging.getLogger("data_gen.gen_instruction")
 SIZES = {"sequence": (2, 3, 4, 5), "collage": tuple(GRIDS), "pip": (2,)}  # pictures of a prompt
 
 
-def main() -> int:
+@dataclass(kw_only=True)
+class Flags(Common):
+    """The command line."""
+
+    _argument_group_name = "test set"
+    num_per_format: int = flag("questions of each format", 500)
+    seed: int = flag("of everything drawn by chance", 42)
+    exclude_training: str | None = flag("train.json: none of its pictures is used", None)
+    exclude_images: str | None = flag("folder, .zip or .tar of the pictures of train.json", None)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     """Find what must not be used, then make the three sets."""
-    args = parse_args()
     setup_logging()
-    drops: list[Drop] = []
     with user_errors():
-        if args.num_per_format < 1 or args.seed < 0:
-            raise ValueError("--num_per_format must be at least 1, and --seed at least 0")
-        if bool(args.exclude_training) != bool(args.exclude_images):
+        (flags,) = parse([Flags], __doc__, argv)
+        check_numbers(flags, num_per_format=(1, None), seed=(0, None))
+        if bool(flags.exclude_training) != bool(flags.exclude_images):
             raise ValueError("--exclude_training and --exclude_images belong together: records and their pictures")
-        sources = Sources(args.source, args.image_folder, drops.append)
-        forbidden, num_unread = exclude(args, sources.files)
-        maker = Maker(sources, np.random.default_rng(args.seed), forbidden, drops, args.picture_format)
-        args.output.mkdir(parents=True, exist_ok=True)
-        make_all(args, maker)
-    write_text(args.output / "dropped.jsonl", "".join(json.dumps(drop.as_dict()) + "\n" for drop in drops))
+        if flags.exclude_images:
+            PictureFiles(flags.exclude_images)  # is there, before anything is made
+        identity = identify(flags)
+        run = finished_run(flags.output, identity)
+        if run:
+            logger.info("%s is complete: nothing to do", flags.output)
+            return summarise(flags, run["counts"])
+        with only_writer(flags.output / "test_set"):
+            counts = make(flags, identity)
+    return summarise(flags, counts)
+
+
+def identify(flags: Flags) -> dict[str, Any]:
+    """What decides the bytes that are written."""
+    of_the_data = {name: value for name, value in asdict(flags).items() if name not in ("output", "num_workers")}
+    tables = [*flags.source, *([flags.exclude_training] if flags.exclude_training else [])]
+    return {"arguments": of_the_data, "sources": {path: stamp(path) for path in tables}}
+
+
+def make(flags: Flags, identity: dict[str, Any]) -> dict[str, Any]:
+    """Write everything; what was counted. Raises ValueError, FileNotFoundError."""
+    drops: list[Drop] = []
+    sources = Sources(flags.source, flags.image_folder, drops.append, flags.output)
+    forbidden, num_unread = exclude(flags, sources.files)
+    make_all(flags, Maker(sources, np.random.default_rng(flags.seed), forbidden, drops, flags.picture_format))
+    write_text(flags.output / "dropped.jsonl", "".join(json.dumps(drop.as_dict()) + "\n" for drop in drops))
     counts = {
-        "read": sources.num_read, "usable": len(sources), "made": dict.fromkeys(FORMATS, args.num_per_format),
+        "read": sources.num_read, "usable": len(sources), "made": dict.fromkeys(FORMATS, flags.num_per_format),
         "excluded_pictures": len(forbidden), "excluded_but_unreadable": num_unread,
         "left_out_for_bounding_boxes": int(sources.has_box().sum()),
-        "dropped": Counter(drop.reason for drop in drops),
+        "dropped": Counter(drop.reason for drop in drops), "bad": sum(drop.is_bad for drop in drops),
     }  # fmt: skip
-    write_run_json(args.output / "run.json", arguments=vars(args), counts=counts)
-    num_bad = sum(drop.is_bad for drop in drops)
-    logger.info("%s: %d questions of each format", args.output, args.num_per_format)
-    if num_bad:
-        logger.info("%d times the input was bad: dropped.jsonl has file, record and reason", num_bad)
-    return 1 if num_bad else 0
+    write_run_json(flags.output / "run.json", arguments=asdict(flags), identity=identity, counts=counts)
+    return counts
 
 
-def parse_args() -> argparse.Namespace:
-    """The command line."""
-    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    add_common(parser)
-    parser.add_argument("--num_per_format", type=int, default=500, help="questions of each format (default: 500)")
-    parser.add_argument("--seed", type=int, default=42, help="of everything drawn by chance (default: 42)")
-    parser.add_argument("--exclude_training", help="train.json: none of its pictures is used")
-    parser.add_argument("--exclude_images", help="folder, .zip or .tar of the pictures of train.json")
-    return parser.parse_args()
+def summarise(flags: Flags, counts: dict[str, Any]) -> int:
+    """Say what was made; the exit code."""
+    logger.info("%s: %d questions of each format", flags.output, flags.num_per_format)
+    if counts["bad"]:
+        logger.info("%d times the input was bad: dropped.jsonl has file, record and reason", counts["bad"])
+    return 1 if counts["bad"] else 0
 
 
-def exclude(args: argparse.Namespace, files: PictureFiles | None) -> tuple[set[bytes], int]:
+def exclude(flags: Flags, files: PictureFiles | None) -> tuple[set[bytes], int]:
     """Fingerprints of the training pictures, and how many could not be read."""
-    if not args.exclude_training:
+    if not flags.exclude_training:
         return set(), 0
-    wanted = training_pictures(args.exclude_training, args.exclude_images, files)
+    wanted = training_pictures(flags.exclude_training, flags.exclude_images, files)
     try:
         found = list(
-            tqdm(ordered(_fingerprint, None, wanted, args.num_workers), total=len(wanted), desc="training set")
+            tqdm(ordered(_fingerprint, None, wanted, flags.num_workers), total=len(wanted), desc="training set")
         )
     except WorkerKilled as error:
         stop(str(error))
@@ -111,22 +137,22 @@ def _fingerprint(_: None, place: tuple[PictureFiles, str]) -> bytes | None:
         return None
 
 
-def make_all(args: argparse.Namespace, maker: Maker) -> None:
+def make_all(flags: Flags, maker: Maker) -> None:
     """Write the JSON and tar files of all formats. Raises ValueError if the sources do not suffice."""
     for image_type in FORMATS:
         records = []
-        with Tar(args.output / f"test_images_{image_type}.tar") as tar:
-            for size, target in tqdm(slots(SIZES[image_type], args.num_per_format, maker.rng), desc=image_type):
+        with Tar(flags.output / f"test_images_{image_type}.tar") as tar:
+            for size, target in tqdm(slots(SIZES[image_type], flags.num_per_format, maker.rng), desc=image_type):
                 record = maker.next_question(f"{image_type}_{len(records):04d}", image_type, size, target, tar)
                 if record is None:
                     raise ValueError(
-                        f"{args.source[0]}: enough for {len(records)} of {args.num_per_format} {image_type} questions "
-                        "only, as every question needs a target of its own; give more sources or a smaller "
+                        f"{flags.source[0]}: enough for {len(records)} of {flags.num_per_format} {image_type} "
+                        "questions only, as every question needs a target of its own; give more sources or a smaller "
                         "--num_per_format"
                     )
                 records.append(record)
         lines = ",\n".join(json.dumps(record) for record in records)
-        write_text(args.output / f"{image_type}_test_images.json", f"[\n{lines}\n]\n")
+        write_text(flags.output / f"{image_type}_test_images.json", f"[\n{lines}\n]\n")
 
 
 def slots(sizes: Sequence[int], count: int, rng: np.random.Generator) -> list[tuple[int, int]]:

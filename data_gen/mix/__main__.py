@@ -10,11 +10,12 @@ run.json. No source picture is in both parts. The same flags write the same byte
                                                      and back
 """
 
-import argparse
+import dataclasses
 import json
 import logging
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,99 +26,125 @@ from data_gen.mix.merge import Item, Merged, data_digest, merge
 from data_gen.mix.published import read_published, refuse_leaks, report
 from data_gen.mix.splitting import OVERLAPS, split
 from llava.checks import DEPTHS
-from llava.runtime import ArgumentParser, setup_logging, user_errors, write_run_json, write_text
+from llava.command_line import check_numbers, flag, parse
+from llava.run_folder import finished_run, only_writer
+from llava.runtime import setup_logging, user_errors, write_run_json, write_text
 
 logger = logging.getLogger("data_gen.mix")
+
+
+@dataclass(kw_only=True)
+class MixFlags:
+    """The command line without a command."""
+
+    pairs: list[str] = flag("pairs.json or train.json; several are put together")
+    image_folder: list[str] = flag("folder, .zip or .tar of their pictures: one, or one each")
+    source_images: str | None = flag(
+        "folder, .zip or .tar of the source pictures: one is then known under two names", None
+    )
+    output: Path = flag("folder to write")
+    validation: float = flag("share of the pairs that is held out; 0: no validation.json", 0.05)
+    overlap: str = flag(
+        "where shared source pictures connect too many pairs: stop, or drop training pairs", "error", choices=OVERLAPS
+    )
+    seed: int = flag("of order and split", 0)
+    zip: bool = flag("pictures as images.zip, not as a folder", False)
+    licence: list[str] = flag("of source pictures, for the data card: SUBSET=TEXT", [], metavar="SUBSET=TEXT")
+    title: str = flag("of the data card", "Multi-image preference pairs")
+
+
+@dataclass(kw_only=True)
+class ReadFlags:
+    """The command line of `read`."""
+
+    published: str = flag("folder with train.json and images.zip, images.tar or images")
+    check_images: str = flag("decode, read headers, or see they exist", "full", choices=DEPTHS)
+
+
+@dataclass(kw_only=True)
+class ExportFlags:
+    """The command line of `export`."""
+
+    data_path: str = flag("train.json or pairs.json")
+    image_folder: str = flag("folder, .zip or .tar of the pictures")
+    output: Path = flag("folder of save_to_disk, or a name.parquet")
+
+
+@dataclass(kw_only=True)
+class ImportFlags:
+    """The command line of `import`."""
+
+    path: Path = flag("folder of save_to_disk, or a .parquet file")
+    output: Path = flag("folder for train.json and images")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command of the first word; without one, mix."""
     words = list(sys.argv[1:] if argv is None else argv)
-    commands = {"mix": mix, "read": read, "export": export, "import": import_}
-    command = words.pop(0) if words and words[0] in commands else "mix"
+    commands = {"mix": (mix, MixFlags), "read": (read, ReadFlags), "export": (export, ExportFlags),
+                "import": (import_, ImportFlags)}  # fmt: skip
+    run, kind = commands[words.pop(0) if words and words[0] in commands else "mix"]
     setup_logging()
     with user_errors():
-        commands[command](_parser(command), words)
+        run(*parse([kind], __doc__, words))
 
 
-def mix(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
+def mix(flags: MixFlags) -> None:
     """Merge, split, write."""
-    add = parser.add_argument
-    add("--pairs", nargs="+", required=True, help="pairs.json or train.json; several are put together")
-    add("--image_folder", nargs="+", required=True, help="folder, .zip or .tar of their pictures: one, or one each")
-    add("--source_images", help="folder, .zip or .tar of the source pictures: one is then known under two names")
-    add("--output", type=Path, required=True, help="folder to write")
-    add("--validation", type=float, default=0.05, help="share of the pairs that is held out; 0: no validation.json")
-    add("--overlap", choices=OVERLAPS, default="error",
-        help="where shared source pictures connect too many pairs: stop, or drop training pairs")  # fmt: skip
-    add("--seed", type=int, default=0, help="of order and split")
-    add("--zip", action="store_true", help="pictures as images.zip, not as a folder")
-    add("--licence", nargs="+", default=[], metavar="SUBSET=TEXT", help="of source pictures, for the data card")
-    add("--title", default="Multi-image preference pairs", help="of the data card")
-    args = parser.parse_args(words)
-    licences = _licences(args)
-    identity = _identity(args)
-    if _is_complete(args.output, identity):
-        logger.info("%s is complete: nothing to do", args.output)
+    licences = _licences(flags)
+    identity = _identity(flags)
+    if finished_run(flags.output, identity):
+        logger.info("%s is complete: nothing to do", flags.output)
         return
-    merged = merge(args.pairs, args.image_folder, args.source_images)
-    parts = _parts(args, merged)
-    card = describe(parts, args.pairs, licences) | {"dropped": dict(merged.dropped)}
-    _write(args, merged, parts, card)
-    write_run_json(args.output / "run.json", identity=identity, counts=card)
-    _say(args.output, card)
+    merged = merge(flags.pairs, flags.image_folder, flags.source_images)
+    parts = _parts(flags, merged)
+    card = describe(parts, flags.pairs, licences) | {"dropped": dict(merged.dropped)}
+    with only_writer(flags.output / "mix"):
+        _write(flags, merged, parts, card)
+        write_run_json(flags.output / "run.json", identity=identity, counts=card)
+    _say(flags.output, card)
 
 
-def _licences(args: argparse.Namespace) -> dict[str, str]:
-    if not 0 <= args.validation < 1 or args.seed < 0:
-        raise ValueError("--validation must be from 0 to below 1, and --seed 0 or more")
-    pairs = [text.partition("=") for text in args.licence]
+def _licences(flags: MixFlags) -> dict[str, str]:
+    check_numbers(flags, validation=(0, 1), seed=(0, None))
+    if flags.validation == 1:
+        raise ValueError("--validation 1: nothing is left to train on")
+    pairs = [text.partition("=") for text in flags.licence]
     if wrong := [subset for subset, equals, text in pairs if not (subset and equals and text)]:
         raise ValueError(f"--licence {wrong[0]}: write SUBSET=TEXT, as coco='CC BY 4.0'")
     return {subset: text for subset, _, text in pairs}
 
 
-def _identity(args: argparse.Namespace) -> dict[str, Any]:
+def _identity(flags: MixFlags) -> dict[str, Any]:
     """What decides the bytes that are written."""
-    arguments = {name: str(value) for name, value in vars(args).items() if name != "output"}
-    return {"arguments": arguments, "pairs": {path: data_digest(path) for path in args.pairs}}
+    arguments = {name: value for name, value in dataclasses.asdict(flags).items() if name != "output"}
+    return {"arguments": arguments, "pairs": {path: data_digest(path) for path in flags.pairs}}
 
 
-def _is_complete(output: Path, identity: dict[str, Any]) -> bool:
-    """Whether this same mix is there. Raises ValueError if another one is."""
-    run_json = output / "run.json"
-    if not run_json.is_file():
-        for part in output.glob("images.zip.*.tmp"):  # of a run that was killed
-            part.unlink()
-        return False
-    if json.loads(run_json.read_text(encoding="utf-8")).get("identity") != identity:
-        raise ValueError(f"{output} holds another data set, see its run.json: choose another --output, or remove it")
-    return True
-
-
-def _parts(args: argparse.Namespace, merged: Merged) -> dict[str, list[Item]]:
+def _parts(flags: MixFlags, merged: Merged) -> dict[str, list[Item]]:
     train, validation, overlapping = split(
-        [item.pictures for item in merged.items], args.validation, args.seed, args.overlap
+        [item.pictures for item in merged.items], flags.validation, flags.seed, flags.overlap
     )
     if overlapping:
         merged.dropped["shares a picture with validation"] = len(overlapping)
-    numbers = {"train": train} | ({"validation": validation} if args.validation else {})
+    numbers = {"train": train} | ({"validation": validation} if flags.validation else {})
     return {name: [merged.items[number] for number in part] for name, part in numbers.items()}
 
 
-def _write(args: argparse.Namespace, merged: Merged, parts: dict[str, list[Item]], card: dict[str, Any]) -> None:
+def _write(flags: MixFlags, merged: Merged, parts: dict[str, list[Item]], card: dict[str, Any]) -> None:
     names = {name for part in parts.values() for item in part for name in item.record["image"]}
     card["pictures"] = {"files": len(names), "bytes": merged.names.num_bytes(names)}
-    args.output.mkdir(parents=True, exist_ok=True)
-    if args.zip:
-        merged.names.write_zip(args.output / "images.zip", names)
+    for part in flags.output.glob("images.zip.*.tmp"):  # of a run that was killed
+        part.unlink()
+    if flags.zip:
+        merged.names.write_zip(flags.output / "images.zip", names)
     else:
-        merged.names.write_folder(args.output / "images", names)
+        merged.names.write_folder(flags.output / "images", names)
     for name, part in parts.items():
         lines = ",\n".join(json.dumps(item.record) for item in part)
-        write_text(args.output / f"{name}.json", f"[\n{lines}\n]\n")
-    write_text(args.output / "data_card.json", json.dumps(card, indent=2) + "\n")
-    write_text(args.output / "data_card.md", markdown(card, args.title))
+        write_text(flags.output / f"{name}.json", f"[\n{lines}\n]\n")
+    write_text(flags.output / "data_card.json", json.dumps(card, indent=2) + "\n")
+    write_text(flags.output / "data_card.md", markdown(card, flags.title))
 
 
 def _say(output: Path, card: dict[str, Any]) -> None:
@@ -131,41 +158,26 @@ def _say(output: Path, card: dict[str, Any]) -> None:
         )
 
 
-def read(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
+def read(flags: ReadFlags) -> None:
     """Check a published data set and say what it holds."""
-    parser.add_argument(
-        "--published", required=True, help="folder with train.json and images.zip, images.tar or images"
-    )
-    parser.add_argument(
-        "--check_images", choices=DEPTHS, default="full", help="decode, read headers, or see they exist"
-    )
-    args = parser.parse_args(words)
-    published = read_published(args.published, args.check_images)
+    published = read_published(flags.published, flags.check_images)
     refuse_leaks(published)
     for line in report(published):
         logger.info("%s", line)
 
 
-def export(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
+def export(flags: ExportFlags) -> None:
     """Pairs to the datasets library."""
-    parser.add_argument("--data_path", required=True, help="train.json or pairs.json")
-    parser.add_argument("--image_folder", required=True, help="folder, .zip or .tar of the pictures")
-    parser.add_argument("--output", type=Path, required=True, help="folder of save_to_disk, or a name.parquet")
-    args = parser.parse_args(words)
-    logger.info("%s: %d rows", args.output, export_pairs(args.data_path, args.image_folder, args.output))
+    with only_writer(flags.output):
+        num_rows = export_pairs(flags.data_path, flags.image_folder, flags.output)
+    logger.info("%s: %d rows", flags.output, num_rows)
 
 
-def import_(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
+def import_(flags: ImportFlags) -> None:
     """Pairs from the datasets library."""
-    parser.add_argument("--path", type=Path, required=True, help="folder of save_to_disk, or a .parquet file")
-    parser.add_argument("--output", type=Path, required=True, help="folder for train.json and images")
-    args = parser.parse_args(words)
-    logger.info("%s: %d pairs", args.output / "train.json", import_pairs(args.path, args.output))
-
-
-def _parser(command: str) -> argparse.ArgumentParser:
-    name = "python -m data_gen.mix" + ("" if command == "mix" else f" {command}")
-    return ArgumentParser(name, description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    with only_writer(flags.output / "import"):
+        num_pairs = import_pairs(flags.path, flags.output)
+    logger.info("%s: %d pairs", flags.output / "train.json", num_pairs)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -10,8 +9,8 @@ from data_gen.mix.hf_export import MORE
 from data_gen.pictures import decode
 from llava.records import IMAGE, DataError, parse_preference
 from llava.runtime import write_text
+from llava.tables import is_arrow, read_rows
 
-ROWS = 100  # read at once
 TEXTS = ("prompt", "chosen", "rejected")
 
 
@@ -19,10 +18,14 @@ def import_pairs(path: Path, output: Path) -> int:
     """Write train.json and images/; the number of pairs. Raises DataError, ValueError, FileNotFoundError."""
     if (output / "train.json").exists():
         raise ValueError(f"{output} holds a train.json: remove it or choose another --output")
+    if path.exists() and not is_arrow(path):
+        raise ValueError(f"{path}: neither a folder of save_to_disk nor a .parquet file")
     records, problems, folder = [], [], Folder(output / "images")
-    for number, row in enumerate(_rows(path), 1):
+    for number, row in enumerate(read_rows(path), 1):
         where = f"{path} row {number}"
         try:
+            if isinstance(row, ValueError):
+                raise row
             records.append(_record(row, number, folder))
             parse_preference(records[-1], where)
         except ValueError as error:
@@ -57,31 +60,6 @@ class Folder:
             self._names[digest] = str(path)
             self._taken.add(str(path))
         return self._names[digest]
-
-
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows with pictures still encoded."""
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such data set")
-    if path.is_dir():
-        from datasets import DatasetDict, load_from_disk  # slow to import
-
-        data = load_from_disk(str(path))
-        if isinstance(data, DatasetDict):
-            raise ValueError(f"{path}: holds the splits {', '.join(data)}; give one, as {path / next(iter(data))}")
-        data = data.with_format("arrow")
-        for start in range(0, len(data), ROWS):
-            yield from data[start : start + ROWS].to_pylist()
-        return
-    from pyarrow import ArrowInvalid
-    from pyarrow.parquet import ParquetFile
-
-    try:
-        batches = ParquetFile(path).iter_batches(batch_size=ROWS)
-    except ArrowInvalid as error:
-        raise ValueError(f"{path}: neither a folder of save_to_disk nor a .parquet file") from error
-    for batch in batches:
-        yield from batch.to_pylist()
 
 
 def _record(row: dict[str, Any], number: int, folder: Folder) -> dict[str, Any]:

@@ -33,8 +33,9 @@ def split(
 ) -> tuple[list[int], list[int], list[int]]:
     """(train, validation, dropped) numbers in random order; no picture is in both of the first two.
 
-    Whole groups go to validation. Where a group is too large for that, `overlap` says what happens: `error`, or `drop`
-    the training pairs that share a picture with a random choice of validation pairs.
+    Whole groups go to validation, at least half and at most twice as many pairs as `share` says. Where they are too
+    large for that, `overlap` says what happens: `error`, or `drop` the training pairs that share a picture with a
+    random choice of validation pairs.
     """
     rng = np.random.default_rng(seed)
     order = [int(number) for number in rng.permutation(len(pictures))]
@@ -48,6 +49,9 @@ def split(
     for place in rng.permutation(len(found)):
         if len(validation) + len(found[place]) <= wanted:
             validation |= set(found[place])
+    smallest = min(found, key=len)
+    if not validation and len(smallest) <= 2 * wanted:
+        validation = set(smallest)
     dropped: set[int] = set()
     if len(validation) < wanted / 2:
         if overlap == "error":

@@ -113,7 +113,7 @@ class Family:
 
         Raises ValueError if the prompt holds another special token of the tokenizer.
         """
-        self._checked(prompt.replace(IMAGE, ""), "a prompt")
+        self._checked(prompt.replace(IMAGE, "\n"), "a prompt")  # "" would join what stands around a picture
         return self._tokens(prompt, None)
 
     def encode_answer(self, prompt: str, answer: str) -> list[int]:

@@ -75,7 +75,7 @@ class Comparison:
     low: float  # percentiles of the resampled difference
     high: float
     p: float  # two-sided, of the resampled difference
-    relative: Interval | None  # second / first - 1, resampled; None where the first can be 0
+    relative: Interval | None  # second / first - 1, resampled; None of a first that is 0
 
 
 def compare(first: np.ndarray, second: np.ndarray, groups: np.ndarray, samples: int = SAMPLES) -> Comparison:
@@ -85,8 +85,8 @@ def compare(first: np.ndarray, second: np.ndarray, groups: np.ndarray, samples: 
     ends = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
     low, high = map(float, np.quantile(after - before, ends))
     relative = None
-    if before.min() > 0:
-        ratio = np.quantile(after / before - 1, ends)
+    if means[0].mean() > 0:
+        ratio = np.quantile(after / np.maximum(before, 1e-9) - 1, ends)
         relative = Interval(float(means[1].mean() / means[0].mean() - 1), *map(float, ratio))
     return Comparison(seed_interval(means[1] - means[0], -1), low, high, two_sided_p(after - before), relative)
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
+from llava import run_folder
 from llava.runtime import write_text
 
 logger = logging.getLogger(__name__)
@@ -50,20 +51,32 @@ def latest_checkpoint(
         if not marker.is_file():
             logger.info("%s was interrupted while it was written: passed over", folder)
             continue
-        theirs = json.loads(marker.read_text(encoding="utf-8"))
-        differing = [k for k in {**theirs, **identity} if theirs.get(k) != json.loads(json.dumps(identity.get(k)))]
-        if differing == ["pairs_per_step"] and flags_for:
-            raise ValueError(
-                f"{folder} has {theirs['pairs_per_step']} pairs per step, these flags make "
-                f"{identity['pairs_per_step']}: go on with {flags_for(theirs['pairs_per_step'])}"
-            )
-        if differing:
-            listed = ", ".join(f"{k} {theirs.get(k)} there, {identity.get(k)} here" for k in differing)
-            raise ValueError(
-                f"{folder} is of another run ({listed}): choose another --output_dir, or remove the old one"
-            )
+        _refuse_another(folder, identity, flags_for)
         return folder
     return None
+
+
+def is_finished(output_dir: str | Path, identity: Mapping[str, Any]) -> bool:
+    """Whether this experiment has been trained to its end there. Raises ValueError if another one has."""
+    if not (Path(output_dir) / COMPLETE).is_file():
+        return False
+    _refuse_another(Path(output_dir), identity)
+    return True
+
+
+def mark_complete(folder: Path, identity: Mapping[str, Any]) -> None:
+    """The last file of a checkpoint, or of a finished training: all others are there."""
+    write_text(folder / COMPLETE, json.dumps(identity, indent=2))
+
+
+def _refuse_another(folder: Path, identity: Mapping[str, Any], flags_for: Callable[[int], str] | None = None) -> None:
+    theirs, ours = run_folder.read_object(folder / COMPLETE), dict(identity)
+    size, own_size = theirs.get("pairs_per_step"), ours.get("pairs_per_step")
+    if flags_for and size != own_size and not run_folder.differences(theirs, {**ours, "pairs_per_step": size}):
+        raise ValueError(
+            f"{folder} has {size} pairs per step, these flags make {own_size}: go on with {flags_for(size)}"
+        )
+    run_folder.refuse_another(folder, theirs, ours, "choose another --output_dir, or remove the old one")
 
 
 def remove_interrupted(folder: Path) -> None:
@@ -86,7 +99,7 @@ class MarkComplete(TrainerCallback):
             torch.distributed.barrier()
         if state.is_world_process_zero:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            write_text(folder / COMPLETE, json.dumps(self.identity, indent=2))
+            mark_complete(folder, self.identity)
             for other in _folders(args.output_dir):
                 remove_interrupted(other)  # else it could count as the newest, and be kept in place of this one
             rotate_checkpoints(args.output_dir, args.save_total_limit, state.best_model_checkpoint, use_mtime=True)

@@ -22,6 +22,7 @@ from torch import Tensor
 from llava.checkpoints import Checkpoint
 from llava.image import ImageStore
 from llava.records import DataError
+from llava.run_folder import Log, as_json, differences, read_object
 from llava.runtime import write_text
 from train.llava_hound_dpo.data import Pair
 
@@ -43,12 +44,12 @@ class ReferenceCache:
     """
 
     def __init__(self, folder: Path, made_from: Mapping[str, Any], store: ImageStore):
-        self.folder, self.made_from, self.store = folder, json.loads(json.dumps(made_from, default=str)), store
+        self.folder, self.made_from, self.store = folder, as_json(made_from), store
         self._known: dict[str, dict] = {}  # entries by key
         self._by_id: dict[str, dict] = {}  # the latest entry by the record's id, to say what has changed
         self._own: dict[str, dict] = {}  # written by this process in this run
         self._keys: dict[int, tuple[Pair, dict]] = {}
-        self._file: Path | None = None
+        self._log: Log | None = None  # this process's own file
 
     def load(self) -> None:
         """Read what is on disk. Raises ValueError if it was made from something else, or is damaged."""
@@ -74,10 +75,9 @@ class ReferenceCache:
             if not (math.isfinite(c) and math.isfinite(r)):
                 raise FloatingPointError(f"the reference log-probs of {pair.record.where} are not finite: {c}, {r}")
             entries.append({**self._identify(pair), "chosen": c, "rejected": r})
-        if self._file is None:
+        if self._log is None:
             self._begin()
-        with self._file.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(entry) + "\n" for entry in entries)
+        self._log.append(entries)
         self._remember(entries)
         self._own |= {entry["key"]: entry for entry in entries}
 
@@ -113,7 +113,7 @@ class ReferenceCache:
         if not (self.folder / HEADER).is_file():
             write_text(self.folder / HEADER, json.dumps(self.made_from, indent=2) + "\n")
         rank = os.environ.get("RANK", "0")
-        self._file = self.folder / PARTS.replace("*", f"{rank}-{uuid.uuid4().hex[:12]}")
+        self._log = Log(self.folder / PARTS.replace("*", f"{rank}-{uuid.uuid4().hex[:12]}"))
 
     def _check_header(self, has_parts: bool) -> None:
         header = self.folder / HEADER
@@ -125,10 +125,10 @@ class ReferenceCache:
                 )
             return
         try:
-            theirs = dict(json.loads(header.read_text(encoding="utf-8")))
+            theirs = read_object(header)
         except ValueError as error:
-            raise ValueError(f"{header}: broken JSON ({error}); delete the folder {self.folder}") from error
-        differing = list(_differences(theirs, self.made_from))
+            raise ValueError(f"{error}; delete the folder {self.folder}") from error
+        differing = differences(_labelled(theirs), _labelled(self.made_from))
         if differing:
             raise ValueError(
                 f"{self.folder}: the reference log-probs there were made from something else: {'; '.join(differing)}; "
@@ -177,33 +177,28 @@ def describe_reference(checkpoint: Checkpoint, precision: str) -> dict[str, Any]
     }
 
 
-def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]):
-    """One phrase for every entry that is not the same."""
-    for name in {**ours, **theirs}:
-        there, here = theirs.get(name), ours.get(name)
-        if isinstance(there, Mapping) and isinstance(here, Mapping):
-            for phrase in _differences(there, here):
-                yield f"{LABELS.get(name, name)}: {phrase}"
-        elif there != here:
-            yield f"{LABELS.get(name, name)} ({there} there, {here} here)"
+def _labelled(made_from: Mapping[str, Any]) -> dict[str, Any]:
+    """By names that people know; a group's own entries say which group they are of."""
+    return {
+        LABELS.get(name, name): {f"{LABELS.get(name, name)}: {own}": entry for own, entry in value.items()}
+        if isinstance(value, Mapping) else value
+        for name, value in made_from.items()
+    }  # fmt: skip
 
 
 def _read_part(path: Path) -> list[dict]:
     """Entries of one process's file; a last line that a kill cut short is left out. Raises ValueError."""
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     entries = []
-    for number, line in enumerate(lines[:-1], 1):
-        try:
-            entry = json.loads(line)
+    try:
+        for entry in Log(path):
             is_whole = all(isinstance(entry[name], str) for name in ("key", "id", "text"))
-            is_whole = is_whole and math.isfinite(entry["chosen"]) and math.isfinite(entry["rejected"])
-        except (ValueError, KeyError, TypeError):
-            is_whole = False
-        if not is_whole:
-            raise ValueError(
-                f"{path} line {number}: a damaged entry; delete the file, and its pairs will be computed again"
-            )
-        entries.append(entry)
+            if not (is_whole and math.isfinite(entry["chosen"]) and math.isfinite(entry["rejected"])):
+                raise ValueError("not whole")
+            entries.append(entry)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} line {len(entries) + 1}: a damaged entry; delete the file, and its pairs will be computed again"
+        ) from error
     return entries
 
 

@@ -5,6 +5,7 @@ import hashlib
 import logging
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from llava.families import Family
 from llava.heads import Heads, select_heads
 from llava.image import ImageStore
 from llava.records import read_preferences
+from llava.run_folder import only_writer
 from llava.runtime import (
     is_main_process,
     leave,
@@ -37,7 +39,7 @@ from train.llava_hound_dpo.arguments import (
     parse,
 )
 from train.llava_hound_dpo.batches import BatchPlan, flags_for, make_plan
-from train.llava_hound_dpo.checkpoints import check_optim, latest_checkpoint
+from train.llava_hound_dpo.checkpoints import check_optim, is_finished, latest_checkpoint, mark_complete
 from train.llava_hound_dpo.data import (
     Pair,
     PairDataset,
@@ -54,6 +56,8 @@ from train.llava_hound_dpo.stopping import one_line_errors
 from train.llava_hound_dpo.trainer import AttentionAwareDPOTrainer
 
 logger = logging.getLogger(__name__)
+
+_held = ExitStack()  # the lock of this run
 
 SCHEDULE = (
     "learning_rate", "lr_scheduler_type", "warmup_steps", "num_train_epochs", "max_steps", "seed", "data_seed", "bf16",
@@ -89,6 +93,7 @@ def main() -> int:
     with user_errors():
         model_args, data_args, loss_args, args = parse()
         refuse_quantised(model_args, Zero.read(args.deepspeed_file).stage)
+        claim(args)
         inputs = read_inputs(model_args, data_args, loss_args, args)
         identity = describe_run(model_args, data_args, loss_args, args, inputs)
         if args.deepspeed_file:
@@ -97,6 +102,9 @@ def main() -> int:
         checkpoint = latest_checkpoint(args.output_dir, identity, partial(flags_for, **size))
         if checkpoint and inputs.reference and not model_args.lora_enable:
             inputs.reference.require([*inputs.train, *inputs.evaluation])
+        if is_finished(args.output_dir, identity) and not args.dry_run:
+            logger.info("%s: finished: nothing to do", args.output_dir)
+            return 0
     if checkpoint:
         logger.info("continuing from %s", checkpoint)
     if args.dry_run:
@@ -113,9 +121,17 @@ def main() -> int:
         if not trainer.stop.stopped:
             trainer.save_model()
             trainer.save_state()
+            if args.should_save:
+                mark_complete(Path(args.output_dir), identity)
             logger.info("saved %s", args.output_dir)
     leave(trainer.stop.exit_code)
     return trainer.stop.exit_code
+
+
+def claim(args: TrainArguments) -> None:
+    """Hold the output folder's lock until this process ends. Raises ValueError if another training has it."""
+    if is_main_process() and not args.dry_run:
+        _held.enter_context(only_writer(Path(args.output_dir) / "training"))
 
 
 def read_inputs(model: ModelArguments, data: DataArguments, loss: LossArguments, args: TrainArguments) -> Inputs:

@@ -1,0 +1,123 @@
+"""Flags from dataclasses: what is unknown, retired, missing or out of range is one line that says what to do."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from llava.command_line import check_numbers, command, flag, parse
+
+
+@dataclass(kw_only=True)
+class Files:
+    """What is read and written."""
+
+    _argument_group_name = "files"
+
+    data_path: Path = flag("pairs")
+    output: Path | None = flag("where to write", None, aliases=["-o"])
+
+
+@dataclass(kw_only=True)
+class Numbers:
+    """How it is computed."""
+
+    _argument_group_name = "numbers"
+
+    batch_size: int = flag("pairs per batch", 8)
+    rates: list[float] = flag("learning rates", [0.1, 0.2])
+    resume: bool = flag("go on", False)
+    kind: str = flag("which", "a", choices=["a", "b"])
+
+    def __post_init__(self):
+        check_numbers(self, batch_size=(1, 64))
+
+
+def parsed(*words, **names):
+    return parse((Files, Numbers), "What it does.", list(words), **names)
+
+
+def test_values_defaults_and_switches():
+    files, numbers = parsed("--data_path", "a.json", "--rates", "1", "2.5", "--resume")
+    assert (files.data_path, files.output) == (Path("a.json"), None)
+    assert (numbers.batch_size, numbers.rates, numbers.resume) == (8, [1.0, 2.5], True)
+    assert parsed("--data-path=a.json", "-o", "b", "--resume", "False")[1].resume is False
+    first, second = (parsed("--data_path", "a")[1].rates for _ in range(2))
+    assert first == [0.1, 0.2] and first is not second
+
+
+def test_a_near_name_is_offered():
+    with pytest.raises(ValueError, match=r"^unknown flag --batchsize; did you mean --batch_size\?$"):
+        parsed("--data_path", "a", "--batchsize", "3")
+
+
+def test_flags_are_not_abbreviated():
+    """A flag that is added later must not change what an old command line means."""
+    with pytest.raises(ValueError, match="unknown flag --batch_s"):
+        parsed("--data_path", "a", "--batch_s", "3")
+
+
+def test_a_name_like_no_other_points_to_the_help():
+    with pytest.raises(ValueError, match="unknown flag --zzzz; see --help"):
+        parsed("--data_path", "a", "--zzzz=1")
+
+
+def test_a_synonym_is_offered_before_what_looks_alike():
+    with pytest.raises(ValueError, match=r"unknown flag --dataset; did you mean --data_path\?"):
+        parsed("--dataset", "a", synonyms={"dataset": "data_path"})
+
+
+@pytest.mark.parametrize("word", ["--old_flag", "--old-flag", "--old_flag=3"])
+def test_a_retired_flag_says_what_to_do_instead(word):
+    with pytest.raises(ValueError, match="--old_flag is a flag of earlier scripts that no longer exists: use --kind"):
+        parsed(word, retired={"old_flag": "use --kind"})
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], "--data_path"),
+        (["--data_path", "a", "--batch_size", "many"], "batch_size"),
+        (["--data_path", "a", "--kind", "c"], "kind.*'c'"),
+        (["--data_path", "a", "--batch_size", "0"], r"--batch_size 0: must be at least 1 and at most 64"),
+        (["--data_path"], "data_path.*expected one argument"),
+        (["--data_path", "a", "left over"], "left over"),
+    ],
+)
+def test_what_is_wrong_is_one_line(words, expected):
+    with pytest.raises(ValueError, match=expected) as caught:
+        parsed(*words)
+    assert "\n" not in str(caught.value)
+
+
+def test_help_has_groups_descriptions_and_defaults(capsys):
+    with pytest.raises(SystemExit) as ended:
+        parsed("--help")
+    printed = capsys.readouterr().out
+    assert ended.value.code == 0 and "What it does." in printed
+    assert printed.index("files:") < printed.index("--data_path DATA_PATH", printed.index("files:"))
+    assert printed.index("files:") < printed.index("numbers:") and "pairs per batch (default: 8)" in printed
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1, 65])
+def test_numbers_outside_their_limits(value):
+    numbers = Numbers()
+    numbers.batch_size = value
+    with pytest.raises(ValueError, match="--batch_size"):
+        check_numbers(numbers, batch_size=(0, 64))
+
+
+def test_no_number_is_no_error():
+    numbers = Numbers()
+    numbers.batch_size = None
+    check_numbers(numbers, batch_size=(0, None))
+
+
+def test_the_first_word_picks_the_command(capsys):
+    assert command(["run", "--x", "1"], ["run", "report"], "Two.") == ("run", ["--x", "1"])
+    for words in ([], ["rum"]):
+        with pytest.raises(ValueError, match="the first word must be one of run, report"):
+            command(words, ["run", "report"], "Two.")
+    with pytest.raises(SystemExit):
+        command(["--help"], ["run", "report"], "Two.")
+    assert "commands: run, report" in capsys.readouterr().out
