@@ -118,7 +118,8 @@ def strip(axis, row: PackedRow, values, label: str) -> None:
 def draw_row(family):
     """The packed row: what its tokens are, their positions, who sees whom."""
     row = packed(family)
-    figure, axes = plt.subplot_mosaic([["position"] * 2, ["mask", "end"]], figsize=(9, 5), height_ratios=(1, 3))
+    figure, axes = plt.subplot_mosaic([["position"] * 2, ["mask", "end"]], figsize=(9, 5), height_ratios=(1, 3),
+                                       layout="constrained")  # fmt: skip
     strip(axes["position"], row, row.position_ids[0], "position")
     shown = np.where(visible(row)[..., None], np.array([matplotlib.colors.to_rgb(c) for c in colours(row)]), 1.0)
     length, last = len(shown), 16

@@ -23,7 +23,7 @@ EACH_PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 TRAINING = "train.llava_hound_dpo.run_dpo"
 ANSWERING = "inference.llava_hound_dpo.run_inference"
 GONE = {"attention_carry", "attention_warmup_share", "attention_schedule"}  # docs say that they are
-OF_OTHERS = {"ntasks-per-node", "kill-on-bad-exit", "repo-type", "local-dir", "help"}  # srun, hf
+OF_OTHERS = {"ntasks-per-node", "kill-on-bad-exit", "repo-type", "local-dir", "wait", "help"}  # srun, hf, sbatch
 SCRIPTS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
 
 
@@ -160,7 +160,7 @@ def run_parser(name: str, words: list[str]) -> tuple[list[str], str]:
 
     def read(parser, args=None, namespace=None):
         flags.extend(parser._option_string_actions)
-        found, unknown = original(parser, args, namespace)
+        _, unknown = original(parser, args, namespace)
         raise Parsed(f"unknown: {unknown}" if unknown else "")
 
     said = []
@@ -235,6 +235,15 @@ def test_python_of_the_docs_runs(tmp_path, monkeypatch):
     assert found
     for block in found:
         exec(block, {"MODEL": BASE})
+
+
+def test_figures_can_be_drawn_again(tmp_path, monkeypatch):
+    from scripts import figures
+
+    monkeypatch.setattr(sys, "argv", ["figures", "--output", str(tmp_path)])
+    figures.main()
+    drawn = {path.name for path in tmp_path.iterdir()}
+    assert drawn | {"look.png"} == {path.name for path in (ROOT / "docs/figures").iterdir()}
 
 
 def test_nothing_is_left_to_fill_in():
