@@ -21,12 +21,12 @@ from llava import attention
 from llava.answering import Job, batches_of, prepare
 from llava.command_line import flag, parse
 from llava.generation import batch_prompts, generate
-from llava.heatmap import attention_map, draw_prompt
 from llava.records import Prompt, parse_preference
-from llava.regions import needs_sizes, prompt_regions, target_box, target_weights
+from llava.regions import prompt_regions, target_weights
 from llava.runtime import user_errors
 from llava.scaling import scale_scores
 from llava.settings import AnswerSettings, ModelSettings
+from scripts.draw_attention import draw as draw_maps
 from scripts.miniature.make_data import preference
 from scripts.miniature.prompts import sample_prompt
 from train.llava_hound_dpo.losses import hinge_attention, log_attention, sigmoid_loss
@@ -234,7 +234,7 @@ def draw_look(own: FigureFlags):
     figure, axes = plt.subplots(2, len(first), figsize=(8.4, 4.2), width_ratios=(3, 1, 1), layout="constrained")
     for line, (name, found) in zip(axes, (("base", base), ("trained", trained)), strict=True):
         for axis, number in zip(line, (first[kind] for kind in ("sequence", "collage", "pip")), strict=True):
-            axis.imshow(sheet(jobs[0], number, found[number]))
+            axis.imshow(draw_maps(jobs[0], number, found[number].by_token, height=200))
             axis.axis("off")
             question = jobs[0].questions[number].prompt.splitlines()[-1]
             asked = question.replace(", ", ",\n") + "\n" if name == "base" else ""
@@ -256,15 +256,6 @@ def answers_of(job: Job) -> dict:
     for model, numbers, batch in batches_of(job, range(len(job.batches))):
         found |= zip(numbers, generate(model, job.family, batch, job.layers, max_new_tokens=8), strict=True)
     return found
-
-
-def sheet(job: Job, number: int, given) -> Image.Image:
-    """The pictures of a question with the map of an answer over them."""
-    question = job.questions[number]
-    pictures = [job.store.open(name) for name in question.images]
-    maps = attention_map(given.by_token, [job.family.image(picture.size) for picture in pictures])
-    box = target_box(question, pictures[0].size) if needs_sizes(question) else None
-    return draw_prompt(pictures, maps, question.target, box, 200)
 
 
 if __name__ == "__main__":
