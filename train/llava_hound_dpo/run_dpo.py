@@ -6,7 +6,6 @@ import logging
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,26 +30,13 @@ from llava.runtime import (
     without_compiler,
     write_run_json,
 )
-from train.llava_hound_dpo.arguments import (
-    DataArguments,
-    LossArguments,
-    ModelArguments,
-    TrainArguments,
-    parse,
-)
+from train.llava_hound_dpo.arguments import DataArguments, LossArguments, ModelArguments, TrainArguments, parse
 from train.llava_hound_dpo.batches import BatchPlan, flags_for, make_plan
 from train.llava_hound_dpo.checkpoints import check_optim, is_finished, latest_checkpoint, mark_complete
-from train.llava_hound_dpo.data import (
-    Pair,
-    PairDataset,
-    describe,
-    split,
-    tokenize,
-    within_length,
-)
+from train.llava_hound_dpo.data import Pair, describe, split, tokenize, within_length
 from train.llava_hound_dpo.memory import Zero
 from train.llava_hound_dpo.model import make_trainable, parameter_table, quantisation, refuse_quantised
-from train.llava_hound_dpo.plan import plan, shape_of, world_size
+from train.llava_hound_dpo.plan import Inputs, plan, shape_of, world_size
 from train.llava_hound_dpo.reference import ReferenceCache, describe_reference
 from train.llava_hound_dpo.stopping import one_line_errors
 from train.llava_hound_dpo.trainer import AttentionAwareDPOTrainer
@@ -62,25 +48,6 @@ _held = ExitStack()  # the lock of this run
 SCHEDULE = (
     "learning_rate", "lr_scheduler_type", "warmup_steps", "num_train_epochs", "max_steps", "seed", "data_seed", "bf16",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """Everything the run reads before its weights, checked."""
-
-    checkpoint: Checkpoint
-    store: ImageStore
-    layers: frozenset[int]
-    heads: Heads | None  # of these layers; None: all
-    train: list[Pair]
-    evaluation: list[Pair]
-    dropped: list[Pair]
-    batches: BatchPlan  # of the training pairs
-    reference: ReferenceCache | None = None  # None: computed at every step, or not needed
-
-    def dataset(self, pairs: Sequence[Pair]) -> PairDataset:
-        """The pairs with their pictures."""
-        return PairDataset(pairs, self.store, self.checkpoint.family)
 
 
 def main() -> int:
@@ -108,8 +75,7 @@ def main() -> int:
     if checkpoint:
         logger.info("continuing from %s", checkpoint)
     if args.dry_run:
-        found = (inputs.checkpoint.config, len(inputs.layers), inputs.train, inputs.evaluation, inputs.dropped)
-        logger.info(plan(model_args, loss_args, args, *found, inputs.batches, inputs.reference))
+        logger.info(plan(model_args, loss_args, args, inputs))
         return 0
     with user_errors():
         refuse_data_parallel(args)
