@@ -206,8 +206,8 @@ class TrainArguments(TrainingArguments):
         self.use_cpu = self.use_cpu or not torch.cuda.is_available()
         if not self.deepspeed:  # the flag's empty string, as a script passes it
             self.deepspeed = None
-        elif isinstance(self.deepspeed, str):
-            refuse_missing_deepspeed(self.deepspeed)
+        elif isinstance(self.deepspeed, str) and not Path(self.deepspeed).is_file():
+            raise FileNotFoundError(f"--deepspeed {self.deepspeed}: no such file; scripts/zero2.json is one")
         self.deepspeed_file = self.deepspeed
         if self.dry_run:
             self.deepspeed = None  # planning needs no process group
@@ -231,15 +231,7 @@ class TrainArguments(TrainingArguments):
             config["train_batch_size"] = self.world_size * self.per_device_train_batch_size * rows
 
 
-def refuse_missing_deepspeed(file: str) -> None:
-    """Raises FileNotFoundError where a DeepSpeed config is named that is not there."""
-    if not Path(file).is_file():
-        raise FileNotFoundError(f"--deepspeed {file}: no such file; scripts/zero2.json is one")
-
-
-def parse(
-    argv: Sequence[str] | None = None,
-) -> tuple[ModelArguments, DataArguments, LossArguments, TrainArguments]:
+def parse(argv: Sequence[str] | None = None) -> tuple[ModelArguments, DataArguments, LossArguments, TrainArguments]:
     """The four groups of flags. Raises ValueError with a nearest name for an unknown flag."""
     groups = (ModelArguments, DataArguments, LossArguments, TrainArguments)
     usage = "run_dpo --model_name_or_path MODEL --data_path PAIRS --image_folder IMAGES --output_dir OUTPUT ..."

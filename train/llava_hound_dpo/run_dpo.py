@@ -78,7 +78,6 @@ def main() -> int:
         logger.info(plan(model_args, loss_args, args, inputs))
         return 0
     with user_errors():
-        refuse_data_parallel(args)
         policy = load_policy(inputs.checkpoint, model_args, args)
     trainer = build_trainer(policy, model_args, loss_args, args, inputs, identity)
     record_run(model_args, data_args, loss_args, args, inputs)
@@ -176,19 +175,18 @@ def _probed(loss: LossArguments, checkpoint: Checkpoint) -> tuple[frozenset[int]
     return heads.layers, heads
 
 
-def refuse_data_parallel(args: TrainArguments) -> None:
-    """Raises ValueError where the Trainer would fall back to threads over several GPUs, which packed rows cannot be."""
-    if args.n_gpu > 1:
-        raise ValueError(f"{args.n_gpu} GPUs but one process: start with torchrun --nproc_per_node={args.n_gpu} -m ...")
-
-
 def _pairs(path: str, data: DataArguments, family: Family, store: ImageStore) -> tuple[list[Pair], list[Pair]]:
     pairs = tokenize(read_preferences(path), family, store)
     return within_length(pairs, data.model_max_length, data.overlong)
 
 
 def load_policy(checkpoint: Checkpoint, model: ModelArguments, args: TrainArguments):
-    """The policy in the training precision. Must come after TrainArguments exist, or ZeRO-3 is not seen."""
+    """The policy in the training precision. Must come after TrainArguments exist, or ZeRO-3 is not seen.
+
+    Raises ValueError where the Trainer would fall back to threads over several GPUs, which packed rows cannot be.
+    """
+    if args.n_gpu > 1:
+        raise ValueError(f"{args.n_gpu} GPUs but one process: start with torchrun --nproc_per_node={args.n_gpu} -m ...")
     if args.deepspeed and args.use_cpu:
         import deepspeed
 
@@ -236,8 +234,8 @@ def describe_run(model, data, loss, args, inputs: Inputs) -> dict[str, Any]:
     """What makes two runs the same experiment: a checkpoint resumes only into the same."""
     content = hashlib.sha256(repr([(p.record, p.prompt) for p in inputs.train]).encode()).hexdigest()[:16]
     return {
-        **{f.name: getattr(model, f.name) for f in dataclasses.fields(model)},
-        **{f.name: getattr(loss, f.name) for f in dataclasses.fields(loss)},
+        **dataclasses.asdict(model),
+        **dataclasses.asdict(loss),
         "attention_heads": inputs.heads and inputs.heads.to_json(),  # wherever their file lies
         **{name: getattr(args, name) for name in SCHEDULE},
         "image_aspect_ratio": data.image_aspect_ratio,
@@ -263,7 +261,7 @@ def record_run(model, data, loss, args, inputs: Inputs) -> None:
         attention_heads=inputs.heads and inputs.heads.to_json(),
         training=args.to_dict(),
         counts=counts,
-        batches=inputs.batches.describe(),
+        batches=f"{inputs.batches.step_sizes} per step in {inputs.batches}",
     )
 
 
