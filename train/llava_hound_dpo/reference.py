@@ -46,7 +46,7 @@ class ReferenceCache:
         self._known: dict[str, dict] = {}  # entries by key
         self._by_id: dict[str, dict] = {}  # the latest entry by the record's id, to say what has changed
         self._own: list[dict] = []  # written by this process in this run
-        self._keys: dict[int, tuple[Pair, dict]] = {}
+        self._keys: dict[Pair, dict] = {}
         own_part = PARTS.replace("*", f"{os.environ.get('RANK', '0')}-{uuid.uuid4().hex[:12]}")
         self._log = Log(folder / own_part)
 
@@ -122,13 +122,12 @@ class ReferenceCache:
 
     def _identify(self, pair: Pair) -> dict[str, str]:
         """Key of a pair, and what tells later which part of it has changed."""
-        if id(pair) not in self._keys:
+        if pair not in self._keys:
             record = pair.record
             text = _digest(pair.prompt, pair.chosen, pair.rejected)
             pictures = _digest(record.images, [self.store.stamp(name) for name in record.images])
-            found = {"key": _digest(text, pictures), "id": record.id, "text": text[:16]}
-            self._keys[id(pair)] = (pair, found)  # the pair is kept, so that its id stays its own
-        return self._keys[id(pair)][1]
+            self._keys[pair] = {"key": _digest(text, pictures), "id": record.id, "text": text[:16]}
+        return self._keys[pair]
 
     def _remember(self, entries) -> None:
         for entry in entries:
@@ -162,8 +161,8 @@ def _read_part(path: Path) -> list[dict]:
     entries = []
     try:
         for entry in Log(path):
-            is_whole = all(isinstance(entry[name], str) for name in ("key", "id", "text"))
-            if not (is_whole and math.isfinite(entry["chosen"]) and math.isfinite(entry["rejected"])):
+            whole = [isinstance(entry[name], str) for name in ("key", "id", "text")]
+            if not all([*whole, math.isfinite(entry["chosen"]), math.isfinite(entry["rejected"])]):
                 raise ValueError("not whole")
             entries.append(entry)
     except (ValueError, KeyError, TypeError) as error:

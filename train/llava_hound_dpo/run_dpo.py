@@ -240,7 +240,7 @@ def describe_run(model, data, loss, args, inputs: Inputs) -> dict[str, Any]:
         **{name: getattr(args, name) for name in SCHEDULE},
         "image_aspect_ratio": data.image_aspect_ratio,
         "pairs_per_step": inputs.batches.pairs_per_step,
-        "deepspeed": args.deepspeed_file if isinstance(args.deepspeed_file, str) else None,
+        "deepspeed": args.deepspeed_file,
         "train_pairs": f"{len(inputs.train)} ({content})",
     }
 

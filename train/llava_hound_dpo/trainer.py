@@ -200,10 +200,9 @@ class AttentionAwareDPOTrainer(Trainer):
         for start in tqdm(rounds, desc="reference log-probs", disable=not (is_main_process() and rounds)):
             own = start + args.process_index
             indices = batches[own] if own < len(batches) else batches[0]
-            inputs = self.data_collator([dataset[index] for index in indices])
-            row, pixels = inputs["row"].to(args.device), {n: t.to(args.device) for n, t in inputs["pixels"].items()}
+            inputs = self._prepare_inputs(self.data_collator([dataset[index] for index in indices]))
             with torch.no_grad(), self._adapter_off(model), self.compute_loss_context_manager():
-                scores = score(model, row, **self._pictures(pixels))
+                scores = score(model, inputs["row"], **self._pictures(inputs["pixels"]))
             if own < len(batches):
                 self.reference.append([dataset.pairs[i] for i in indices], scores.chosen, scores.rejected)
         model.train(was_training)
