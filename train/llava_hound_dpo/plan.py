@@ -82,8 +82,9 @@ def plan(model: ModelArguments, loss: LossArguments, args: TrainArguments, input
         "memory": f"about {memory(batches.world_size)} per process at the longest batch ({tokens:,} tokens), "
         f"estimated for ZeRO {zero.stage}",
         **cost(
-            costs, shapes, recipe, memory, batches.total_steps / batches.steps_per_epoch, batches.pairs_per_step,
-            args.per_device_train_batch_size, args.flop_utilization, args.gpu_hour_price,
+            costs, shapes, recipe, memory, epochs=batches.total_steps / batches.steps_per_epoch,
+            batch=batches.pairs_per_step, per_device=args.per_device_train_batch_size,
+            utilization=args.flop_utilization, price=args.gpu_hour_price,
         ),
         "output": args.output_dir,
     }  # fmt: skip

@@ -23,8 +23,8 @@ class StepLines(ProgressCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
-        if self.training_bar is not None:  # steps before a resume took no time of this run's
-            self.training_bar.initial = self.training_bar.n = self.current_step = state.global_step
+        if (bar := self.training_bar) is not None:  # steps before a resume took no time of this run's
+            bar.initial = bar.n = bar.last_print_n = self.current_step = state.global_step
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         prefix = next((prefix for prefix in ("", "eval_") if prefix + "loss" in (logs or {})), None)

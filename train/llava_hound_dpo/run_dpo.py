@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import set_seed
 
+from llava import runtime
 from llava.attention import layer_range
 from llava.checkpoints import Checkpoint, open_checkpoint
 from llava.checks import check_pictures
@@ -21,15 +22,6 @@ from llava.heads import Heads, select_heads
 from llava.image import ImageStore
 from llava.records import read_preferences
 from llava.run_folder import only_writer
-from llava.runtime import (
-    is_main_process,
-    leave,
-    offline_wandb,
-    setup_logging,
-    user_errors,
-    without_compiler,
-    write_run_json,
-)
 from train.llava_hound_dpo.arguments import DataArguments, LossArguments, ModelArguments, TrainArguments, parse
 from train.llava_hound_dpo.batches import BatchPlan, flags_for, make_plan
 from train.llava_hound_dpo.checkpoints import check_optim, is_finished, latest_checkpoint, mark_complete
@@ -55,9 +47,9 @@ def main() -> int:
 
     Bad input ends it with one line and exit code 2 before any weight is loaded.
     """
-    setup_logging()
-    without_compiler()
-    with user_errors():
+    runtime.setup_logging()
+    runtime.without_compiler()
+    with runtime.user_errors():
         model_args, data_args, loss_args, args = parse()
         refuse_quantised(model_args, Zero.read(args.deepspeed_file).stage)
         claim(args)
@@ -77,7 +69,7 @@ def main() -> int:
     if args.dry_run:
         logger.info(plan(model_args, loss_args, args, inputs))
         return 0
-    with user_errors():
+    with runtime.user_errors():
         policy = load_policy(inputs.checkpoint, model_args, args)
     trainer = build_trainer(policy, model_args, loss_args, args, inputs, identity)
     record_run(model_args, data_args, loss_args, args, inputs)
@@ -89,13 +81,13 @@ def main() -> int:
             if args.should_save:
                 mark_complete(Path(args.output_dir), identity)
             logger.info("saved %s", args.output_dir)
-    leave(trainer.stop.exit_code)
+    runtime.leave(trainer.stop.exit_code)
     return trainer.stop.exit_code
 
 
 def claim(args: TrainArguments) -> None:
     """Hold the output folder's lock until this process ends. Raises ValueError if another training has it."""
-    if is_main_process() and not args.dry_run:
+    if runtime.is_main_process() and not args.dry_run:
         _held.enter_context(only_writer(Path(args.output_dir) / "training"))
 
 
@@ -120,7 +112,7 @@ def read_inputs(model: ModelArguments, data: DataArguments, loss: LossArguments,
         train, evaluation = split(pairs, data.eval_split, args.seed)
     if args.eval_strategy != "no" and not evaluation:
         raise ValueError("--eval_strategy needs something to evaluate on: give --eval_split or --eval_data_path")
-    if is_main_process():  # if it finds something it ends, and the launcher ends the others
+    if runtime.is_main_process():  # if it finds something it ends, and the launcher ends the others
         check_pictures([pair.record for pair in (*train, *evaluation)], store, family, data.check_images)
     batches = plan_batches(train, loss, args)
     reference = open_reference(checkpoint, model, loss, args, store)
@@ -209,7 +201,7 @@ def precision(model: ModelArguments, args: TrainArguments) -> tuple[torch.dtype,
 
 def build_trainer(policy, model, loss, args, inputs: Inputs, identity: dict[str, Any]) -> AttentionAwareDPOTrainer:
     """The trainer with its data, loss and source of reference log-probs."""
-    offline_wandb(args.report_to)
+    runtime.offline_wandb(args.report_to)
     args.accumulate(inputs.batches.accumulation)  # before the Trainer and DeepSpeed take it from there
     table = parameter_table(policy, type(inputs.checkpoint.family))
     logger.info("%s\ntrained: %s", table, model.trained)
@@ -252,7 +244,7 @@ def record_run(model, data, loss, args, inputs: Inputs) -> None:
     counts = {"train": describe(inputs.train), "dropped": [pair.record.where for pair in inputs.dropped]}
     if inputs.evaluation:
         counts["evaluation"] = describe(inputs.evaluation)
-    write_run_json(
+    runtime.write_run_json(
         Path(args.output_dir) / "run.json",
         model=dataclasses.asdict(model),
         data=dataclasses.asdict(data),
