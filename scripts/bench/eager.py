@@ -13,33 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llava.attention import layer_range
-from scripts.bench.pairs import Pairs
-from scripts.bench.steps import Step, autocast
 from train.llava_hound_dpo.losses import LossSettings
 
 IGNORED = -100  # label of a token that is not of an answer
-
-
-class Eager(Step):
-    """A step of `attention_aware_dpo`."""
-
-    def __init__(self, policy, settings: LossSettings):
-        super().__init__(policy)
-        self.settings, self.batch = settings, None
-        self.layers = sorted(layer_range(policy.config.text_config.num_hidden_layers, "auto"))
-
-    def load(self, pairs: Pairs) -> None:
-        """A padded batch."""
-        self.batch = collate(pairs.items(), pairs.dataset.image_token, self.policy.device)
-
-    def forward_and_backward(self) -> Tensor:
-        """As a training loop written by hand."""
-        self.policy.get_base_model().set_attn_implementation({"text_config": "eager"})
-        with autocast():
-            loss = attention_aware_dpo(self.policy, self.batch, self.layers, self.settings)
-        loss.backward()
-        return loss
 
 
 @dataclass(frozen=True)
@@ -74,7 +50,7 @@ def collate(items: Sequence[dict[str, Any]], image_token: int, device: torch.dev
     regions = torch.zeros(*is_image.shape, 2)
     regions[..., 1] = is_image
     regions[..., 0][is_image] = torch.cat([pair.target for pair in pairs])
-    pixels = torch.cat([item["pixel_values"] for item in items]).repeat(2, 1, 1, 1)
+    pixels = torch.cat([item["pixels"]["pixel_values"] for item in items]).repeat(2, 1, 1, 1)
     return Batch(*(tensor.to(device) for tensor in (input_ids, mask, labels, pixels, regions)))
 
 

@@ -11,32 +11,14 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from PIL import Image
 from trl import DPOConfig, DPOTrainer
 
-from llava.families.llava15 import vicuna_v1
-from scripts.bench.pairs import Pairs
-from scripts.bench.steps import TrainerStep
+from train.llava_hound_dpo.data import PairDataset
 
 
-class Trl(TrainerStep):
-    """`DPOTrainer`, with a policy of its own that has `policy`'s LoRA weights."""
-
-    def __init__(self, base, policy, pairs: Pairs, folder: Path):
-        super().__init__(build_trl(base, policy.peft_config["default"], pairs, folder), "sdpa")
-        adapter = {name: weight for name, weight in policy.state_dict().items() if "lora" in name}
-        found = self.policy.load_state_dict(adapter, strict=False)
-        assert adapter and not found.unexpected_keys, "TRL's policy has other LoRA weights"
-        self.policy.activation_checkpointing_enable()
-
-    def load(self, pairs: Pairs) -> None:
-        """A padded batch, chosen and rejected below each other, pictures twice."""
-        self.batch = self.trainer.data_collator(examples(pairs))
-
-
-def build_trl(base, settings, pairs: Pairs, folder: Path) -> DPOTrainer:
-    """The trainer of a random base with LoRA of the given `settings` (a `LoraConfig`)."""
-    return DPOTrainer(
+def build_trainer(base, policy, pairs: PairDataset, folder: Path) -> DPOTrainer:
+    """The trainer of a random base, with LoRA of `policy`'s settings and weights."""
+    trainer = DPOTrainer(
         model=base,
         args=DPOConfig(
             output_dir=str(folder), max_length=None, report_to=[], per_device_train_batch_size=1, disable_tqdm=True,
@@ -44,20 +26,24 @@ def build_trl(base, settings, pairs: Pairs, folder: Path) -> DPOTrainer:
             bf16=torch.cuda.is_available(), use_cpu=not torch.cuda.is_available(),
         ),
         train_dataset=Dataset.from_list(examples(pairs)),
-        processing_class=pairs.processor,
-        peft_config=settings,
+        processing_class=pairs.family.processor(),
+        peft_config=policy.peft_config["default"],
     )  # fmt: skip
+    adapter = {name: weight for name, weight in policy.state_dict().items() if "lora" in name}
+    found = trainer.model.load_state_dict(adapter, strict=False)
+    assert adapter and not found.unexpected_keys, "TRL's policy has other LoRA weights"
+    trainer.model.activation_checkpointing_enable()
+    return trainer
 
 
-def examples(pairs: Pairs) -> list[dict[str, Any]]:
+def examples(pairs: PairDataset) -> list[dict[str, Any]]:
     """The pairs as TRL takes them."""
-    folder = pairs.dataset.store.path
     return [
         {
-            "images": [Image.open(folder / name) for name in record.images],
-            "prompt": "<s>" + vicuna_v1([(record.prompt, None)]),
+            "images": [pairs.store.open(name) for name in record.images],
+            "prompt": "<s>" + pairs.family.render([(record.prompt, None)]),
             "chosen": record.chosen + "</s>",
             "rejected": record.rejected + "</s>",
         }
-        for record in pairs.records
+        for record in (pair.record for pair in pairs.pairs)
     ]
