@@ -8,6 +8,7 @@ On demand also training questions without pairs (instructions.json, for data_gen
 """
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,8 +59,7 @@ def main() -> None:
             record_id = f"{name}_{index:06d}"
             images = save_pictures(prompt.pictures(), flags.output / "images", name, record_id)
             records.append({"id": record_id, "image": images} | fields_of(prompt, rng))
-        lines = ",\n".join(json.dumps(record) for record in records)
-        write_text(flags.output / f"{name}.json", f"[\n{lines}\n]\n")
+        write_records(flags.output / f"{name}.json", records)
 
 
 def preference(prompt: Prompt, rng: np.random.Generator) -> dict:
@@ -79,6 +79,12 @@ def where(prompt: Prompt) -> dict:
         return {"image_type": "single"}
     fields = {"image_type": prompt.image_type, "target": prompt.target + 1, "target_box": prompt.target_box}
     return fields | ({"grid": list(GRID)} if prompt.image_type == "collage" else {})
+
+
+def write_records(path: Path, records: Iterable[dict]) -> None:
+    """A JSON list, a record a line."""
+    lines = ",\n".join(map(json.dumps, records))
+    write_text(path, f"[\n{lines}\n]\n")
 
 
 def save_pictures(pictures: list[Image.Image], folder: Path, name: str, record_id: str) -> list[str]:

@@ -4,7 +4,6 @@ The study's control: the attention target of each pair is another image at rando
 DIR/pairs.json.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +11,8 @@ import numpy as np
 
 from llava.command_line import flag, parse
 from llava.records import read_json
-from llava.runtime import user_errors, write_text
+from llava.runtime import user_errors
+from scripts.miniature.make_data import write_records
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,7 @@ def main() -> None:
         (flags,) = parse([TargetFlags], __doc__)
         records = read_json(flags.pairs)
     rng = np.random.default_rng(flags.seed)
-    lines = ",\n".join(json.dumps(with_another_target(record, rng)) for record in records)
-    write_text(flags.output / "pairs.json", f"[\n{lines}\n]\n")
+    write_records(flags.output / "pairs.json", (with_another_target(record, rng) for record in records))
 
 
 def with_another_target(record: dict, rng: np.random.Generator) -> dict:
