@@ -27,7 +27,6 @@ SIZES = {  # language model: hidden, layers, heads, feed-forward; vision tower: 
     "tiny": ((64, 4, 2, 128), (64, 2, 1)),
     "small": ((256, 8, 8, 688), (128, 3, 2)),
     "shallow": ((256, 4, 8, 688), (128, 2, 2)),
-    "medium": ((768, 12, 12, 2048), (384, 6, 6)),
     "7b": ((4096, 32, 32, 11008), (1024, 24, 16)),
 }
 

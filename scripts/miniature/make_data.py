@@ -1,10 +1,9 @@
 """Data sets of the miniature world: `python -m scripts.miniature.make_data --output DIR --seed 0`.
 
-Writes preference pairs (train.json, validation.json), test questions (test.json: the three multi-image formats and
-plain single images) and their pictures under DIR/images. The same seed writes the
-same bytes. A rejected answer is true of another image of its prompt: the confusion that the project treats.
-On demand also training questions without pairs (instructions.json, for data_gen) and validation questions
-(validation_questions.json).
+Writes preference pairs (train.json), test questions (test.json: the three multi-image formats and plain single images)
+and their pictures under DIR/images. The same seed writes the same bytes. A rejected answer is true of another image of
+its prompt: the confusion that the project treats. On demand also held-out pairs (validation.json), training questions
+without pairs (instructions.json, for data_gen) and validation questions (validation_questions.json).
 """
 
 import json
@@ -30,7 +29,7 @@ class DataFlags:
     _argument_group_name = "data"
     output: Path = flag("folder of the data set")
     num_train: int = flag("preference pairs for training", 1800)
-    num_validation: int | None = flag("held-out preference pairs; none given: num_test", None)
+    num_validation: int = flag("held-out preference pairs", 0)
     num_test: int = flag("test questions, a quarter a format", 800)
     num_instructions: int = flag("training questions for data_gen", 0)
     num_validation_questions: int = flag("as test questions, other combinations", 0)
@@ -41,16 +40,15 @@ def main() -> None:
     """Writes the files of one data set; the seed of each is its own, so that one more changes no other."""
     with user_errors():
         (flags,) = parse([DataFlags], __doc__)
-    num_validation = flags.num_test if flags.num_validation is None else flags.num_validation
     files = [
         ("train", 0, "train", flags.num_train, MULTI_IMAGE_TYPES, preference),
-        ("validation", 1, "validation", num_validation, MULTI_IMAGE_TYPES, preference),
+        ("validation", 1, "validation", flags.num_validation, MULTI_IMAGE_TYPES, preference),
         ("test", 2, "test", flags.num_test, EVERY_TYPE, question),
         ("instructions", 3, "train", flags.num_instructions, MULTI_IMAGE_TYPES, question),
         ("validation_questions", 5, "validation", flags.num_validation_questions, EVERY_TYPE, question),
     ]
     for name, number, split, size, image_types, fields_of in files:
-        if not size and number > 2:
+        if not size:
             continue
         rng = np.random.default_rng([flags.seed, number])
         records = []

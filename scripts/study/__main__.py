@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from llava.checkpoints import weight_digest
+from llava.checkpoints import open_checkpoint
 from llava.command_line import check_numbers, flag, parse
 from llava.run_folder import only_writer
 from llava.runtime import git_commit, setup_logging, short_commit, stop, user_errors
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_numbers(flags, jobs=(1, None))
         config = read_config(flags.config, flags.quick, flags.only)
         output = flags.output.resolve()
-        units = plan(config, weight_digest(located(config.base)))
+        units = plan(config, open_checkpoint(located(config.base)).digest)
         if not flags.report_only:
             check(output, units)
     if flags.plan_only:

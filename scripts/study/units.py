@@ -81,8 +81,6 @@ def _of_arm(config: Config, arm: Arm) -> Iterable[Unit]:
     for seed in arm.seeds:
         if arm.data:
             yield _train(config, arm, seed)
-        if arm.same_as:
-            continue
         yield _answer(config, arm, seed, PLAIN)
         for way in arm.adaptviz:
             if TUNE in config.adaptviz[way] and seed == arm.seeds[0]:
