@@ -7,7 +7,7 @@ import torch
 
 from llava.families.llava15 import Llava15
 from scripts.bench import adaptviz, common, scaling, training
-from scripts.bench.pairs import Shape, add_lora, build_pairs
+from scripts.bench.common import Shape, add_lora, build_pairs
 from scripts.bench.steps import NAMES, build_steps, difference
 from tests.conftest import SIDE, tiny_model
 

@@ -285,10 +285,9 @@ def test_another_configuration_is_refused_in_words(folder, capsys):
     assert "train/dpo/seed_0 is of another run (max_steps 2 there, 3 here)" in line and "another --output" in line
 
 
-def test_plan_only_runs_nothing_and_report_only_needs_answers(folder, capsys):
-    main(words(folder, "--plan_only"))
-    assert "to do  answers/ours/seed_1/plain" in capsys.readouterr().out and not calls(folder)
+def test_report_only_needs_answers(folder, capsys):
     assert "no test answers are finished yet" in refused(capsys, *words(folder, "--report_only"))
+    assert not calls(folder)
 
 
 def test_units_of_other_code_are_named(folder, capsys, monkeypatch):

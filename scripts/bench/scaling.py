@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 from llava.command_line import flag
 from scripts.bench import common
-from scripts.bench.pairs import Shape, add_lora, build_pairs
+from scripts.bench.common import Shape, add_lora, build_base, build_family, build_pairs
 from scripts.bench.steps import build_trainer
 
 WARM_UP = 1  # optimiser steps that do not count
@@ -34,11 +34,11 @@ def main() -> None:
     """Train some steps and print pairs per second, all processes together."""
     own = common.flags_of(Flags, __doc__)
     world, times = int(os.environ.get("WORLD_SIZE", "1")), Times()
-    family = common.build_family(own.size)
+    family = build_family(own.size)
     with tempfile.TemporaryDirectory() as folder:
         pairs = build_pairs(Path(folder) / "data", Shape(own.images, count=4 * world), family)
         trainer = build_trainer(
-            add_lora(common.build_base(family), family), pairs, Path(folder) / "output",
+            add_lora(build_base(family), family), pairs, Path(folder) / "output",
             num_train_epochs=WARM_UP + own.steps, max_steps=WARM_UP + own.steps, logging_steps=1,
         )  # fmt: skip
         trainer.add_callback(times)

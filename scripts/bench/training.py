@@ -21,8 +21,7 @@ import torch
 
 from llava.command_line import flag
 from scripts.bench import common, scaling
-from scripts.bench.common import ratio, row, table
-from scripts.bench.pairs import Shape, add_lora, build_pairs
+from scripts.bench.common import Shape, add_lora, build_base, build_family, build_pairs, ratio, row, table
 from scripts.bench.steps import NAMES, Step, build_steps, difference
 from train.llava_hound_dpo.data import PairDataset
 
@@ -52,10 +51,10 @@ def main() -> None:
 def arrange(names: Sequence[str], size: str, shape: Shape, folder: Path) -> tuple[dict[str, Step], PairDataset]:
     """Steps of a shape, and its pairs."""
     common.release()
-    family = common.build_family(size)
+    family = build_family(size)
     pairs = build_pairs(folder / "data", shape, family)
-    policy = add_lora(common.build_base(family), family)
-    return build_steps(names, policy, partial(common.build_base, family), pairs, folder), pairs
+    policy = add_lora(build_base(family), family)
+    return build_steps(names, policy, partial(build_base, family), pairs, folder), pairs
 
 
 def steps(own: Flags, folder: Path) -> tuple[str, list[str]]:
