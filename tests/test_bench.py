@@ -60,11 +60,9 @@ def test_gradients_of_other_weights_are_not_compared():
 
 @pytest.fixture
 def results(tmp_path, monkeypatch):
-    """Where a benchmark writes: the published results, and the others."""
-    places = tmp_path / "code/RESULTS.md", tmp_path / "output/bench/RESULTS.md"
-    monkeypatch.setattr(common, "PUBLISHED", places[0])
-    monkeypatch.setattr(common, "RESULTS", places[1])
-    return places
+    """Where a benchmark writes."""
+    monkeypatch.setattr(common, "RESULTS", tmp_path / "output/bench/RESULTS.md")
+    return common.RESULTS
 
 
 def test_the_commands_write_their_tables(results, monkeypatch):
@@ -72,23 +70,19 @@ def test_the_commands_write_their_tables(results, monkeypatch):
     flags = ["--size", "tiny", "--images", "1", "--repeats", "1", "--only", "step", "attention", "loader"]
     monkeypatch.setattr("sys.argv", ["training", *flags])
     training.main()
-    text = results[1].read_text()
+    text = results.read_text()
     assert text.count("\n## ") == 3 and "out of memory" not in text
     assert "`python -m scripts.bench.training --size tiny --repeats 1 --only attention --images 1`" in text
 
 
-def test_only_what_is_to_be_published_touches_a_tracked_file(results, capsys):
-    own = common.Flags(size="tiny")
-    common.record("Title", "adaptviz", own, ["line"])
-    common.record("Title", "adaptviz", own, ["line"])
-    assert not results[0].exists() and results[1].read_text().count("## Title") == 2
-    common.record("Title", "adaptviz", common.Flags(publish=True), ["line"])
-    assert results[0].read_text().count("## Title") == 1 and results[1].read_text().count("## Title") == 2
-    assert "--publish" not in results[0].read_text() and capsys.readouterr().out.count("## Title") == 3
+def test_results_are_appended_where_git_does_not_keep_them(results, capsys):
+    for _ in range(2):
+        common.record("Title", "adaptviz", common.Flags(size="tiny"), ["line"])
+    assert results.read_text().count("## Title") == 2 == capsys.readouterr().out.count("## Title")
 
 
-def test_the_results_are_where_git_keeps_them_or_does_not():
-    assert common.PUBLISHED.is_file() and common.RESULTS.parts[0] == "output"
+def test_no_benchmark_changes_a_tracked_file():
+    assert common.RESULTS.parts[0] == "output"
 
 
 def test_the_loop_counts_its_pairs(monkeypatch, capsys):
@@ -110,11 +104,11 @@ def test_a_process_that_fails_is_not_a_rate(monkeypatch):
 def test_scaling_runs_processes(results, monkeypatch):
     monkeypatch.setattr("sys.argv", ["training", "--only", "scaling", "--size", "tiny", "--repeats", "1"])
     training.main()
-    assert "| 2 processes, DDP |" in results[1].read_text()
+    assert "| 2 processes, DDP |" in results.read_text()
 
 
 @pytest.mark.slow
 def test_the_bench_of_adaptviz_writes_its_table(results, monkeypatch):
     monkeypatch.setattr("sys.argv", ["bench", "--size", "tiny", "--repeats", "1"])
     adaptviz.main()
-    assert "\n## " in results[1].read_text()
+    assert "\n## " in results.read_text()

@@ -17,7 +17,6 @@ from llava.records import read_preferences, read_questions
 from scripts.miniature import make_data, make_source, train_base, wrong_targets
 from scripts.miniature.lessons import conversation_batch
 from scripts.miniature.prompts import sample_prompt
-from scripts.miniature.scores import score_base
 from scripts.miniature.world import ATTRIBUTES, combinations
 
 ROOT = Path(__file__).parent.parent
@@ -144,7 +143,7 @@ class TestShippedBase:
         """Fewer prompts than the file's, so within three standard errors of both."""
         said = json.loads((BASE / "base_scores.json").read_text())
         checkpoint = open_checkpoint(str(BASE))
-        found = score_base(checkpoint.load().eval(), checkpoint.family.processor(), 60)
+        found = train_base.score_base(checkpoint.load().eval(), checkpoint.family.processor(), 60)
         for name, scores in found.items():
             share = said[name]["accuracy"] / 100
             error = (max(share * (1 - share), 0.02) * (1 / 60 + 1 / said[name]["num_prompts"])) ** 0.5

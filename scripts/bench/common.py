@@ -8,7 +8,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,7 @@ from train.llava_hound_dpo.arguments import ModelArguments
 from train.llava_hound_dpo.data import PairDataset, tokenize
 from train.llava_hound_dpo.model import make_trainable
 
-RESULTS = Path("output/bench/RESULTS.md")
-PUBLISHED = Path(__file__).parent / "RESULTS.md"
+RESULTS = Path("output/bench/RESULTS.md")  # from where what is to stay is copied to RESULTS.md beside this file
 SIDE, PATCH = 336, 14  # of LLaVA-1.5: real images of 576 tokens
 SIZES = {  # language model: hidden, layers, heads, feed-forward; vision tower: hidden, layers, heads
     "tiny": ((64, 4, 2, 128), (64, 2, 1)),
@@ -49,7 +48,6 @@ class Flags:
 
     size: str = flag("of the random model; 7b needs a GPU", "small", choices=list(SIZES))
     repeats: int = flag("counted runs of each, in turn", 5)
-    publish: bool = flag("append to RESULTS.md beside the code, not to output/bench/RESULTS.md", False)
 
     def __post_init__(self):
         check_numbers(self, repeats=(1, None))
@@ -186,21 +184,16 @@ def row(cells: Sequence[Any]) -> str:
 
 
 def record(title: str, bench: str, own: Flags, lines: Sequence[str]) -> None:
-    """Print a result and append it to the results, with the command, date, machine, commit and versions.
-
-    The published results are tracked: a change of theirs is no change of the code that was measured.
-    """
-    values = {field.name: getattr(own, field.name) for field in fields(own) if field.name != "publish"}
-    words = [f"--{name} {' '.join(map(str, v)) if isinstance(v, list) else v}" for name, v in values.items()]
+    """Print a result and append it to the results, with the command, date, machine, commit and versions."""
+    words = [f"--{name} {' '.join(map(str, v)) if isinstance(v, list) else v}" for name, v in asdict(own).items()]
     found = versions()
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU {platform.machine()}"
     kept = ", ".join(f"{name} {found[name]}" for name in ("python", "torch", "transformers"))
     threads = f"{torch.get_num_threads()} threads of {os.cpu_count()} cores"
-    where = f"{date.today()}, {machine}, {threads}, commit {short_commit(git_commit(apart_from=PUBLISHED))}, {kept}"
+    where = f"{date.today()}, {machine}, {threads}, commit {short_commit(git_commit())}, {kept}"
     command = f"`python -m scripts.bench.{bench} {' '.join(words)}`  "
     text = "\n".join([f"## {title}", "", command, where, "", *lines, ""])
     print(text)
-    path = PUBLISHED if own.publish else RESULTS
-    path.parent.mkdir(parents=True, exist_ok=True)
-    before = path.read_text(encoding="utf-8") if path.exists() else "# Results of the benchmarks\n"
-    path.write_text(f"{before}\n{text}", encoding="utf-8")
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    with RESULTS.open("a", encoding="utf-8") as file:
+        file.write(f"\n{text}")

@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 from llava.command_line import flag, parse
 from llava.runtime import user_errors, write_text
-from scripts.miniature.prompts import GRID, MULTI_IMAGE_TYPES, Prompt, sample_prompt
+from scripts.miniature.draw import GRID
+from scripts.miniature.prompts import MULTI_IMAGE_TYPES, Prompt, sample_prompt
 
 EVERY_TYPE = (*MULTI_IMAGE_TYPES, "single")
 

@@ -22,15 +22,18 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 from transformers.utils import logging as transformers_logging
 
 from llava.command_line import flag, parse
+from llava.families.llava15 import vicuna_v1
 from llava.runtime import user_errors, write_text
-from scripts.miniature.lessons import PATCHES, Batch, conversation_batch, patch_batch
+from scripts.miniature.lessons import PATCHES, Batch, conversation_batch, encode, patch_batch
 from scripts.miniature.model import TEXT_WIDTH, VISION_WIDTH, build_model, build_processor
-from scripts.miniature.scores import score_base, validation_accuracy
+from scripts.miniature.prompts import SEQUENCE_LENGTHS, Prompt, sample_prompt
 from scripts.miniature.world import ATTRIBUTES
 
 WARMUP = 0.05  # share of a stage's steps over which the rate rises
 COOLDOWN = 0.25  # share over which it falls again
 WEIGHT_DECAY, MAX_GRAD_NORM = 0.01, 1.0
+SCORED_AT_ONCE = 50  # prompts
+SETS = [("single", None), *(("sequence", n) for n in SEQUENCE_LENGTHS), ("collage", None), ("pip", None)]
 RECIPE = {
     "vision": {"steps": 1500, "batch": 48, "rate": 1.5e-3, "mix": {"single": 0.4, "collage": 0.35, "pip": 0.25},
                "position_weight": 0.1},  # of the head that keeps a patch's place readable from its features
@@ -204,6 +207,52 @@ def save(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder
     model.half().save_pretrained(folder)
     processor.save_pretrained(folder)
     model.float()
+
+
+def score_base(model: LlavaForConditionalGeneration, processor: LlavaProcessor, num_test: int) -> dict:
+    """Accuracy in % on `num_test` test prompts of every format."""
+    scores = {}
+    for number, (image_type, num_scenes) in enumerate(SETS):
+        rng = np.random.default_rng([0, number])
+        prompts = [sample_prompt(rng, "test", image_type, num_scenes) for _ in range(num_test)]
+        name = f"{image_type}_{num_scenes}" if num_scenes else image_type
+        scores[name] = {"accuracy": accuracy(model, processor, prompts), "num_prompts": num_test}
+    return scores
+
+
+def validation_accuracy(
+    model: LlavaForConditionalGeneration, processor: LlavaProcessor, image_type: str, num_scenes: int | None, count: int
+) -> float:
+    """Of `count` validation prompts of a format, in %; always the same ones."""
+    prompts = [sample_prompt(np.random.default_rng(n), "validation", image_type, num_scenes) for n in range(count)]
+    return accuracy(model, processor, prompts)
+
+
+def accuracy(model: LlavaForConditionalGeneration, processor: LlavaProcessor, prompts: list[Prompt]) -> float:
+    """Share of right answers in %."""
+    words = answer(model, processor, prompts)
+    right = [prompt.answer == word for prompt, word in zip(prompts, words, strict=True)]
+    return round(100 * float(np.mean(right)), 1)
+
+
+def answer(model: LlavaForConditionalGeneration, processor: LlavaProcessor, prompts: list[Prompt]) -> list[str]:
+    """Greedy one-word answers; an answer that would go on after its first token counts as none.
+
+    The end token is asked for behind the true answer, which is the same for every answer that is right.
+    """
+    words = []
+    for start in range(0, len(prompts), SCORED_AT_ONCE):
+        part = prompts[start : start + SCORED_AT_ONCE]
+        texts = [vicuna_v1([(prompt.text, prompt.answer)]) for prompt in part]
+        batch = encode(processor, texts, [picture for prompt in part for picture in prompt.pictures()])
+        inputs = {"input_ids": batch.input_ids, "pixel_values": batch.pixel_values}
+        with torch.inference_mode():
+            logits = model(**inputs, logits_to_keep=batch.before).logits
+        first, second = logits.flatten(0, -2).argmax(-1).view(-1, 2).unbind(-1)
+        ended = second == processor.tokenizer.eos_token_id
+        decoded = [processor.tokenizer.decode([token]).strip() for token in first.tolist()]
+        words += [word if end else "" for word, end in zip(decoded, ended.tolist(), strict=True)]
+    return words
 
 
 if __name__ == "__main__":

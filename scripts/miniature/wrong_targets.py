@@ -12,6 +12,7 @@ import numpy as np
 from llava.command_line import flag, parse
 from llava.records import read_json
 from llava.runtime import user_errors
+from scripts.miniature.draw import cell_box
 from scripts.miniature.make_data import write_records
 
 
@@ -38,7 +39,7 @@ def with_another_target(record: dict, rng: np.random.Generator) -> dict:
     """The record with its target, and the box of it, on another image at random.
 
     Of a picture in a picture, the strip of the outer one above the inner one, which is in its centre, is the other
-    target: a box can hold that. Cells of a collage are all of the target's size.
+    target: a box can hold that.
     """
     image_type = record["image_type"]
     if image_type == "pip":
@@ -47,14 +48,7 @@ def with_another_target(record: dict, rng: np.random.Generator) -> dict:
     count = len(record["image"]) if image_type == "sequence" else record["grid"][0] * record["grid"][1]
     target = int(rng.choice([place for place in range(count) if place != record["target"] - 1]))
     moved = {"target": target + 1}
-    return record | moved | ({"target_box": _moved_cell(record, target)} if image_type == "collage" else {})
-
-
-def _moved_cell(record: dict, target: int) -> list[int]:
-    (x0, y0, x1, y1), columns = record["target_box"], record["grid"][1]
-    before, after = divmod(record["target"] - 1, columns), divmod(target, columns)
-    down, across = ((after[i] - before[i]) * size for i, size in enumerate((y1 - y0, x1 - x0)))
-    return [x0 + across, y0 + down, x1 + across, y1 + down]
+    return record | moved | ({"target_box": cell_box(target)} if image_type == "collage" else {})
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from llava.checkpoints import open_checkpoint
 from llava.command_line import check_numbers, flag, parse
 from llava.run_folder import only_writer
 from llava.runtime import git_commit, setup_logging, short_commit, stop, user_errors
-from scripts.study.config import Config, located, read_config
+from scripts.study.config import located, read_config
 from scripts.study.report import SEVERAL, write_report
 from scripts.study.results import collect
 from scripts.study.running import Runner, UnitFailed, commits, progress, refuse_others
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not flags.report_only:
         run(flags, output, units)
     with user_errors():
-        report(config, output, units)
+        logger.info("%s\n%s", write_report(collect(config, output, units), output), output / "results.md")
 
 
 def check(output: Path, units: Sequence[Unit]) -> None:
@@ -76,11 +76,6 @@ def run(flags: StudyFlags, output: Path, units: Sequence[Unit]) -> None:
             Runner(output, flags.jobs, shlex.split(flags.launcher), lock).run(units)
         except UnitFailed as error:
             stop(f"{error}. Start the same command again to go on.")
-
-
-def report(config: Config, output: Path, units: Sequence[Unit]) -> None:
-    """Writes the results of what is finished, and logs them."""
-    logger.info("%s\n%s", write_report(collect(config, output, units), output), output / "results.md")
 
 
 if __name__ == "__main__":
