@@ -80,15 +80,12 @@ def versions() -> dict[str, str]:
     return found
 
 
-def git_commit(apart_from: Path | None = None) -> str:
-    """Commit of this source tree, with `-dirty` if it has changes (but of one file); "unknown" outside a checkout."""
+def git_commit() -> str:
+    """Commit of this source tree, with `-dirty` if it has changes; "unknown" outside a checkout."""
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():  # installed, perhaps below the folder of another project of git's
         return "unknown"
-    others = [f":(exclude){apart_from.relative_to(root)}"] if apart_from and apart_from.is_relative_to(root) else []
-    commands = (
-        ["git", "rev-parse", "HEAD"], ["git", "status", "--porcelain", "--untracked-files=no", "--", ".", *others],
-    )  # fmt: skip
+    commands = (["git", "rev-parse", "HEAD"], ["git", "status", "--porcelain", "--untracked-files=no"])
     try:
         commit, changes = (
             subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=10, check=True).stdout.strip()

@@ -12,12 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
-from llava.checkpoints import load_model, load_processor
+from llava.checkpoints import open_checkpoint
 from llava.records import read_preferences, read_questions
-from scripts.miniature import course, make_data, make_source, train_base, wrong_targets
+from scripts.miniature import make_data, make_source, train_base, wrong_targets
 from scripts.miniature.lessons import conversation_batch
 from scripts.miniature.prompts import sample_prompt
-from scripts.miniature.scores import score_base
 from scripts.miniature.world import ATTRIBUTES, combinations
 
 ROOT = Path(__file__).parent.parent
@@ -136,13 +135,15 @@ class TestShippedBase:
         assert sum(path.stat().st_size for path in BASE.iterdir()) < 6e6
         with safe_open(BASE / "model.safetensors", "pt") as file:
             assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.float16}
-        load_model(str(BASE))
-        assert load_processor(str(BASE)).tokenizer.convert_tokens_to_ids("<image>") > 0
+        checkpoint = open_checkpoint(str(BASE))
+        checkpoint.load()
+        assert checkpoint.family.tokenizer.convert_tokens_to_ids("<image>") > 0
 
     def test_it_scores_what_its_file_says_and_routes_partly(self):
         """Fewer prompts than the file's, so within three standard errors of both."""
         said = json.loads((BASE / "base_scores.json").read_text())
-        found = score_base(load_model(str(BASE)).eval(), load_processor(str(BASE)), 60)
+        checkpoint = open_checkpoint(str(BASE))
+        found = train_base.score_base(checkpoint.load().eval(), checkpoint.family.processor(), 60)
         for name, scores in found.items():
             share = said[name]["accuracy"] / 100
             error = (max(share * (1 - share), 0.02) * (1 / 60 + 1 / said[name]["num_prompts"])) ** 0.5
@@ -163,49 +164,21 @@ class TestTrainingTheBase:
             | {"steps": 5, "batch": dict.fromkeys(("single", "sequence", "collage", "pip"), 2), "prompts": 2},
         }
         monkeypatch.setattr(train_base, "RECIPE", small)
-        monkeypatch.setattr(course, "SAVE_EVERY", 2)
-        return small
 
-    def run(self, folder, recipe, monkeypatch, killed_at=None):
-        """Trains until it is done, or until the step at which it is killed."""
+    def run(self, folder, monkeypatch):
         monkeypatch.setattr(sys, "argv", ["train_base", "--output", str(folder), "--num_test", "4"])
-        steps = iter(range(100))
-        if killed_at is not None:
-            clip = torch.nn.utils.clip_grad_norm_
-
-            def kill(*args):
-                if next(steps) == killed_at:
-                    raise KeyboardInterrupt
-                return clip(*args)
-
-            with monkeypatch.context() as patched:
-                patched.setattr(torch.nn.utils, "clip_grad_norm_", kill)
-                with pytest.raises(KeyboardInterrupt):
-                    train_base.main()
-            return None
         train_base.main()
         return (folder / "model.safetensors").read_bytes(), json.loads((folder / "base_scores.json").read_text())
 
-    def test_killed_and_started_again_it_makes_the_same_bytes(self, recipe, monkeypatch, tmp_path):
-        wanted, said = self.run(tmp_path / "whole", recipe, monkeypatch)
+    def test_the_same_seed_makes_the_same_bytes(self, recipe, monkeypatch, tmp_path):
+        model, said = self.run(tmp_path, monkeypatch)
         assert said["steps"] == {"vision": 3, "reading": 2, "routing": 5}
-        assert not (tmp_path / "whole/progress.pt").exists()
-        for killed_at in (2, 6):  # inside the first and, counted on from there, the third stage
-            self.run(tmp_path / "killed", recipe, monkeypatch, killed_at)
-        assert (tmp_path / "killed/progress.pt").is_file()
-        found, said_again = self.run(tmp_path / "killed", recipe, monkeypatch)
-        assert found == wanted and said_again == said
-
-    def test_another_recipe_is_refused(self, recipe, monkeypatch, tmp_path, capsys):
-        self.run(tmp_path, recipe, monkeypatch, killed_at=4)
-        recipe["reading"]["rate"] = 5e-4
-        with pytest.raises(SystemExit):
-            self.run(tmp_path, recipe, monkeypatch)
-        assert "another recipe" in capsys.readouterr().err
+        assert self.run(tmp_path, monkeypatch) == (model, said)
 
     def test_the_naming_lesson_reads_numbers_where_they_are(self):
         """States that spell the numbers out cost nothing; states of a wrong picture do."""
-        batch = conversation_batch(np.random.default_rng(0), load_processor(str(BASE)), "sequence", 3, 2, 4)
+        processor = open_checkpoint(str(BASE)).family.processor()
+        batch = conversation_batch(np.random.default_rng(0), processor, "sequence", 3, 2, 4)
         states = torch.zeros(*batch.input_ids.shape, 3)
         states[batch.owners >= 0] = torch.eye(3)[batch.owners[batch.owners >= 0]]
         rows = batch.before.nonzero()[::2]

@@ -69,7 +69,6 @@ def small(folder):
             "base": {"adaptviz": ["steered"]},
             "dpo": {"label": "DPO", "flags": {"dpo_alpha": 1}},
             "ours": {"like": "dpo", "flags": {"attention_weight": 0.9}},
-            "again": {"like": "dpo", "same_as": "dpo", "seeds": [0]},
         },
     }  # fmt: skip
 
@@ -226,15 +225,14 @@ def test_scripts_are_there(shipped):
 def test_a_whole_study_is_run_once_and_reported(folder):
     main(words(folder, "--jobs", "2"))
     train, answer, steer = (Path(path).name for path in (TRAIN, ANSWER, STEER))
-    assert sorted(calls(folder)) == sorted([train] * 5 + [answer] * 5 + [steer])
+    assert sorted(calls(folder)) == sorted([train] * 4 + [answer] * 5 + [steer])
     main(words(folder))
-    assert len(calls(folder)) == 11
+    assert len(calls(folder)) == 10
     results = json.loads((folder / "out/results.json").read_text())
     values = {(arm["arm"], arm["way"]): arm["numbers"]["mean"]["values"] for arm in results["arms"]}
     assert values == {("base", "plain"): [0.0], ("base", "steered"): [1.0], ("dpo", "plain"): [1.0, 1.0],
                       ("ours", "plain"): [1.0, 1.0]}  # fmt: skip
-    assert [own["is_same"] for own in results["sanity"]] == [True]
-    assert results["progress"] == "11 of 11 units finished"
+    assert results["progress"] == "10 of 10 units finished"
     assert not list((folder / "out").rglob("checkpoint-1"))
 
 
@@ -259,7 +257,7 @@ def test_a_failed_study_says_why_and_goes_on_where_it_was(folder, capsys):
     done = len(calls(folder))
     (folder / "broken").unlink()
     main(words(folder))
-    assert len(calls(folder)) == done + 9  # all but the base's two
+    assert len(calls(folder)) == done + 8  # all but the base's two
 
 
 def test_killed_hard_it_keeps_others_out_until_its_child_ends_and_goes_on(folder, capsys):
@@ -277,7 +275,7 @@ def test_killed_hard_it_keeps_others_out_until_its_child_ends_and_goes_on(folder
     (folder / "slow").unlink()
     main(words(folder))
     counts = {name: calls(folder).count(Path(name).name) for name in (TRAIN, ANSWER, STEER)}
-    assert counts == {TRAIN: 6, ANSWER: 5, STEER: 1}  # the training that was killed, twice
+    assert counts == {TRAIN: 5, ANSWER: 5, STEER: 1}  # the training that was killed, twice
 
 
 def test_another_configuration_is_refused_in_words(folder, capsys):
@@ -287,10 +285,9 @@ def test_another_configuration_is_refused_in_words(folder, capsys):
     assert "train/dpo/seed_0 is of another run (max_steps 2 there, 3 here)" in line and "another --output" in line
 
 
-def test_plan_only_runs_nothing_and_report_only_needs_answers(folder, capsys):
-    main(words(folder, "--plan_only"))
-    assert "to do  answers/ours/seed_1/plain" in capsys.readouterr().out and not calls(folder)
+def test_report_only_needs_answers(folder, capsys):
     assert "no test answers are finished yet" in refused(capsys, *words(folder, "--report_only"))
+    assert not calls(folder)
 
 
 def test_units_of_other_code_are_named(folder, capsys, monkeypatch):

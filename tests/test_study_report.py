@@ -138,7 +138,6 @@ def results():
                  for name, found in own.items()],
         "comparisons": [{"control": ("sft", "plain"), "arm": ("dpo", "plain"), "label": "DPO - SFT",
                          **difference(SFT, DPO, False)}],
-        "sanity": [{"arm": "SFT again", "same_as": "SFT", "seed": 0, "is_same": False}],
     }  # fmt: skip
 
 
@@ -158,7 +157,6 @@ def test_the_tables_say_what_was_computed():
     assert "| DPO - SFT | 1 | +25.0 | [" in comparisons_table(results()["comparisons"])
     text = markdown(results())
     assert text.startswith("# Ours\n") and "Units of several commits" in text
-    assert "SFT again, seed 0, must equal SFT: OTHER weights" in text
 
 
 def test_everything_is_written_with_two_figures(tmp_path):

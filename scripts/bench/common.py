@@ -1,34 +1,45 @@
-"""What the benchmarks share: flags, models by size, prompts, interleaved timing, and the tables of results."""
+"""What the benchmarks share: flags, models by size, made-up pairs, interleaved timing, and the tables of results."""
 
+import copy
 import gc
+import json
 import os
 import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from transformers import LlavaConfig, LlavaForConditionalGeneration
+from PIL import Image
+from transformers import LlavaForConditionalGeneration
 
 from llava.command_line import check_numbers, flag, parse
-from llava.generation import PromptBatch, batch_prompts
+from llava.families import Family
+from llava.families.llava15 import Llava15
+from llava.image import ImageStore
+from llava.records import read_preferences
 from llava.runtime import git_commit, short_commit, user_errors, versions
-from scripts.miniature.model import build_processor
+from scripts.miniature.model import build_config, build_processor
+from scripts.miniature.world import ATTRIBUTES
+from train.llava_hound_dpo.arguments import ModelArguments
+from train.llava_hound_dpo.data import PairDataset, tokenize
+from train.llava_hound_dpo.model import make_trainable
 
-RESULTS = Path("output/bench/RESULTS.md")
-PUBLISHED = Path(__file__).parent / "RESULTS.md"
+RESULTS = Path("output/bench/RESULTS.md")  # from where what is to stay is copied to RESULTS.md beside this file
 SIDE, PATCH = 336, 14  # of LLaVA-1.5: real images of 576 tokens
-SIZES = {  # language model: hidden, layers, heads, feed-forward; vision tower: hidden, layers
-    "tiny": (64, 4, 2, 128, 64, 2),
-    "small": (256, 8, 8, 688, 128, 3),
-    "shallow": (256, 4, 8, 688, 128, 2),
-    "medium": (768, 12, 12, 2048, 384, 6),
-    "7b": (4096, 32, 32, 11008, 1024, 24),
+SIZES = {  # language model: hidden, layers, heads, feed-forward; vision tower: hidden, layers, heads
+    "tiny": ((64, 4, 2, 128), (64, 2, 1)),
+    "small": ((256, 8, 8, 688), (128, 3, 2)),
+    "shallow": ((256, 4, 8, 688), (128, 2, 2)),
+    "7b": ((4096, 32, 32, 11008), (1024, 24, 16)),
 }
+LORA_SHARE = 128 / 4096  # rank over hidden size, as of the launch script at 7B
+WORDS = [word for values in ATTRIBUTES.values() for word in values]  # one token each
 
 
 @dataclass(kw_only=True)
@@ -37,7 +48,6 @@ class Flags:
 
     size: str = flag("of the random model; 7b needs a GPU", "small", choices=list(SIZES))
     repeats: int = flag("counted runs of each, in turn", 5)
-    publish: bool = flag("append to RESULTS.md beside the code, not to output/bench/RESULTS.md", False)
 
     def __post_init__(self):
         check_numbers(self, repeats=(1, None))
@@ -49,61 +59,86 @@ def flags_of(kind: type[Flags], description: str | None) -> Any:
         return parse((kind,), description)[0]
 
 
-def config_of(size: str, vocabulary: int = 32064, image_token: int = 32000) -> LlavaConfig:
-    """A LLaVA-1.5's shape with 336 px images of 576 tokens."""
-    hidden, layers, heads, feed_forward, vision_hidden, vision_layers = SIZES[size]
-    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    text = {
-        "model_type": "llama", "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads,
-        "intermediate_size": feed_forward, "vocab_size": vocabulary, "max_position_embeddings": 4096, **ids,
-    }  # fmt: skip
-    vision = {
-        "model_type": "clip_vision_model", "hidden_size": vision_hidden, "num_hidden_layers": vision_layers,
-        "num_attention_heads": vision_hidden // 64, "intermediate_size": 4 * vision_hidden, "image_size": SIDE,
-        "patch_size": PATCH, "projection_dim": vision_hidden,
-    }  # fmt: skip
-    return LlavaConfig(
-        text_config=text, vision_config=vision, image_token_index=image_token, vision_feature_layer=-2,
-        vision_feature_select_strategy="default", **ids,
-    )  # fmt: skip
+def build_family(size: str) -> Llava15:
+    """LLaVA-1.5 with 336 px pictures of 576 tokens, bound to the config of a size and the miniature's tokenizer.
+
+    Below 7B the vocabulary is as small as the miniature's: it keeps the output layer's share of the work at the two
+    percent that it has at 7B, so that implementations with logits of every row are not made to look worse.
+    """
+    processor = build_processor(SIDE, PATCH)
+    config = build_config(processor, *SIZES[size])
+    config.text_config.max_position_embeddings = 4096
+    if size == "7b":
+        config.text_config.vocab_size = 32064
+    return Llava15(config, processor.tokenizer, processor.image_processor)
 
 
-def build(size: str, device: torch.device, dtype: torch.dtype, **config: int) -> LlavaForConditionalGeneration:
-    """A model of random weights; `config` as of `config_of`."""
+def build_base(family: Llava15) -> LlavaForConditionalGeneration:
+    """A model of random weights whose attention is far from uniform, so that two implementations could differ.
+
+    On a GPU in bf16, else on the CPU in fp32.
+    """
+    on_gpu = torch.cuda.is_available()
     torch.manual_seed(0)
-    with torch.device(device):
-        model = LlavaForConditionalGeneration(config_of(size, **config)).to(dtype)
+    with torch.device("cuda" if on_gpu else "cpu"):
+        model = LlavaForConditionalGeneration(copy.deepcopy(family.config))
+    model.to(torch.bfloat16 if on_gpu else torch.float32)
+    with torch.no_grad():
+        for layer in model.model.language_model.layers:
+            for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
+                projection.weight.mul_(1.8 / (projection.weight.std() * projection.in_features**0.5))
     return model.eval()
 
 
-def tokenizer():
-    """Any tokenizer with the end token 2: random weights say nothing that could be read."""
-    return build_processor().tokenizer
-
-
 @dataclass(frozen=True)
-class Pictures:
-    """What one image is to a model."""
+class Shape:
+    """Pairs of the same size; the answers' tokens include the end token."""
 
-    tokens: int = 576
-    side: int = SIDE
-    image_token: int = 32000
+    images: int = 4
+    chosen: int = 75
+    rejected: int = 60
+    count: int = 1
+    side: tuple[int, int] = (SIDE, SIDE)  # (width, height) of the stored pictures, px
+    suffix: str = ".png"
 
 
-def batch_of(count: int, images: int, seed: int, kind: Pictures = Pictures(), only: int | None = None) -> PromptBatch:
-    """A batch of `count` random sequence prompts, or one of them alone, the last image asked about."""
-    generator, words = torch.Generator().manual_seed(seed), 40
-    prompts, regions = [], []
-    parts = torch.eye(images).repeat_interleave(kind.tokens, dim=1)
-    for number in range(count):
-        text = torch.randint(300, 350, (words + seed % 5 + number,), generator=generator).tolist()
-        pictures = [token for n in range(images) for token in (*text[:4], *[kind.image_token] * kind.tokens, 30 + n)]
-        prompts.append([1, *pictures, *text])
-        regions.append(torch.cat([parts[-1:], torch.ones_like(parts[:1]), parts]))
-    pixels = torch.randn(count, images, 3, kind.side, kind.side, generator=generator)
-    rows = slice(None) if only is None else slice(only, only + 1)
-    own = prompts[rows], regions[rows], pixels[rows].flatten(0, 1)
-    return batch_prompts(*own, kind.image_token, 0, ["sequence"] * len(own[0]))
+def build_pairs(folder: Path, shape: Shape, family: Family) -> PairDataset:
+    """Sequence pairs about their last image, written below `folder`; the same ones every time."""
+    rng = np.random.default_rng(shape.images)
+    folder.mkdir(parents=True, exist_ok=True)
+    raw = []
+    for number in range(shape.count):
+        names = [f"{number}_{image}{shape.suffix}" for image in range(shape.images)]
+        for name in names:
+            noise = rng.integers(0, 256, (shape.side[1] // 8, shape.side[0] // 8, 3), dtype=np.uint8)
+            Image.fromarray(noise).resize(shape.side, Image.Resampling.BICUBIC).save(folder / name)
+        lines = "".join(f"Image{image + 1}:<image>\n" for image in range(shape.images))
+        answers = {
+            name: " ".join(rng.choice(WORDS, length - 1))  # and the end token
+            for name, length in (("chosen", shape.chosen), ("rejected", shape.rejected))
+        }
+        prompt = f"{lines}In Image{shape.images}, what colour is the shape?"
+        # Named, because "In Image1" about one picture would be read as a collage's.
+        raw.append({"image": names, "prompt": prompt, "image_type": "sequence", "target": shape.images, **answers})
+    (folder / "train.json").write_text(json.dumps(raw), encoding="utf-8")
+    store = ImageStore(folder)
+    pairs = tokenize(read_preferences(folder / "train.json"), family, store)
+    assert [(len(p.chosen), len(p.rejected)) for p in pairs] == [(shape.chosen, shape.rejected)] * shape.count
+    return PairDataset(pairs, store, family)
+
+
+def add_lora(model, family: Family, rank: int | None = None):
+    """The policy, its adapter off its zero start so that policy and reference differ, checkpointing on."""
+    rank = rank or max(1, round(LORA_SHARE * model.config.text_config.hidden_size))
+    arguments = ModelArguments("", lora_r=rank, lora_alpha=2 * rank)
+    policy = make_trainable(model, type(family), arguments, fp32_adapter=True)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in sorted(policy.named_parameters()):
+            if "lora_B" in name:
+                parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
+    policy.activation_checkpointing_enable()
+    return policy
 
 
 def alternate(runs: dict[str, Callable[[int], object]], repeats: int, warm_up: int = 1) -> dict[str, list[float]]:
@@ -111,13 +146,18 @@ def alternate(runs: dict[str, Callable[[int], object]], repeats: int, warm_up: i
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for repeat in range(-warm_up, repeats):
         for name, run in runs.items():
-            _wait()
-            start = time.perf_counter()
+            start = clock()
             run(max(repeat, 0))
-            _wait()
             if repeat >= 0:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     return seconds
+
+
+def clock() -> float:
+    """Seconds, once the GPU has done what it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def release() -> None:
@@ -125,11 +165,6 @@ def release() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def ratio(first: Sequence[float], second: Sequence[float]) -> str:
@@ -149,28 +184,16 @@ def row(cells: Sequence[Any]) -> str:
 
 
 def record(title: str, bench: str, own: Flags, lines: Sequence[str]) -> None:
-    """Print a result and append it to the results, with the command, date, machine, commit and versions.
-
-    The published results are tracked: a change of theirs is no change of the code that was measured.
-    """
-    values = {field.name: getattr(own, field.name) for field in fields(own) if field.name != "publish"}
-    words = [f"--{name} {' '.join(map(str, v)) if isinstance(v, list) else v}" for name, v in values.items()]
+    """Print a result and append it to the results, with the command, date, machine, commit and versions."""
+    words = [f"--{name} {' '.join(map(str, v)) if isinstance(v, list) else v}" for name, v in asdict(own).items()]
     found = versions()
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU {platform.machine()}"
     kept = ", ".join(f"{name} {found[name]}" for name in ("python", "torch", "transformers"))
     threads = f"{torch.get_num_threads()} threads of {os.cpu_count()} cores"
-    where = f"{date.today()}, {machine}, {threads}, commit {short_commit(git_commit(apart_from=PUBLISHED))}, {kept}"
+    where = f"{date.today()}, {machine}, {threads}, commit {short_commit(git_commit())}, {kept}"
     command = f"`python -m scripts.bench.{bench} {' '.join(words)}`  "
     text = "\n".join([f"## {title}", "", command, where, "", *lines, ""])
     print(text)
-    path = PUBLISHED if own.publish else RESULTS
-    path.parent.mkdir(parents=True, exist_ok=True)
-    before = path.read_text(encoding="utf-8") if path.exists() else "# Results of the benchmarks\n"
-    path.write_text(f"{before}\n{text}", encoding="utf-8")
-
-
-def device_and_dtype() -> tuple[torch.device, torch.dtype]:
-    """bf16 on a GPU, else fp32 on the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda"), torch.bfloat16
-    return torch.device("cpu"), torch.float32
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    with RESULTS.open("a", encoding="utf-8") as file:
+        file.write(f"\n{text}")

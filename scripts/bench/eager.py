@@ -6,60 +6,22 @@ scoring and losses nothing is used, so that equality with them says something.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llava.attention import layer_range
-from scripts.bench.pairs import Pairs
-from scripts.bench.steps import Step, autocast
 from train.llava_hound_dpo.losses import LossSettings
 
 IGNORED = -100  # label of a token that is not of an answer
 
 
-class Eager(Step):
-    """A step of `attention_aware_dpo`."""
+def collate(items: Sequence[dict[str, Any]], image_token: int, pad: int = 0) -> dict[str, Tensor]:
+    """N items of a `PairDataset` as 2N padded rows of S tokens, the N chosen ones first.
 
-    def __init__(self, policy, settings: LossSettings):
-        super().__init__(policy)
-        self.settings, self.batch = settings, None
-        self.layers = sorted(layer_range(policy.config.text_config.num_hidden_layers, "auto"))
-
-    def load(self, pairs: Pairs) -> None:
-        """A padded batch."""
-        self.batch = collate(pairs.items(), pairs.dataset.image_token, self.policy.device)
-
-    def forward_and_backward(self) -> Tensor:
-        """As a training loop written by hand."""
-        self.policy.get_base_model().set_attn_implementation({"text_config": "eager"})
-        with autocast():
-            loss = attention_aware_dpo(self.policy, self.batch, self.layers, self.settings)
-        loss.backward()
-        return loss
-
-
-@dataclass(frozen=True)
-class Batch:
-    """N pairs as 2N padded rows, the N chosen ones first; S tokens."""
-
-    input_ids: Tensor  # (2N, S)
-    attention_mask: Tensor  # (2N, S)
-    labels: Tensor  # (2N, S)
-    pixel_values: Tensor  # of all images of all rows
-    regions: Tensor  # (N, S, 2) weight of each token in the target and in all images
-
-    @property
-    def inputs(self) -> dict[str, Tensor]:
-        """What the model's forward takes."""
-        return {name: getattr(self, name) for name in ("input_ids", "attention_mask", "pixel_values")}
-
-
-def collate(items: Sequence[dict[str, Any]], image_token: int, device: torch.device, pad: int = 0) -> Batch:
-    """The batch of items of a `PairDataset`."""
+    What the model takes, `labels` (2N, S), and `regions` (N, S, 2): weight of each token in the target and all images.
+    """
     pairs = [item["pair"] for item in items]
     rows = [(p.prompt, p.chosen) for p in pairs] + [(p.prompt, p.rejected) for p in pairs]
     length = max(len(prompt) + len(answer) for prompt, answer in rows)
@@ -74,20 +36,23 @@ def collate(items: Sequence[dict[str, Any]], image_token: int, device: torch.dev
     regions = torch.zeros(*is_image.shape, 2)
     regions[..., 1] = is_image
     regions[..., 0][is_image] = torch.cat([pair.target for pair in pairs])
-    pixels = torch.cat([item["pixel_values"] for item in items]).repeat(2, 1, 1, 1)
-    return Batch(*(tensor.to(device) for tensor in (input_ids, mask, labels, pixels, regions)))
+    pixels = torch.cat([item["pixels"]["pixel_values"] for item in items]).repeat(2, 1, 1, 1)
+    inputs = {"input_ids": input_ids, "attention_mask": mask, "pixel_values": pixels}
+    return {**inputs, "labels": labels, "regions": regions}
 
 
-def attention_aware_dpo(policy, batch: Batch, layers: Sequence[int], settings: LossSettings) -> Tensor:
+def attention_aware_dpo(policy, batch: dict[str, Tensor], layers: Sequence[int], settings: LossSettings) -> Tensor:
     """Mean loss of a batch: dpo_alpha · (L_dpo + λ·L_att), hinge, with all attention maps in memory."""
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values")}
     model = policy.get_base_model()  # without accelerate's wrapper, which would turn all maps into fp32
     with torch.no_grad(), policy.disable_adapter():
-        reference = answer_logps(model(**batch.inputs, use_cache=False).logits, batch.labels)
-    outputs = model(**batch.inputs, use_cache=False, output_attentions=True)
-    margins = answer_logps(outputs.logits, batch.labels) - reference
+        reference = answer_logps(model(**inputs, use_cache=False).logits, batch["labels"])
+    outputs = model(**inputs, use_cache=False, output_attentions=True)
+    margins = answer_logps(outputs.logits, batch["labels"]) - reference
     chosen, rejected = margins.chunk(2)
     preference = -F.logsigmoid(settings.beta * (chosen - rejected))
-    ratio = target_share(torch.stack([outputs.attentions[layer] for layer in layers]), batch)
+    maps = torch.stack([outputs.attentions[layer] for layer in layers])
+    ratio = target_share(maps, batch["labels"], batch["regions"])
     attention = F.relu(settings.attention_threshold - ratio)
     return (settings.dpo_alpha * (preference + settings.attention_weight * attention)).mean()
 
@@ -99,10 +64,10 @@ def answer_logps(logits: Tensor, labels: Tensor) -> Tensor:
     return logps.gather(2, targets.clamp(min=0)[..., None])[..., 0].masked_fill(targets == IGNORED, 0).sum(dim=1)
 
 
-def target_share(maps: Tensor, batch: Batch) -> Tensor:
+def target_share(maps: Tensor, labels: Tensor, regions: Tensor) -> Tensor:
     """(N,) share of the image attention that lies on the target, from maps (L, 2N, H, S, S)."""
-    pairs = len(batch.regions)
-    rows = F.pad(batch.labels[:pairs, 1:] != IGNORED, (0, 1)).float()  # a row predicts the token after it
+    pairs = len(regions)
+    rows = F.pad(labels[:pairs, 1:] != IGNORED, (0, 1)).float()  # a row predicts the token after it
     mean = maps[:, :pairs].float().mean(dim=2)  # (L, N, S, S)
-    mass = torch.einsum("lnqk,nkr,nq->lnr", mean, batch.regions, rows / rows.sum(dim=1, keepdim=True))
+    mass = torch.einsum("lnqk,nkr,nq->lnr", mean, regions, rows / rows.sum(dim=1, keepdim=True))
     return (mass[..., 0] / mass[..., 1]).mean(dim=0)

@@ -1,19 +1,21 @@
-"""One training step without its optimiser, in every way that is compared: a common form, and ours.
+"""One training step without its optimiser, in every way that is compared.
 
 A step takes the loss of a batch, reference log-probs included, and its gradients. All have the same weights.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+from datasets import Dataset
 from torch import Tensor
 
 from llava.attention import NAME, install, layer_range
-from scripts.bench.pairs import Pairs
+from scripts.bench import eager
 from train.llava_hound_dpo.arguments import TrainArguments
 from train.llava_hound_dpo.batches import make_plan
+from train.llava_hound_dpo.data import PairDataset
 from train.llava_hound_dpo.losses import PREFERENCE_LOSSES, LossSettings
 from train.llava_hound_dpo.plan import shape_of
 from train.llava_hound_dpo.scoring import score
@@ -24,17 +26,15 @@ NAMES = ("ours", "plain", "trl", "eager")
 
 
 class Step:
-    """A way to train `policy`: a call is a step and gives the loss.
+    """A way to train `policy`: a call is a step and gives the loss. Each kind has `forward_and_backward`."""
 
-    A kind has `load(pairs)`, which makes them the batch of the next steps, and `forward_and_backward()`.
-    """
-
-    def __init__(self, policy):
-        self.policy = policy
+    def __init__(self, policy, attention: str):
+        self.policy, self.attention = policy, attention
 
     def __call__(self, repeat: int = 0) -> Tensor:
         self.policy.zero_grad()
         self.policy.train()
+        self.policy.get_base_model().set_attn_implementation({"text_config": self.attention})
         return self.forward_and_backward().detach()
 
     def gradients(self) -> dict[str, Tensor]:
@@ -43,16 +43,15 @@ class Step:
 
 
 class TrainerStep(Step):
-    """A step of a transformers Trainer, as its training loop does it."""
+    """A step of a transformers Trainer on the first row of examples, as its training loop does it."""
 
-    def __init__(self, trainer, attention: str):
-        super().__init__(trainer.model)
-        self.trainer, self.attention, self.batch = trainer, attention, None
+    def __init__(self, trainer, attention: str, examples: Sequence):
+        super().__init__(trainer.model, attention)
+        self.trainer, self.batch = trainer, trainer.data_collator(examples)
         self.prepared = trainer.accelerator.prepare_model(trainer.model)
 
     def forward_and_backward(self) -> Tensor:
         """As `Trainer.training_step`."""
-        self.policy.get_base_model().set_attn_implementation({"text_config": self.attention})
         inputs = self.trainer._prepare_inputs(self.batch)
         with self.trainer.compute_loss_context_manager():
             loss = self.trainer.compute_loss(self.prepared, inputs)
@@ -60,16 +59,21 @@ class TrainerStep(Step):
         return loss
 
 
-class Ours(TrainerStep):
-    """`AttentionAwareDPOTrainer`, or a kind of it."""
+class Eager(Step):
+    """A training loop written by hand around `attention_aware_dpo`."""
 
-    def __init__(self, policy, pairs: Pairs, folder: Path, kind: type[AttentionAwareDPOTrainer]):
-        super().__init__(build_trainer(kind, policy, pairs, folder), NAME)
+    def __init__(self, policy, pairs: PairDataset):
+        super().__init__(policy, "eager")
+        batch = eager.collate(list(pairs), pairs.family.image_id)
+        self.batch = {name: tensor.to(policy.device) for name, tensor in batch.items()}
+        self.layers = sorted(layer_range(policy.config.text_config.num_hidden_layers, "auto"))
 
-    def load(self, pairs: Pairs) -> None:
-        """One packed row."""
-        self.trainer.train_dataset = pairs.dataset
-        self.batch = self.trainer.data_collator(pairs.items())
+    def forward_and_backward(self) -> Tensor:
+        """In bf16 on a GPU, as the trainers."""
+        with torch.autocast("cuda", torch.bfloat16) if torch.cuda.is_available() else nullcontext():
+            loss = eager.attention_aware_dpo(self.policy, self.batch, self.layers, SETTINGS)
+        loss.backward()
+        return loss
 
 
 class PlainDPOTrainer(AttentionAwareDPOTrainer):
@@ -77,55 +81,81 @@ class PlainDPOTrainer(AttentionAwareDPOTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Mean DPO loss of a batch of pairs."""
-        row, pictures = inputs["row"], self._pictures(inputs["pixel_values"])
+        row, pictures = inputs["row"], self._pictures(inputs["pixels"])
         reference = self._reference(model, inputs, pictures, self.train_dataset)
         z = self._margin(score(model, row, **pictures), reference)
         return PREFERENCE_LOSSES[self.settings.loss_type](z, self.settings.beta, 0.0).mean()
 
 
-def build_trainer(
-    kind: type[AttentionAwareDPOTrainer], policy, pairs: Pairs, folder: Path, **arguments
-) -> AttentionAwareDPOTrainer:
-    """Our trainer; `arguments` are of `TrainArguments`."""
+def build_trainer(policy, pairs: PairDataset, folder: Path, kind=AttentionAwareDPOTrainer, **arguments):
+    """Our trainer, or a `kind` of it; `arguments` are of `TrainArguments`."""
     base = policy.get_base_model()
     install(base)
     settings = {"bf16": torch.cuda.is_available(), "report_to": [], "save_strategy": "no", "disable_tqdm": True}
     settings |= {"gradient_checkpointing": True, "per_device_train_batch_size": 1, **arguments}
     args = TrainArguments(output_dir=str(folder), **settings)
-    lengths = [shape_of(pair, pairs.dataset.grid.num_tokens, with_rejected=True).tokens for pair in pairs.dataset.pairs]
     batches = make_plan(
-        lengths, args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size, args.seed,
-        args.num_train_epochs, args.max_steps,
+        [shape_of(pair, with_rejected=True).tokens for pair in pairs.pairs], args.per_device_train_batch_size,
+        args.gradient_accumulation_steps, args.world_size, args.seed, args.num_train_epochs, args.max_steps,
     )  # fmt: skip
     args.accumulate(batches.accumulation)
     return kind(
-        model=policy, args=args, train_dataset=pairs.dataset, batches=batches,
-        processing_class=pairs.processor, settings=SETTINGS,
-        layers=layer_range(base.config.text_config.num_hidden_layers, "auto"), image_token=base.config.image_token_id,
+        model=policy, args=args, train_dataset=pairs, batches=batches, processing_class=pairs.family.processor(),
+        settings=SETTINGS, layers=layer_range(base.config.text_config.num_hidden_layers, "auto"), family=pairs.family,
     )  # fmt: skip
 
 
-def build_steps(names: Sequence[str], policy, build_base, pairs: Pairs, folder: Path) -> dict[str, Step]:
-    """The steps of these names, all but TRL's of one policy; `build_base` makes the base of another one for TRL."""
-    from scripts.bench.eager import Eager
+def build_trl(base, policy, pairs: PairDataset, folder: Path) -> TrainerStep:
+    """TRL's DPOTrainer at its best settings, on a `base` of its own with LoRA of `policy`'s settings and weights.
 
+    That is: SDPA, no truncation, its fused output layer, reference by switching the adapter off, checkpointing without
+    re-entry, bf16 on a GPU. It has no precomputed reference for pictures and no packing. With LoRA and checkpointing
+    its trainer makes all embeddings require gradients, so that the frozen vision tower has a backward pass (two or
+    three percent of its step at our small size); that stays, as every user of it has it.
+    """
+    from trl import DPOConfig, DPOTrainer  # takes seconds to import
+
+    examples = [
+        {
+            "images": [pairs.store.open(name) for name in record.images],
+            "prompt": "<s>" + pairs.family.render([(record.prompt, None)]),
+            "chosen": record.chosen + "</s>",
+            "rejected": record.rejected + "</s>",
+        }
+        for record in (pair.record for pair in pairs.pairs)
+    ]
+    trainer = DPOTrainer(
+        model=base,
+        args=DPOConfig(
+            output_dir=str(folder), max_length=None, report_to=[], per_device_train_batch_size=1, disable_tqdm=True,
+            gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False},
+            bf16=torch.cuda.is_available(), use_cpu=not torch.cuda.is_available(),
+        ),
+        train_dataset=Dataset.from_list(examples),
+        processing_class=pairs.family.processor(),
+        peft_config=policy.peft_config["default"],
+    )  # fmt: skip
+    adapter = {name: weight for name, weight in policy.state_dict().items() if "lora" in name}
+    found = trainer.model.load_state_dict(adapter, strict=False)
+    assert adapter and not found.unexpected_keys, "TRL's policy has other LoRA weights"
+    trainer.model.activation_checkpointing_enable()
+    return TrainerStep(trainer, "sdpa", examples)
+
+
+def build_steps(
+    names: Sequence[str], policy, build_base: Callable, pairs: PairDataset, folder: Path
+) -> dict[str, Step]:
+    """The steps of these names, all but TRL's of one policy; `build_base` makes the base of another one for TRL."""
     steps: dict[str, Step] = {}
     for name in names:
         if name == "trl":
-            from scripts.bench.trl_step import Trl  # takes seconds to import
-
-            steps[name] = Trl(build_base(), policy, pairs, folder / name)
+            steps[name] = build_trl(build_base(), policy, pairs, folder / name)
         elif name == "eager":
-            steps[name] = Eager(policy, SETTINGS)
+            steps[name] = Eager(policy, pairs)
         else:
             kind = AttentionAwareDPOTrainer if name == "ours" else PlainDPOTrainer
-            steps[name] = Ours(policy, pairs, folder / name, kind)
+            steps[name] = TrainerStep(build_trainer(policy, pairs, folder / name, kind), NAME, list(pairs))
     return steps
-
-
-def autocast():
-    """bf16 on a GPU, as the trainers have it."""
-    return torch.autocast("cuda", torch.bfloat16) if torch.cuda.is_available() else nullcontext()
 
 
 def difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:

@@ -2,7 +2,7 @@
 
     --only step        ours, TRL's DPOTrainer, and the straight way (eager, whole attention maps), equality included
     --only attention   the attention term on and off
-    --only scaling     processes and gradient accumulation
+    --only scaling     two processes against one
     --only loader      the data loader against the step
 
 A step is the loss with its reference log-probs, and the gradients of LoRA; the optimiser is left out (but in scaling).
@@ -21,10 +21,9 @@ import torch
 
 from llava.command_line import flag
 from scripts.bench import common, scaling
-from scripts.bench.common import ratio, row, table
-from scripts.bench.pairs import Pairs, Shape, add_lora, build_base, build_pairs
-from scripts.bench.steps import NAMES, Ours, Step, build_steps, build_trainer, difference
-from train.llava_hound_dpo.trainer import AttentionAwareDPOTrainer
+from scripts.bench.common import Shape, add_lora, build_base, build_family, build_pairs, ratio, row, table
+from scripts.bench.steps import NAMES, Step, build_steps, difference
+from train.llava_hound_dpo.data import PairDataset
 
 PARTS = ["step", "attention", "scaling", "loader"]
 
@@ -49,15 +48,13 @@ def main() -> None:
         common.record(title, "training", replace(own, only=[name]), lines)
 
 
-def arrange(names: Sequence[str], size: str, shape: Shape, folder: Path) -> tuple[dict[str, Step], Pairs]:
-    """Steps of a shape, loaded, and the pairs."""
+def arrange(names: Sequence[str], size: str, shape: Shape, folder: Path) -> tuple[dict[str, Step], PairDataset]:
+    """Steps of a shape, and its pairs."""
     common.release()
-    base = build_base(size)
-    pairs = build_pairs(folder / "data", shape, base.config)
-    found = build_steps(names, add_lora(base), partial(build_base, size), pairs, folder)
-    for step in found.values():
-        step.load(pairs)
-    return found, pairs
+    family = build_family(size)
+    pairs = build_pairs(folder / "data", shape, family)
+    policy = add_lora(build_base(family), family)
+    return build_steps(names, policy, partial(build_base, family), pairs, folder), pairs
 
 
 def steps(own: Flags, folder: Path) -> tuple[str, list[str]]:
@@ -70,7 +67,8 @@ def steps(own: Flags, folder: Path) -> tuple[str, list[str]]:
     lines = table([*columns, "loss, gradients: eager from ours", "without the term: TRL from ours"])
     for number, (title, shape, names) in enumerate(shapes):
         found, pairs = arrange(names, own.size, shape, folder / str(number))
-        lines.append(row([title, pairs.tokens, *compare(found, pairs.tokens, names, own.repeats)]))
+        tokens = sum(pair.prompt_tokens + len(pair.chosen) + len(pair.rejected) for pair in pairs.pairs)
+        lines.append(row([title, tokens, *compare(found, tokens, names, own.repeats)]))
     return "Training step: time, median (lowest to highest) of paired runs", lines
 
 
@@ -112,16 +110,14 @@ def attention(own: Flags, folder: Path) -> tuple[str, list[str]]:
 
 
 def scale(own: Flags, folder: Path) -> tuple[str, list[str]]:
-    """Processes and accumulation, in turn, the whole loop."""
-    runs = {"1 process": (1, 1), "1 process, 4 micro-batches a step": (1, 4), "2 processes, DDP": (2, 1)}
+    """One process and two, in turn, the whole loop."""
+    if torch.cuda.device_count() == 1:
+        return "Training: scaling", ["Two processes were not run: there is one GPU."]
+    rounds = [[scaling.rate(own.size, processes) for processes in (1, 2)] for _ in range(own.repeats)]
+    one, two = zip(*rounds, strict=True)
     lines = table(["2 images, the whole loop", "pairs/s", "over 1 process"])
-    if torch.cuda.is_available() and torch.cuda.device_count() < 2:
-        del runs["2 processes, DDP"]
-        lines = ["Two processes were not run: there is one GPU.", "", *lines]
-    rounds = [{name: scaling.rate(own.size, *how) for name, how in runs.items()} for _ in range(own.repeats)]
-    rates = {name: [found[name] for found in rounds] for name in runs}
-    for name, found in rates.items():
-        lines.append(row([name, f"{statistics.median(found):.2f}", ratio(found, rates["1 process"])]))
+    for name, found in (("1 process", one), ("2 processes, DDP", two)):
+        lines.append(row([name, f"{statistics.median(found):.2f}", ratio(found, one)]))
     return "Training: scaling", lines
 
 
@@ -130,11 +126,9 @@ def loader(own: Flags, folder: Path) -> tuple[str, list[str]]:
     lines = table(["images", "step, pairs/s", "loader, pairs/s", "loader / step"])
     for images in own.images:
         shape = Shape(images, count=12, side=(640, 480), suffix=".jpg")
-        base = build_base(own.size)
-        pairs = build_pairs(folder / str(images), shape, base.config)
-        trainer = build_trainer(AttentionAwareDPOTrainer, add_lora(base), pairs, folder / "output")
-        step = Ours(trainer.model, pairs, folder / "output", AttentionAwareDPOTrainer)
-        step.batch = trainer.data_collator([pairs.dataset[0]])
+        found, pairs = arrange(("ours",), own.size, shape, folder / str(images))
+        step, trainer = found["ours"], found["ours"].trainer
+        step.batch = trainer.data_collator([pairs[0]])
         runs = {"step": step, "loader": lambda repeat, trainer=trainer: sum(1 for _ in trainer.get_train_dataloader())}
         seconds = common.alternate(runs, own.repeats)
         rates = [shape.count / taken for taken in seconds["loader"]]

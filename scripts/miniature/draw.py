@@ -10,6 +10,7 @@ from scripts.miniature.world import Scene
 
 SIDE = 72  # of a stored picture; with patches of 12 it makes 6 x 6 image tokens
 INNER_SIDE = 50  # of the picture pasted in the centre of another
+GRID = (2, 2)  # rows and columns of a collage
 OVERSAMPLING = 2  # shapes are drawn larger and reduced, so that their edges are smooth
 NOISE = 4.0  # standard deviation of the pixel noise, of 255
 TINT = 12  # largest shift of a colour's channels from its name's value, of 255
@@ -31,8 +32,6 @@ CORNERS = [(0.08, 0.08), (0.92, 0.92), (0.92, 0.08), (0.08, 0.92)]
 CORNER_RADIUS = 0.075
 DIGITS = {  # 3 x 5 dots a digit, row by row
     1: "010110010010111", 2: "111001111100111", 3: "111001111001111", 4: "101101111001001",
-    5: "111100111001111", 6: "111100111101111", 7: "111001010010010", 8: "111101111101111",
-    9: "111101111001111",
 }  # fmt: skip
 
 
@@ -41,12 +40,11 @@ def draw_single(scene: Scene) -> Image.Image:
     return _add_noise(_draw_scene(scene, SIDE), scene.seed)
 
 
-def draw_collage(scenes: tuple[Scene, ...], grid: tuple[int, int]) -> Image.Image:
-    """One picture with a numbered scene in each cell, row by row."""
-    cell = cell_side(grid)
-    canvas = Image.new("RGB", (grid[1] * cell, grid[0] * cell))
+def draw_collage(scenes: tuple[Scene, ...]) -> Image.Image:
+    """One picture with a numbered scene in each cell of GRID, row by row."""
+    canvas, cell = Image.new("RGB", (SIDE, SIDE)), SIDE // GRID[1]
     for index, scene in enumerate(scenes):
-        left, top = cell_box(grid, index)[:2]
+        left, top = cell_box(index)[:2]
         canvas.paste(_draw_scene(scene, cell), (left, top))
         _draw_label(canvas, index + 1, left, top, cell)
     return _add_noise(canvas, scenes[0].seed)
@@ -64,15 +62,10 @@ def draw_pip(inner: Scene, outer: Scene) -> Image.Image:
     return _add_noise(canvas, inner.seed)
 
 
-def cell_side(grid: tuple[int, int]) -> int:
-    """Side of a collage's square cells."""
-    return SIDE // max(grid)
-
-
-def cell_box(grid: tuple[int, int], index: int) -> list[int]:
+def cell_box(index: int) -> list[int]:
     """Box [x0, y0, x1, y1] of the collage's cell number `index`, counted from 0."""
-    row, column = divmod(index, grid[1])
-    cell = cell_side(grid)
+    row, column = divmod(index, GRID[1])
+    cell = SIDE // GRID[1]
     return [column * cell, row * cell, (column + 1) * cell, (row + 1) * cell]
 
 

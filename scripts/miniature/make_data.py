@@ -1,13 +1,13 @@
 """Data sets of the miniature world: `python -m scripts.miniature.make_data --output DIR --seed 0`.
 
-Writes preference pairs (train.json, validation.json), test questions (test.json: the three multi-image formats and
-plain single images) and their pictures under DIR/images. The same seed writes the
-same bytes. A rejected answer is true of another image of its prompt: the confusion that the project treats.
-On demand also training questions without pairs (instructions.json, for data_gen) and validation questions
-(validation_questions.json).
+Writes preference pairs (train.json), test questions (test.json: the three multi-image formats and plain single images)
+and their pictures under DIR/images. The same seed writes the same bytes. A rejected answer is true of another image of
+its prompt: the confusion that the project treats. On demand also held-out pairs (validation.json), training questions
+without pairs (instructions.json, for data_gen) and validation questions (validation_questions.json).
 """
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 from llava.command_line import flag, parse
 from llava.runtime import user_errors, write_text
-from scripts.miniature.prompts import GRID, MULTI_IMAGE_TYPES, Prompt, sample_prompt
+from scripts.miniature.draw import GRID
+from scripts.miniature.prompts import MULTI_IMAGE_TYPES, Prompt, sample_prompt
 
 EVERY_TYPE = (*MULTI_IMAGE_TYPES, "single")
 
@@ -29,7 +30,7 @@ class DataFlags:
     _argument_group_name = "data"
     output: Path = flag("folder of the data set")
     num_train: int = flag("preference pairs for training", 1800)
-    num_validation: int | None = flag("held-out preference pairs; none given: num_test", None)
+    num_validation: int = flag("held-out preference pairs", 0)
     num_test: int = flag("test questions, a quarter a format", 800)
     num_instructions: int = flag("training questions for data_gen", 0)
     num_validation_questions: int = flag("as test questions, other combinations", 0)
@@ -40,16 +41,15 @@ def main() -> None:
     """Writes the files of one data set; the seed of each is its own, so that one more changes no other."""
     with user_errors():
         (flags,) = parse([DataFlags], __doc__)
-    num_validation = flags.num_test if flags.num_validation is None else flags.num_validation
     files = [
         ("train", 0, "train", flags.num_train, MULTI_IMAGE_TYPES, preference),
-        ("validation", 1, "validation", num_validation, MULTI_IMAGE_TYPES, preference),
+        ("validation", 1, "validation", flags.num_validation, MULTI_IMAGE_TYPES, preference),
         ("test", 2, "test", flags.num_test, EVERY_TYPE, question),
         ("instructions", 3, "train", flags.num_instructions, MULTI_IMAGE_TYPES, question),
         ("validation_questions", 5, "validation", flags.num_validation_questions, EVERY_TYPE, question),
     ]
     for name, number, split, size, image_types, fields_of in files:
-        if not size and number > 2:
+        if not size:
             continue
         rng = np.random.default_rng([flags.seed, number])
         records = []
@@ -58,8 +58,7 @@ def main() -> None:
             record_id = f"{name}_{index:06d}"
             images = save_pictures(prompt.pictures(), flags.output / "images", name, record_id)
             records.append({"id": record_id, "image": images} | fields_of(prompt, rng))
-        lines = ",\n".join(json.dumps(record) for record in records)
-        write_text(flags.output / f"{name}.json", f"[\n{lines}\n]\n")
+        write_records(flags.output / f"{name}.json", records)
 
 
 def preference(prompt: Prompt, rng: np.random.Generator) -> dict:
@@ -79,6 +78,12 @@ def where(prompt: Prompt) -> dict:
         return {"image_type": "single"}
     fields = {"image_type": prompt.image_type, "target": prompt.target + 1, "target_box": prompt.target_box}
     return fields | ({"grid": list(GRID)} if prompt.image_type == "collage" else {})
+
+
+def write_records(path: Path, records: Iterable[dict]) -> None:
+    """A JSON list, a record a line."""
+    lines = ",\n".join(map(json.dumps, records))
+    write_text(path, f"[\n{lines}\n]\n")
 
 
 def save_pictures(pictures: list[Image.Image], folder: Path, name: str, record_id: str) -> list[str]:

@@ -5,7 +5,6 @@ its attributes, so that what is true of the other pictures of a prompt is known.
 folder: small folders make groups of prompts that share no picture. The same seed writes the same bytes.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,8 +12,9 @@ import numpy as np
 from tqdm import tqdm
 
 from llava.command_line import flag, parse
-from llava.runtime import user_errors, write_text
+from llava.runtime import user_errors
 from scripts.miniature.draw import draw_single
+from scripts.miniature.make_data import write_records
 from scripts.miniature.prompts import QUESTIONS, sample_scene
 from scripts.miniature.world import SHARES, Scene
 
@@ -43,8 +43,7 @@ def main() -> None:
         (flags.output / "images" / path).parent.mkdir(parents=True, exist_ok=True)
         draw_single(scene).save(flags.output / "images" / path, compress_level=1)
         records.append({"id": f"{flags.split}_{number:06d}", "image": path, "conversations": questions(scene, rng)})
-    lines = ",\n".join(json.dumps(record) for record in records)
-    write_text(flags.output / "source.json", f"[\n{lines}\n]\n")
+    write_records(flags.output / "source.json", records)
 
 
 def questions(scene: Scene, rng: np.random.Generator) -> list[dict[str, str]]:

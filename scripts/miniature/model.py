@@ -32,25 +32,24 @@ from scripts.miniature.prompts import CENTRE_PHRASES, QUESTIONS
 from scripts.miniature.world import ATTRIBUTES
 
 PATCH_SIDE = 12
-VISION_LAYERS, VISION_WIDTH, VISION_HEADS = 4, 96, 6
-TEXT_LAYERS, TEXT_WIDTH, TEXT_HEADS, TEXT_FFN = 4, 128, 4, 384
+TEXT_WIDTH, VISION_WIDTH = 128, 96
 MAX_POSITIONS = 2048
 PROJECTOR_SCALE = 0.1  # of its last layer: image tokens start at the scale of word embeddings, or routing is slow
 OPENAI_MEAN, OPENAI_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 
 
-def build_processor() -> LlavaProcessor:
+def build_processor(side: int = SIDE, patch: int = PATCH_SIDE) -> LlavaProcessor:
     """Tokenizer and image processor, as those of llava-1.5-7b-hf but for the sizes and the vocabulary."""
     image_processor = CLIPImageProcessorPil(
-        size={"shortest_edge": SIDE},
-        crop_size={"height": SIDE, "width": SIDE},
+        size={"shortest_edge": side},
+        crop_size={"height": side, "width": side},
         image_mean=OPENAI_MEAN,
         image_std=OPENAI_STD,
     )
     return LlavaProcessor(
         image_processor=image_processor,
         tokenizer=build_tokenizer(),
-        patch_size=PATCH_SIDE,
+        patch_size=patch,
         num_additional_image_tokens=1,
         vision_feature_select_strategy="default",
     )
@@ -98,37 +97,7 @@ def world_text() -> list[str]:
 
 def build_model(processor: LlavaProcessor, seed: int) -> LlavaForConditionalGeneration:
     """An untrained LLaVA-1.5 of about 1.5 M parameters."""
-    tokenizer = processor.tokenizer
-    special_ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    vision = CLIPVisionConfig(
-        hidden_size=VISION_WIDTH,
-        intermediate_size=4 * VISION_WIDTH,
-        num_hidden_layers=VISION_LAYERS,
-        num_attention_heads=VISION_HEADS,
-        image_size=SIDE,
-        patch_size=PATCH_SIDE,
-        projection_dim=VISION_WIDTH,
-    )
-    text = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=TEXT_WIDTH,
-        intermediate_size=TEXT_FFN,
-        num_hidden_layers=TEXT_LAYERS,
-        num_attention_heads=TEXT_HEADS,
-        max_position_embeddings=MAX_POSITIONS,
-        tie_word_embeddings=False,
-        **special_ids,
-    )
-    config = LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        image_seq_length=(SIDE // PATCH_SIDE) ** 2,
-        projector_hidden_act="gelu",
-        vision_feature_layer=-2,
-        vision_feature_select_strategy="default",
-        **special_ids,
-    )
+    config = build_config(processor, (TEXT_WIDTH, 4, 4, 384), (VISION_WIDTH, 4, 6))
     torch.manual_seed(seed)
     model = LlavaForConditionalGeneration(config)
     with torch.no_grad():
@@ -136,8 +105,36 @@ def build_model(processor: LlavaProcessor, seed: int) -> LlavaForConditionalGene
             if weight.ndim == 2 and "embed" not in name:
                 weight.normal_(std=weight.shape[1] ** -0.5)
         model.model.multi_modal_projector.linear_2.weight.mul_(PROJECTOR_SCALE)
-    model.generation_config = GenerationConfig(do_sample=False, **special_ids)
+    model.generation_config = GenerationConfig(do_sample=False, **_special_ids(processor))
     return model
+
+
+def build_config(
+    processor: LlavaProcessor, text: tuple[int, int, int, int], vision: tuple[int, int, int]
+) -> LlavaConfig:
+    """A LLaVA-1.5's config: hidden size, layers and heads of both parts, of the text also the feed-forward size."""
+    side, special_ids = processor.image_processor.size["shortest_edge"], _special_ids(processor)
+    sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    return LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            **dict(zip(sizes, (*vision, 4 * vision[0]), strict=True)), image_size=side,
+            patch_size=processor.patch_size, projection_dim=vision[0],
+        ),
+        text_config=LlamaConfig(
+            **dict(zip(sizes, text, strict=True)), vocab_size=len(processor.tokenizer), tie_word_embeddings=False,
+            max_position_embeddings=MAX_POSITIONS, **special_ids,
+        ),
+        image_token_index=processor.tokenizer.convert_tokens_to_ids("<image>"),
+        image_seq_length=(side // processor.patch_size) ** 2,
+        projector_hidden_act="gelu",
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        **special_ids,
+    )  # fmt: skip
+
+
+def _special_ids(processor: LlavaProcessor) -> dict[str, int]:
+    return {f"{name}_token_id": getattr(processor.tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
 
 
 def _llama_normalizer() -> normalizers.Normalizer:

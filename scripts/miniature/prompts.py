@@ -23,7 +23,6 @@ CENTRE_PHRASES = (
 )
 MULTI_IMAGE_TYPES = ("sequence", "collage", "pip")
 SEQUENCE_LENGTHS = (2, 3, 4, 5)
-GRID = (2, 2)
 
 
 @dataclass(frozen=True)
@@ -68,13 +67,13 @@ class Prompt:
     def target_box(self) -> list[int]:
         """Box [x0, y0, x1, y1] of the target in the stored picture that holds it."""
         if self.image_type == "collage":
-            return draw.cell_box(GRID, self.target)
+            return draw.cell_box(self.target)
         return draw.inner_box() if self.image_type == "pip" else [0, 0, draw.SIDE, draw.SIDE]
 
     def pictures(self) -> list[Image.Image]:
         """The pictures in the order of the prompt's `<image>`s."""
         if self.image_type == "collage":
-            return [draw.draw_collage(self.scenes, GRID)]
+            return [draw.draw_collage(self.scenes)]
         if self.image_type == "pip":
             return [draw.draw_pip(*self.scenes)]
         return [draw.draw_single(scene) for scene in self.scenes]
@@ -94,7 +93,7 @@ def sample_prompt(rng: np.random.Generator, split: str, image_type: str, num_sce
     if image_type == "sequence":
         num_scenes = num_scenes or int(rng.choice(SEQUENCE_LENGTHS))
     else:
-        num_scenes = {"single": 1, "pip": 2, "collage": GRID[0] * GRID[1]}[image_type]
+        num_scenes = {"single": 1, "pip": 2, "collage": draw.GRID[0] * draw.GRID[1]}[image_type]
     target = 0 if image_type == "pip" else int(rng.integers(num_scenes))
     attribute = str(rng.choice(list(ATTRIBUTES)))
     wanted, scenes = sample_scene(rng, split), []

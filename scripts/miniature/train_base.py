@@ -6,11 +6,10 @@ thousands of steps, so a second lesson names things: halfway up the language mod
 image token which picture it belongs to, and from an answer's row which picture is asked about. No attention is guided:
 where and how the rows look the picture up is the model's own. The stage ends once routing is partly formed, by a fixed
 check on held-out prompts, so that what is built on the base has something to improve.
-
-A killed run goes on where it was, if started again with the same --output.
 """
 
 import json
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,17 +17,23 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from tqdm import tqdm
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 from transformers.utils import logging as transformers_logging
 
 from llava.command_line import flag, parse
+from llava.families.llava15 import vicuna_v1
 from llava.runtime import user_errors, write_text
-from scripts.miniature.course import Course, Stage, until
-from scripts.miniature.lessons import PATCHES, Batch, conversation_batch, patch_batch
+from scripts.miniature.lessons import PATCHES, Batch, conversation_batch, encode, patch_batch
 from scripts.miniature.model import TEXT_WIDTH, VISION_WIDTH, build_model, build_processor
-from scripts.miniature.scores import score_base, validation_accuracy
+from scripts.miniature.prompts import SEQUENCE_LENGTHS, Prompt, sample_prompt
 from scripts.miniature.world import ATTRIBUTES
 
+WARMUP = 0.05  # share of a stage's steps over which the rate rises
+COOLDOWN = 0.25  # share over which it falls again
+WEIGHT_DECAY, MAX_GRAD_NORM = 0.01, 1.0
+SCORED_AT_ONCE = 50  # prompts
+SETS = [("single", None), *(("sequence", n) for n in SEQUENCE_LENGTHS), ("collage", None), ("pip", None)]
 RECIPE = {
     "vision": {"steps": 1500, "batch": 48, "rate": 1.5e-3, "mix": {"single": 0.4, "collage": 0.35, "pip": 0.25},
                "position_weight": 0.1},  # of the head that keeps a patch's place readable from its features
@@ -62,24 +67,48 @@ def main() -> None:
     transformers_logging.set_verbosity_error()
     with user_errors():
         (flags,) = parse([BaseFlags], __doc__)
-        processor = build_processor()
-        course = Course(
-            build_model(processor, flags.seed), np.random.default_rng(flags.seed), flags.output / "progress.pt",
-            {"recipe": RECIPE, "seed": flags.seed},
-        )  # fmt: skip
-        course.open()
+    processor, rng, steps = build_processor(), np.random.default_rng(flags.seed), {}
+    model = build_model(processor, flags.seed)
     for number, stage in enumerate((vision, reading, routing)):
         torch.manual_seed(1000 * flags.seed + number)  # of the stage's head
-        course.run(stage(course.model, processor, course.rng))
-    save(course.model, processor, flags.output)
-    found = score_base(course.model.eval(), processor, flags.num_test)
-    scores = json.dumps(found | {"steps": course.finished, "seed": flags.seed}, indent=1)
+        steps[stage.__name__] = stage(model, processor, rng)
+    save(model, processor, flags.output)
+    found = score_base(model.eval(), processor, flags.num_test)
+    scores = json.dumps(found | {"steps": steps, "seed": flags.seed}, indent=1)
     write_text(flags.output / "base_scores.json", scores + "\n")
-    course.file.unlink()
     print(scores)
 
 
-def vision(model: LlavaForConditionalGeneration, processor: LlavaProcessor, rng: np.random.Generator) -> Stage:
+def run(
+    name: str, recipe: Mapping, parameters: Iterable[nn.Parameter], lesson: Callable[[], tuple[Tensor, dict[str, str]]],
+    is_over: Callable[[int], bool] = lambda step: False,
+) -> int:  # fmt: skip
+    """The steps of a stage, at most those of its recipe, and their number.
+
+    `lesson` gives the loss of a step and what the progress bar shows of it. The rate rises for a short time, stays
+    (routing forms at the full rate or not) and falls linearly.
+    """
+    parameters, steps = list(parameters), recipe["steps"]
+    optimizer = torch.optim.AdamW(parameters, lr=recipe["rate"], betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY)
+    rise, fall = max(1, round(WARMUP * steps)), max(1, round(COOLDOWN * steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, (step + 1) / rise, max(0.02, (steps - step) / fall))
+    )
+    progress = tqdm(range(1, steps + 1), desc=name)
+    for step in progress:
+        loss, shown = lesson()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
+        optimizer.step()
+        schedule.step()
+        progress.set_postfix(loss=f"{loss.item():.2f}", **shown)
+        if is_over(step):
+            break
+    return step
+
+
+def vision(model: LlavaForConditionalGeneration, processor: LlavaProcessor, rng: np.random.Generator) -> int:
     """Every patch learns the five attributes of the scene it belongs to, and its own place.
 
     A tower that keeps the regions of one picture apart is what collages and pictures in pictures need.
@@ -101,10 +130,10 @@ def vision(model: LlavaForConditionalGeneration, processor: LlavaProcessor, rng:
         loss = loss + recipe["position_weight"] * F.cross_entropy(place, places)
         return loss, {"accuracy": " ".join(f"{value:.2f}" for value in right)}
 
-    return Stage("vision", recipe["steps"], recipe["rate"], list(tower.parameters()), head, lesson)
+    return run("vision", recipe, [*tower.parameters(), *head.parameters()], lesson)
 
 
-def reading(model: LlavaForConditionalGeneration, processor: LlavaProcessor, rng: np.random.Generator) -> Stage:
+def reading(model: LlavaForConditionalGeneration, processor: LlavaProcessor, rng: np.random.Generator) -> int:
     """Projector and language model learn to answer about one picture, behind the frozen tower."""
     recipe = RECIPE["reading"]
 
@@ -113,10 +142,10 @@ def reading(model: LlavaForConditionalGeneration, processor: LlavaProcessor, rng
         loss, accuracy, _ = answer_loss(model, batch)
         return loss, {"accuracy": f"{accuracy:.2f}"}
 
-    return Stage("reading", recipe["steps"], recipe["rate"], behind_the_tower(model), None, lesson)
+    return run("reading", recipe, behind_the_tower(model), lesson)
 
 
-def routing(model: LlavaForConditionalGeneration, processor: LlavaProcessor, rng: np.random.Generator) -> Stage:
+def routing(model: LlavaForConditionalGeneration, processor: LlavaProcessor, rng: np.random.Generator) -> int:
     """They learn all formats, one format a step, and the lesson of naming where pictures or cells have numbers."""
     recipe = RECIPE["routing"]
     head = nn.Linear(TEXT_WIDTH, max(recipe["scenes"]))
@@ -131,8 +160,11 @@ def routing(model: LlavaForConditionalGeneration, processor: LlavaProcessor, rng
             loss = loss + recipe["naming_weight"] * naming_loss(head, states, batch)
         return loss, {"kind": kind, "accuracy": f"{accuracy:.2f}"}
 
-    is_over = until(recipe, lambda: validation_accuracy(model, processor, "sequence", 3, recipe["prompts"]))
-    return Stage("routing", recipe["steps"], recipe["rate"], behind_the_tower(model), head, lesson, is_over)
+    def is_over(step: int) -> bool:
+        due = step % recipe["check_every"] == 0
+        return due and validation_accuracy(model, processor, "sequence", 3, recipe["prompts"]) >= recipe["wanted"]
+
+    return run("routing", recipe, [*behind_the_tower(model), *head.parameters()], lesson, is_over)
 
 
 def behind_the_tower(model: LlavaForConditionalGeneration) -> list[nn.Parameter]:
@@ -175,6 +207,52 @@ def save(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder
     model.half().save_pretrained(folder)
     processor.save_pretrained(folder)
     model.float()
+
+
+def score_base(model: LlavaForConditionalGeneration, processor: LlavaProcessor, num_test: int) -> dict:
+    """Accuracy in % on `num_test` test prompts of every format."""
+    scores = {}
+    for number, (image_type, num_scenes) in enumerate(SETS):
+        rng = np.random.default_rng([0, number])
+        prompts = [sample_prompt(rng, "test", image_type, num_scenes) for _ in range(num_test)]
+        name = f"{image_type}_{num_scenes}" if num_scenes else image_type
+        scores[name] = {"accuracy": accuracy(model, processor, prompts), "num_prompts": num_test}
+    return scores
+
+
+def validation_accuracy(
+    model: LlavaForConditionalGeneration, processor: LlavaProcessor, image_type: str, num_scenes: int | None, count: int
+) -> float:
+    """Of `count` validation prompts of a format, in %; always the same ones."""
+    prompts = [sample_prompt(np.random.default_rng(n), "validation", image_type, num_scenes) for n in range(count)]
+    return accuracy(model, processor, prompts)
+
+
+def accuracy(model: LlavaForConditionalGeneration, processor: LlavaProcessor, prompts: list[Prompt]) -> float:
+    """Share of right answers in %."""
+    words = answer(model, processor, prompts)
+    right = [prompt.answer == word for prompt, word in zip(prompts, words, strict=True)]
+    return round(100 * float(np.mean(right)), 1)
+
+
+def answer(model: LlavaForConditionalGeneration, processor: LlavaProcessor, prompts: list[Prompt]) -> list[str]:
+    """Greedy one-word answers; an answer that would go on after its first token counts as none.
+
+    The end token is asked for behind the true answer, which is the same for every answer that is right.
+    """
+    words = []
+    for start in range(0, len(prompts), SCORED_AT_ONCE):
+        part = prompts[start : start + SCORED_AT_ONCE]
+        texts = [vicuna_v1([(prompt.text, prompt.answer)]) for prompt in part]
+        batch = encode(processor, texts, [picture for prompt in part for picture in prompt.pictures()])
+        inputs = {"input_ids": batch.input_ids, "pixel_values": batch.pixel_values}
+        with torch.inference_mode():
+            logits = model(**inputs, logits_to_keep=batch.before).logits
+        first, second = logits.flatten(0, -2).argmax(-1).view(-1, 2).unbind(-1)
+        ended = second == processor.tokenizer.eos_token_id
+        decoded = [processor.tokenizer.decode([token]).strip() for token in first.tolist()]
+        words += [word if end else "" for word, end in zip(decoded, ended.tolist(), strict=True)]
+    return words
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ The study's control: the attention target of each pair is another image at rando
 DIR/pairs.json.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +11,9 @@ import numpy as np
 
 from llava.command_line import flag, parse
 from llava.records import read_json
-from llava.runtime import user_errors, write_text
+from llava.runtime import user_errors
+from scripts.miniature.draw import cell_box
+from scripts.miniature.make_data import write_records
 
 
 @dataclass(frozen=True)
@@ -31,15 +32,14 @@ def main() -> None:
         (flags,) = parse([TargetFlags], __doc__)
         records = read_json(flags.pairs)
     rng = np.random.default_rng(flags.seed)
-    lines = ",\n".join(json.dumps(with_another_target(record, rng)) for record in records)
-    write_text(flags.output / "pairs.json", f"[\n{lines}\n]\n")
+    write_records(flags.output / "pairs.json", (with_another_target(record, rng) for record in records))
 
 
 def with_another_target(record: dict, rng: np.random.Generator) -> dict:
     """The record with its target, and the box of it, on another image at random.
 
     Of a picture in a picture, the strip of the outer one above the inner one, which is in its centre, is the other
-    target: a box can hold that. Cells of a collage are all of the target's size.
+    target: a box can hold that.
     """
     image_type = record["image_type"]
     if image_type == "pip":
@@ -48,14 +48,7 @@ def with_another_target(record: dict, rng: np.random.Generator) -> dict:
     count = len(record["image"]) if image_type == "sequence" else record["grid"][0] * record["grid"][1]
     target = int(rng.choice([place for place in range(count) if place != record["target"] - 1]))
     moved = {"target": target + 1}
-    return record | moved | ({"target_box": _moved_cell(record, target)} if image_type == "collage" else {})
-
-
-def _moved_cell(record: dict, target: int) -> list[int]:
-    (x0, y0, x1, y1), columns = record["target_box"], record["grid"][1]
-    before, after = divmod(record["target"] - 1, columns), divmod(target, columns)
-    down, across = ((after[i] - before[i]) * size for i, size in enumerate((y1 - y0, x1 - x0)))
-    return [x0 + across, y0 + down, x1 + across, y1 + down]
+    return record | moved | ({"target_box": cell_box(target)} if image_type == "collage" else {})
 
 
 if __name__ == "__main__":

@@ -18,10 +18,10 @@ from llava.checkpoints import open_checkpoint
 from llava.command_line import check_numbers, flag, parse
 from llava.run_folder import only_writer
 from llava.runtime import git_commit, setup_logging, short_commit, stop, user_errors
-from scripts.study.config import Config, located, read_config
+from scripts.study.config import located, read_config
 from scripts.study.report import SEVERAL, write_report
 from scripts.study.results import collect
-from scripts.study.running import Runner, UnitFailed, commits, finished, progress, refuse_others
+from scripts.study.running import Runner, UnitFailed, commits, progress, refuse_others
 from scripts.study.units import Unit, plan
 
 logger = logging.getLogger("scripts.study")
@@ -38,7 +38,6 @@ class StudyFlags:
     quick: bool = flag("with the changes that the config's entry `quick` makes, to see that everything works", False)
     jobs: int = flag("units at a time", 1)
     launcher: str = flag('what starts a script: bash, or for example "sbatch --wait --partition=NAME"', "bash")
-    plan_only: bool = flag("say what would be run", False)
     report_only: bool = flag("run nothing: report what is there", False)
 
 
@@ -54,14 +53,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         units = plan(config, open_checkpoint(located(config.base)).digest)
         if not flags.report_only:
             check(output, units)
-    if flags.plan_only:
-        for unit in units:
-            logger.info("%s  %s", "done " if finished(output, unit.name) else "to do", unit.name)
-        return
     if not flags.report_only:
         run(flags, output, units)
     with user_errors():
-        report(config, output, units)
+        logger.info("%s\n%s", write_report(collect(config, output, units), output), output / "results.md")
 
 
 def check(output: Path, units: Sequence[Unit]) -> None:
@@ -81,11 +76,6 @@ def run(flags: StudyFlags, output: Path, units: Sequence[Unit]) -> None:
             Runner(output, flags.jobs, shlex.split(flags.launcher), lock).run(units)
         except UnitFailed as error:
             stop(f"{error}. Start the same command again to go on.")
-
-
-def report(config: Config, output: Path, units: Sequence[Unit]) -> None:
-    """Writes the results of what is finished, and logs them."""
-    logger.info("%s\n%s", write_report(collect(config, output, units), output), output / "results.md")
 
 
 if __name__ == "__main__":

@@ -47,7 +47,6 @@ class Arm:
     flags: Mapping[str, Any] = field(default_factory=dict)  # of training, beside those that all arms share
     against: tuple[str, ...] = (BASE,)  # its controls
     adaptviz: tuple[str, ...] = ()  # also answered with these passes
-    same_as: str | None = None  # only trained: its weights must have the bytes of this arm's
 
 
 @dataclass(frozen=True)
@@ -139,7 +138,7 @@ def _arms(raw: Mapping[str, Any]) -> dict[str, Arm]:
     for name, own in entries.items():
         _refuse_unknown(own, (*Arm.__dataclass_fields__.keys() - {"name"}, "like"), f"arms.{name}")
         earlier = [other for other in arms if other != BASE]
-        _refuse_unknown([own[key] for key in ("like", "same_as") if key in own], earlier, f"arms.{name}, an arm before")
+        _refuse_unknown([own["like"]] if "like" in own else [], earlier, f"arms.{name}, an arm before")
         arms[name] = _arm(name, own, arms[own["like"]] if "like" in own else start)
     return arms
 
@@ -155,7 +154,6 @@ def _arm(name: str, own: Mapping[str, Any], start: Arm) -> Arm:
         flags={**start.flags, **own.get("flags", {})},
         against=tuple(controls),
         adaptviz=tuple(own.get("adaptviz", ())),
-        same_as=own.get("same_as"),
     )
 
 

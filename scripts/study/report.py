@@ -62,9 +62,6 @@ def markdown(results: Mapping[str, Any]) -> str:
     parts += ["## Arms", ARMS_NOTE, arms_table(results["arms"])]
     if results["comparisons"]:
         parts += ["## Comparisons", COMPARED_NOTE, comparisons_table(results["comparisons"])]
-    for own in results["sanity"]:
-        verdict = "the same weights, byte for byte" if own["is_same"] else "OTHER weights: something acts that must not"
-        parts.append(f"{own['arm']}, seed {own['seed']}, must equal {own['same_as']}: {verdict}.")
     return "\n\n".join(parts) + "\n"
 
 

@@ -12,7 +12,7 @@ from inference.llava_hound_dpo.summary import Row
 from scripts.study.config import BASE, Arm, Config
 from scripts.study.running import commits, finished, progress
 from scripts.study.statistics import compare, mean_of_groups, seed_interval
-from scripts.study.units import PLAIN, Unit, answer_name, train_name
+from scripts.study.units import PLAIN, Unit, answer_name
 
 SCORE, BEGINS, CUT_OFF, RATIO = range(4)  # what is known of an answer
 Key = tuple[str, str]  # an arm, and the way it was answered
@@ -45,7 +45,7 @@ class Answered:
 
 def collect(config: Config, output: Path, units: Sequence[Unit]) -> dict[str, Any]:
     """Everything that the reports show. Raises ValueError if nothing is answered yet."""
-    ways = [(arm, way) for arm in config.arms.values() if not arm.same_as for way in (PLAIN, *arm.adaptviz)]
+    ways = [(arm, way) for arm in config.arms.values() for way in (PLAIN, *arm.adaptviz)]
     answers = {(arm.name, way): answered(config, output, arm, way) for arm, way in ways}
     answers = {key: found for key, found in answers.items() if found}
     if not answers:
@@ -64,7 +64,6 @@ def collect(config: Config, output: Path, units: Sequence[Unit]) -> dict[str, An
             for one, other in compared(config, answers)
             if (found := difference(answers[one], answers[other], one[0] == BASE))
         ],
-        "sanity": sanity(config, output),
     }
 
 
@@ -120,20 +119,3 @@ def difference(control: Answered, arm: Answered, is_base: bool) -> dict[str, Any
     begins = seed_interval(other.by_seed(BEGINS) - one.by_seed(BEGINS), -1)
     scores = compare(one.known[SCORE], other.known[SCORE], one.formats)
     return {"seeds": seeds, **asdict(scores), "begins": asdict(begins)}
-
-
-def sanity(config: Config, output: Path) -> list[dict[str, Any]]:
-    """For each arm that must equal another: whether their weights have the same bytes, by seed."""
-    found = []
-    for arm in (arm for arm in config.arms.values() if arm.same_as in config.arms):
-        other = config.arms[arm.same_as]
-        for seed in arm.seeds:
-            names = [train_name(own, seed) for own in (arm, other)]
-            if all(finished(output, name) for name in names):
-                one, two = (_weights(output / name / "adapter") for name in names)
-                found.append({"arm": arm.label, "same_as": other.label, "seed": seed, "is_same": one == two})
-    return found
-
-
-def _weights(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.safetensors"))}

@@ -3,7 +3,6 @@
 Letters: S seeds, Q questions, C draws.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -35,7 +34,7 @@ def seed_interval(values: Sequence[float], least: float = 0.0, most: float = 1.0
     own, mean = tuple(map(float, values)), float(np.mean(values))
     if len(own) < 2:
         return Interval(mean, None, None, own)
-    half = float(stats.t.ppf((1 + LEVEL) / 2, len(own) - 1) * np.std(own, ddof=1)) / math.sqrt(len(own))
+    half = float(stats.t.ppf((1 + LEVEL) / 2, len(own) - 1) * stats.sem(own))
     return Interval(mean, max(least, mean - half), min(most, mean + half), own)
 
 

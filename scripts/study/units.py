@@ -46,7 +46,7 @@ def plan(config: Config, base_digest: str) -> list[Unit]:
         mentioned = [name for name in config.prepare if name != unit.name
                      and any(f"{{output}}/{name}/" in word for words in unit.commands for word in words)]  # fmt: skip
         inputs = (*mentioned, *unit.inputs)
-        made_from = {name: digest(units[name]) for name in inputs}
+        made_from = {name: _digest(units[name].identity) for name in inputs}
         identity = {**unit.identity, "what is prepared or trained before": made_from, "the base's weights": base_digest}
         units[unit.name] = replace(unit, inputs=inputs, identity=identity)
     wanted: set[str] = set()
@@ -54,11 +54,6 @@ def plan(config: Config, base_digest: str) -> list[Unit]:
         if unit.name not in config.prepare or unit.name in wanted:
             wanted |= {unit.name, *unit.inputs}
     return [unit for unit in units.values() if unit.name in wanted]
-
-
-def digest(unit: Unit) -> str:
-    """Of a unit's identity."""
-    return hashlib.sha256(json.dumps(unit.identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def train_name(arm: Arm, seed: int) -> str:
@@ -81,8 +76,6 @@ def _of_arm(config: Config, arm: Arm) -> Iterable[Unit]:
     for seed in arm.seeds:
         if arm.data:
             yield _train(config, arm, seed)
-        if arm.same_as:
-            continue
         yield _answer(config, arm, seed, PLAIN)
         for way in arm.adaptviz:
             if TUNE in config.adaptviz[way] and seed == arm.seeds[0]:
@@ -125,6 +118,10 @@ def _asking(config: Config, arm: Arm, seed: int, file: str, images: str) -> tupl
     model = f"{{output}}/{train_name(arm, seed)}/adapter" if arm.data else config.base
     flags = {"model_name_or_path": model, "data_path": file, "image_folder": images, **config.answering}
     return flags, (train_name(arm, seed),) if arm.data else ()
+
+
+def _digest(identity: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _unit(name: str, script: Sequence[str], flags: Mapping[str, Any], inputs: tuple[str, ...] = ()) -> Unit:
