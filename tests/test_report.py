@@ -395,5 +395,5 @@ def test_bad_flags_end_the_run_before_anything_is_written(world, capsys, flags, 
 
 def test_the_template_is_packaged():
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
-    assert any(fnmatch.fnmatch(TEMPLATE, pattern) for pattern in listed["inference.llava_hound_dpo"])
+    assert any(fnmatch.fnmatch(TEMPLATE, pattern) for pattern in listed["*"])
     assert (ROOT / "inference/llava_hound_dpo" / TEMPLATE).is_file()
