@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from inference.llava_hound_dpo.evaluate import evaluate, main, markdown
+from inference.llava_hound_dpo.evaluate import evaluate, main
+from inference.llava_hound_dpo.report import markdown
 from llava.records import DataError, read_answers
 
 SEQUENCE = "Image1:<image>\nImage2:<image>\nIn Image{}, what colour is the car?"

@@ -12,19 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from inference.llava_hound_dpo.judge_endpoint import KEY_VARIABLE, Endpoint
-from inference.llava_hound_dpo.llm_judge import RUBRICS, WITHOUT, LlmJudge, add_grades
-from inference.llava_hound_dpo.report import report
-from inference.llava_hound_dpo.summary import Asked, Row, compare, groupings, judge, summarize
+from inference.llava_hound_dpo.llm_judge import LlmJudge, add_grades
+from inference.llava_hound_dpo.report import markdown, report
+from inference.llava_hound_dpo.summary import Asked, Row, compare, judge, summarize
 from llava.command_line import check_numbers, flag, parse
 from llava.image import ImageStore
-from llava.markdown import table
 from llava.records import Answer, DataError, Question, read_answers, read_questions, refuse_duplicates, texts
 from llava.runtime import setup_logging, user_errors, write_text
 from llava.scorers import SCORERS
 
 log = logging.getLogger(__name__)
-
-COUNTS = ("right", "wrong", "unparsed", "missing", "cut_off")
 
 
 @dataclass(frozen=True)
@@ -206,101 +203,6 @@ def _names(paths: Sequence[Path]) -> list[str]:
     if len(set(names)) < len(names):
         raise ValueError("--answers names a file twice")
     return names
-
-
-# ---- the table
-
-
-def markdown(scores: dict[str, Any]) -> str:
-    """The scores as Markdown: accuracy by group, counts, and comparisons."""
-    files = scores["answers"]
-    parts = ["# Scores", "\n".join(_notes(scores)), _accuracy_table(files), _counts_table(files)]
-    if scores["comparisons"]:
-        parts.append(_comparison_table(scores["comparisons"]))
-    if "judge" in scores:
-        parts += _judge_tables(scores)
-    return "\n\n".join(parts) + "\n"
-
-
-def _notes(scores: dict[str, Any]) -> list[str]:
-    missing = "every question of the test set is in the denominator, answered or not"
-    if scores["questions"] is None:
-        missing = "no --questions: a question that no file answers is not known, and not counted"
-    return [
-        f"Scorer: {scores['scorer']}. Accuracy in % [95 % interval]; unparsed and missing answers score 0; {missing}.",
-        "Looked right: the target has the largest share of the image attention; where shares by image are absent, more "
-        "than an even share of it. Chance of confusion: the wrong answers, dealt to one another's questions.",
-        "Ratio tells right from wrong: the chance that of a right and a wrong answer, same format and number of "
-        "images, the right one has the higher attention ratio; 0.5 says nothing.",
-    ]
-
-
-def _accuracy_table(files: dict[str, dict]) -> str:
-    rows = [("**overall**", [file["overall"] for file in files.values()])]
-    for grouping in groupings(files):
-        rows += [(grouping.label.format(name), groups) for name, groups in grouping.groups.items()]
-    return table(
-        ["", "questions", *files],
-        [
-            [label, str(groups[0]["questions"]), *(_interval(group, "accuracy", ".1f", 100) for group in groups)]
-            for label, groups in rows
-        ],
-    )
-
-
-def _counts_table(files: dict[str, dict]) -> str:
-    every, first = list(files.values()), next(iter(files.values()))
-    rows = {name.replace("_", " "): [str(f["overall"][name]) for f in every] for name in COUNTS}
-    rows["attention ratio"] = [_number(f["overall"]["attention_ratio"]) for f in every]
-    for name, label in (("of_wrong", "wrong answers true of another image"), ("chance", "the same by chance")):
-        shares = [(f["confusion"] or {}).get(name) for f in every]
-        rows[label] = ["-" if share is None else f"{100 * share:.1f} %" for share in shares]
-    for name in list(first["looked_answered"])[:4]:
-        label = name.replace("_answered", ", answered").replace("_", " ")
-        rows[label] = [str(f["looked_answered"][name]) for f in every]
-    rows["where it looked is unknown"] = [str(f["looked_answered"]["judged_by"]["unknown"]) for f in every]
-    for name in first["ratio_auc"]:
-        label = "ratio tells right from wrong, AUC" + ("" if name == "overall" else f", {name}")
-        rows[label] = [_number(f["ratio_auc"].get(name, {}).get("auc")) for f in every]
-    return table(["", *files], [[label, *cells] for label, cells in rows.items()])
-
-
-def _comparison_table(comparisons: Sequence[dict]) -> str:
-    head = ["second - first", "difference", "only first right", "only second right", "McNemar p"]
-    return table(head, [
-        [f"{c['second']} - {c['first']}", _interval(c, "difference", "+.1f", 100), str(c["only_first_right"]),
-         str(c["only_second_right"]), f"{c['mcnemar_p']:.2g}"]
-        for c in comparisons
-    ])  # fmt: skip
-
-
-def _judge_tables(scores: dict[str, Any]) -> list[str]:
-    files = [file["judge"] for file in scores["answers"].values()]
-    groups = [("**{}**", [file["overall"] for file in files])]
-    groups += [(f"{{}}, {name}", [file["by_format"][name] for file in files]) for name in files[0]["by_format"]]
-    rows = [
-        [label.format(rubric), *(_interval(own[rubric], "mean", ".2f") for own in group)]
-        for label, group in groups
-        for rubric in RUBRICS
-    ]
-    rows += [[count, *(str(file["overall"][count]) for file in files)] for count in ("judged", *WITHOUT)]
-    compared = [
-        [f"{c['second']} - {c['first']}", str(c["judge"]["pairs"]),
-         *(_interval(c["judge"][rubric], "difference", "+.2f") for rubric in RUBRICS)]
-        for c in scores["comparisons"]
-    ]  # fmt: skip
-    found = [table([f"grades 1 to 5 by {scores['judge']['model']}", *scores["answers"]], rows)]
-    return found + ([table(["grades, second - first", "judged in both", *RUBRICS], compared)] if compared else [])
-
-
-def _interval(found: dict[str, float] | None, name: str, form: str, factor: float = 1) -> str:
-    """A number with its 95 % interval, "-" where there is none."""
-    value, low, high = (format(factor * found[key], form) for key in (name, "low", "high")) if found else ("",) * 3
-    return f"{value} [{low}, {high}]" if found else "-"
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
+from inference.llava_hound_dpo.llm_judge import RUBRICS, WITHOUT
 from inference.llava_hound_dpo.summary import Row, confusion, groupings
 from llava.heatmap import draw_prompt
 from llava.image import ImageStore
@@ -62,34 +63,56 @@ def report(
         Model(name, found, rows[name], COLOURS[number % len(COLOURS)], *MARKERS[number % len(MARKERS)])
         for number, (name, found) in enumerate(scores["answers"].items())
     ]
-    return _template().render(
+    return _template(TEMPLATE).render(
         scores=scores,
         models=models,
         grades=_grades(models),
         charts=[(chart, _accuracy_plot(models, chart.groups)) for chart in groupings(scores["answers"])],
-        confusion_chart=_confusion_chart(models),
         samples=_samples(models, questions, store, num_samples) if questions and store else None,
     )
 
 
-def _template() -> jinja2.Template:
+def markdown(scores: dict[str, Any]) -> str:
+    """The scores as Markdown: accuracy by group, counts, comparisons, and what a judge said."""
+    names = {"rubrics": RUBRICS, "verdicts": ("judged", *WITHOUT)}
+    return _template("scores.md.j2").render(scores=scores, groupings=groupings(scores["answers"]), **names)
+
+
+def _template(name: str) -> jinja2.Template:
+    is_page = name == TEMPLATE
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,  # questions and answers may hold anything
-        undefined=jinja2.StrictUndefined,
+        autoescape=is_page,  # questions and answers may hold anything
+        undefined=jinja2.StrictUndefined if is_page else jinja2.ChainableUndefined,  # "-": not in every file
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": _percent, "number": _number, "shorten": _shorten, "breakable": _breakable}
-    return environment.get_template(TEMPLATE)
+    environment.filters |= {
+        "percent": _percent,
+        "number": _number,
+        "interval": _interval,
+        "cell": lambda text: text.replace("|", "\\|"),
+        "extract": lambda name, found: found[name],
+        "shorten": _shorten,
+        "breakable": _breakable,
+    }
+    return environment.get_template(name)
 
 
-def _percent(value: float | None, form: str = ".1f") -> str:
-    return "-" if value is None else format(100 * value, form)
+def _percent(value: Any, form: str = ".1f", unit: str = "") -> str:
+    return format(100 * value, form) + unit if isinstance(value, int | float) else "-"
 
 
 def _number(value: Any, form: str = ".3f") -> str:
     return format(value, form) if isinstance(value, int | float) else "-"
+
+
+def _interval(found: dict[str, float] | None, name: str, form: str, factor: float = 1) -> str:
+    """A number with its 95 % interval."""
+    if not found:
+        return "-"
+    value, low, high = (format(factor * found[key], form) for key in (name, "low", "high"))
+    return f"{value} [{low}, {high}]"
 
 
 def _shorten(text: str) -> str:
@@ -135,28 +158,6 @@ def _dots(axis: Axes, model: Model, groups: Sequence[dict], shift: float) -> Non
         np.arange(len(groups)) + shift, values, yerr=np.stack([values - lows, highs - values]).clip(min=0),
         fmt=model.marker, color=model.colour, markersize=5.5, capsize=2.5, elinewidth=1.4, clip_on=False, zorder=3,
     )  # fmt: skip
-
-
-def _confusion_chart(models: Sequence[Model]) -> dict[str, Any] | None:
-    """Share of the wrong answers that are true of another image, beside its chance; None where no file has a share."""
-    known = [m for m in models if m.scores["confusion"] and m.scores["confusion"]["of_wrong"] is not None]
-    if not known:
-        return None
-    figure = Figure(figsize=(4.6, 0.9 + 0.38 * len(known)), layout="constrained")
-    axis = figure.subplots()
-    for place, model in enumerate(known):
-        found = model.scores["confusion"]
-        axis.plot(100 * found["of_wrong"], place, model.marker, color=model.colour, markersize=7, clip_on=False)
-        if found["chance"] is not None:
-            axis.plot([100 * found["chance"]] * 2, [place - 0.3, place + 0.3], color="#555555", linewidth=1.6)
-    axis.set(xlim=(0, 100), ylim=(len(known) - 0.4, -0.6), xlabel="wrong answers true of another image (%)")
-    axis.set_yticks(range(len(known)), [_tail(model.name) for model in known], parse_math=False)
-    axis.grid(axis="x", color="#e4e4e4", linewidth=0.8)
-    return _plot(figure)
-
-
-def _tail(name: str, longest: int = 24) -> str:
-    return name if len(name) <= longest else "…" + name[1 - longest :]
 
 
 def _plot(figure: Figure) -> dict[str, Any]:

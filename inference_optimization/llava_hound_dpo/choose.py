@@ -84,21 +84,11 @@ def best_bands(grid: Grid, scope: str, rule: str, most_bands: int = 3) -> Bands:
     return best
 
 
-def tune(grid: Grid, scope: str, rule: str, base: AdaptViz, is_per_format: bool) -> AdaptViz:
-    """Settings of a scope and rule with the best bands, for all formats together or for each."""
-    bands = best_bands(grid, scope, rule)
-    formats = [name for name in FORMATS if name in set(grid.image_types) - {"single"}] if is_per_format else []
-    by_format = {name: best_bands(grid.part(grid.image_types == name), scope, rule) for name in formats}
-    return AdaptViz(scope, rule, base.steps, base.layers, bands, by_format, base.heads)
-
-
 def compare(grid: Grid, scores: np.ndarray) -> dict[str, Any]:
     """What scaled scores are against plain ones: accuracy by format, difference with interval, fixed and broken."""
     difference, low, high = paired_difference(grid.plain, scores)
-    fixed, broken = (scores > grid.plain).sum(), (scores < grid.plain).sum()
-    by_format = {
-        name: float(scores[grid.image_types == name].mean()) for name in FORMATS if name in set(grid.image_types)
-    }
+    fixed, broken = int((scores > grid.plain).sum()), int((scores < grid.plain).sum())
+    formats = [name for name in FORMATS if name in set(grid.image_types)]
     accuracy_low, accuracy_high = score_interval(scores.tolist())
     return {
         "questions": len(scores),
@@ -107,56 +97,51 @@ def compare(grid: Grid, scores: np.ndarray) -> dict[str, Any]:
         "accuracy_high": accuracy_high,
         "mean_of_formats": float(grid.weights @ scores),
         "relative_gain": float(grid.weights @ scores / max(grid.weights @ grid.plain, 1e-9) - 1),
-        "by_format": by_format,
+        "by_format": {name: float(scores[grid.image_types == name].mean()) for name in formats},
         "difference": difference,
         "low": low,
         "high": high,
-        "fixed": int(fixed),
-        "broken": int(broken),
-        "mcnemar_p": mcnemar(int(broken), int(fixed)),
+        "fixed": fixed,
+        "broken": broken,
+        "mcnemar_p": mcnemar(broken, fixed),
     }
 
 
-def markdown(rows: Sequence[tuple[str, str, dict[str, Any]]]) -> str:
-    """Table of (name, what it does, `compare`) rows."""
+def markdown(rows: Sequence[tuple[str, AdaptViz, dict[str, Any]]]) -> str:
+    """Table of (name, settings, `compare`) rows."""
     formats = list(rows[0][2]["by_format"])
     head = ["", "settings", "accuracy %", "mean of multi-image formats", *formats, "difference to plain", "fixed"]
     lines = [[*head, "broken"], ["---", "---", *["---:"] * (len(head) - 1)]]
-    lines += [[name, what, *_cells(row, formats)] for name, what, row in rows]
+    lines += [[name, describe(settings.bands), *_cells(row)] for name, settings, row in rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
 
 
-def _cells(row: dict[str, Any], formats: Sequence[str]) -> list[str]:
+def _cells(row: dict[str, Any]) -> list[str]:
     percent = {name: 100 * value for name, value in row.items() if isinstance(value, float)}
     return [
         "{accuracy:.1f} [{accuracy_low:.1f}, {accuracy_high:.1f}]".format_map(percent),
         "{mean_of_formats:.1f} ({relative_gain:+.1f} %)".format_map(percent),
-        *(f"{100 * row['by_format'][key]:.1f}" for key in formats),
+        *(f"{100 * value:.1f}" for value in row["by_format"].values()),
         "{difference:+.1f} [{low:+.1f}, {high:+.1f}]".format_map(percent),
         *(f"{100 * row[name] / row['questions']:.1f} %" for name in ("fixed", "broken")),
     ]
 
 
-def describe(settings: AdaptViz) -> str:
-    """The settings in a few words."""
-    own = [("", settings.bands), *settings.by_format.items()]
-    return "; ".join(f"{name}: {_bands(bands)}" if name else _bands(bands) for name, bands in own)
-
-
-def _bands(bands: Bands) -> str:
+def describe(bands: Bands) -> str:
+    """The bands in a few words."""
     parts = [
         (bands.low > 0, bands.alpha_low, f"below {bands.low:g}"),
         (bands.low < bands.high, bands.alpha_middle, "between"),
         (bands.high < 1, bands.alpha_high, f"from {bands.high:g}"),
     ]
-    factors = {factor for is_there, factor, _ in parts if is_there}
-    if len(factors) == 1:
-        return f"{factors.pop():g} always"
-    return ", ".join(f"{factor:g} {where}" for is_there, factor, where in parts if is_there and factor != 1)
+    there = [(factor, where) for is_there, factor, where in parts if is_there]
+    if len({factor for factor, _ in there}) == 1:
+        return f"{there[0][0]:g} always"
+    return ", ".join(f"{factor:g} {where}" for factor, where in there if factor != 1)
 
 
 def rows_of(
-    validation: Grid, test: Grid, defaults: Sequence[AdaptViz], pairs: Sequence[tuple[str, str]], is_per_format: bool
+    validation: Grid, test: Grid, defaults: Sequence[AdaptViz], pairs: Sequence[tuple[str, str]]
 ) -> list[tuple[str, AdaptViz, dict[str, Any], dict[str, Any]]]:
     """(name, settings, on validation, on test) of everything that is compared.
 
@@ -173,7 +158,7 @@ def rows_of(
         for name, own in zip(("ScalingVis", "AdaptVis"), bands, strict=True):
             found.append((f"{name}, tuned", replace(base, scope="all", bands=own), None))
     for scope, rule in pairs:
-        settings = tune(validation, scope, rule, base, is_per_format)
+        settings = replace(base, scope=scope, rule=rule, bands=best_bands(validation, scope, rule))
         found.append((f"AdaptViz {scope} {rule}, tuned", settings, None))
     return [
         (name, settings, *(compare(grid, grid.under(settings, scope)) for grid in (validation, test)))

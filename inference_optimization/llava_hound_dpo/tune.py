@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from inference_optimization.llava_hound_dpo.adaptviz import DEFAULTS, SCOPES, STEPS, AdaptViz, PlaceSettings
-from inference_optimization.llava_hound_dpo.choose import Grid, describe, markdown, rows_of
+from inference_optimization.llava_hound_dpo.choose import Grid, markdown, rows_of
 from inference_optimization.llava_hound_dpo.grid import ANOTHER, PLAIN, Variant, answer_grid
 from llava.answering import Answers, Job, identify, prepare
 from llava.command_line import flag, parse
@@ -28,6 +28,8 @@ from llava.scorers import SCORERS, resolve, score
 from llava.settings import AnswerSettings, ModelSettings
 
 logger = logging.getLogger(__name__)
+
+RETIRED = {"per_format": "one rule holds for all formats; tune on a test set of one format for a rule of its own"}
 
 
 @dataclass(kw_only=True)
@@ -44,7 +46,6 @@ class TuneSettings(PlaceSettings):
     scopes: list[str] = flag("scopes to try", list(SCOPES), choices=SCOPES)
     rules: list[str] = flag("rules to try", list(RULES), choices=RULES)
     steps: str = flag("as of run_adaptive", "prefill", choices=STEPS)
-    per_format: bool = flag("choose bands for every format", False)
     scorer: str = flag("auto: choice where there are choices, else exact", "auto", choices=["auto", *SCORERS])
 
     def __post_init__(self):
@@ -73,7 +74,7 @@ def main() -> None:
     """Answer the grid, choose on the validation part, report on the rest."""
     setup_logging()
     with user_errors():
-        own, model, settings = parse((TuneSettings, ModelSettings, GridSettings), __doc__)
+        own, model, settings = parse((TuneSettings, ModelSettings, GridSettings), __doc__, retired=RETIRED)
         job = prepare(model, settings, own.data_path)
         base = check(own, job)
         variants = variants_of(own)
@@ -130,7 +131,7 @@ def report(own: TuneSettings, job: Job, base: AdaptViz, variants: list[Variant],
     others = [scope for scope in own.scopes if scope != base.scope]
     defaults = [base, *(dataclasses.replace(base, scope=scope, bands=DEFAULTS[scope]) for scope in others)]
     pairs = [(scope, rule) for scope in own.scopes for rule in own.rules]
-    rows = rows_of(grid.part(validation), grid.part(~validation), defaults, pairs, own.per_format)
+    rows = rows_of(grid.part(validation), grid.part(~validation), defaults, pairs)
     tuned = [row for row in rows if row[0].startswith("AdaptViz")]
     name, settings, on_validation, on_test = max(tuned, key=lambda row: row[2]["mean_of_formats"])
     chosen_on = [question.id for question, is_in in zip(job.questions, validation, strict=True) if is_in]
@@ -143,7 +144,7 @@ def report(own: TuneSettings, job: Job, base: AdaptViz, variants: list[Variant],
     }
     path = own.output / "tuned.json"
     write_text(path, json.dumps(record, indent=2) + "\n")
-    table = markdown([(row[0], describe(row[1]), row[3]) for row in rows])
+    table = markdown([(name, settings, on_test) for name, settings, _, on_test in rows])
     head = f"Chosen on {len(chosen_on)} questions, for {path}: {name}. The other {on_test['questions']} questions:\n\n"
     write_text(own.output / "table.md", "# AdaptViz against plain inference\n\n" + head + table)
     return head + table
@@ -154,11 +155,9 @@ def scored(scorer: str, questions: Sequence[Question], variants: Sequence[Varian
     scores = np.array(
         [[_score(scorer, q, text) for text in a["texts"]] for q, a in zip(questions, answers, strict=True)]
     )
-    return Grid(
-        np.array([question.image_type for question in questions]),
-        np.array([answer["confidence"] for answer in answers]),
-        {variant: scores[:, number] for number, variant in enumerate(variants)},
-    )
+    image_types = np.array([question.image_type for question in questions])
+    confidence = np.array([answer["confidence"] for answer in answers])
+    return Grid(image_types, confidence, dict(zip(variants, scores.T, strict=True)))
 
 
 def split(count: int, share: float, seed: int) -> np.ndarray:
