@@ -6,7 +6,7 @@ import json
 import pytest
 from datasets import Dataset
 
-from inference.llava_hound_dpo.evaluate import evaluate
+from inference.llava_hound_dpo import evaluate as command
 from llava.records import read_questions
 from tests.interchange_sets import BLINK, NLVR2, Importer, call, table
 
@@ -76,7 +76,7 @@ def test_an_imported_set_is_scored(imported, tmp_path):
     imported("nlvr2", [NLVR2 | {"identifier": f"dev-{n}-0-0"} for n in range(3)])
     answers = answer_all(imported, tmp_path, ["B", "(A)", "purple"])
     test = imported.output / "test.json"
-    ours = evaluate([answers], test)["answers"]["answers"]
+    ours = command.evaluate([answers], test)[0]["answers"]["answers"]
     assert list(ours["by_format"]) == ["multi"] and list(ours["by_num_images"]) == ["2"]
     assert ours["by_position"] == {"sequence": {}, "collage": {}}
     assert ours["looked_answered"]["judged_by"] == {"argmax": 0, "ratio": 0, "unknown": 3}

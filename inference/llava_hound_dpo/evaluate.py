@@ -89,8 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         store = ImageStore(settings.image_folder) if settings.image_folder else None
         llm = judge_flags.judge(settings)
         try:
-            rows = judged_by_name(settings.answers, settings.questions, settings.scorer)
-            scores = scores_of(settings.answers, rows, settings.questions, settings.scorer, llm)
+            scores, rows = evaluate(settings.answers, settings.questions, settings.scorer, llm)
             questions = read_questions(settings.questions) if settings.questions and store else ()
         except DataError as error:
             more = len(error.problems) - 1
@@ -104,35 +103,25 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def evaluate(
     paths: Sequence[Path], questions: Path | None = None, scorer: str = "auto", llm: LlmJudge | None = None
-) -> dict[str, Any]:
-    """All scores of the files, as scores.json holds them. Raises DataError, ValueError, FileNotFoundError."""
-    return scores_of(paths, judged_by_name(paths, questions, scorer), questions, scorer, llm)
+) -> tuple[dict[str, Any], dict[str, list[Row]]]:
+    """All scores of the files, as scores.json holds them, and their judged rows by the files' names there.
 
-
-def judged_by_name(paths: Sequence[Path], questions: Path | None, scorer: str) -> dict[str, list[Row]]:
-    """`judged`, by the names that the table has for the files."""
-    return dict(zip(_names(paths), judged(paths, questions, scorer), strict=True))
-
-
-def scores_of(
-    paths: Sequence[Path], by_name: dict[str, list[Row]], questions: Path | None, scorer: str, llm: LlmJudge | None
-) -> dict[str, Any]:
-    """`evaluate` of rows that are judged already."""
-    names = list(by_name)
+    Raises DataError, ValueError, FileNotFoundError.
+    """
+    by_name = dict(zip(_names(paths), judged(paths, questions, scorer), strict=True))
+    files = dict(zip(by_name, paths, strict=True))
     scores = {
         "scorer": scorer,
         "questions": str(questions) if questions else None,
-        "answers": {
-            name: {"file": str(path), **summarize(by_name[name])} for name, path in zip(names, paths, strict=True)
-        },
+        "answers": {name: {"file": str(files[name]), **summarize(rows)} for name, rows in by_name.items()},
         "comparisons": [
             {"first": first, "second": second, **compare(by_name[first], by_name[second])}
-            for first, second in itertools.combinations(names, 2)
+            for first, second in itertools.combinations(by_name, 2)
         ],
     }
     if llm:
         add_grades(scores, by_name, llm)
-    return scores
+    return scores, by_name
 
 
 def judged(paths: Sequence[Path], questions: Path | None, scorer: str) -> list[list[Row]]:
