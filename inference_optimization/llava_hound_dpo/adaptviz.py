@@ -65,19 +65,17 @@ DEFAULTS = {
     "balance": Bands(low=0.9, high=0.9, alpha_low=1.5, alpha_high=1.0),
     "all": Bands(low=0.3, high=0.7, alpha_low=0.5, alpha_high=2.0),
 }
-# Published settings of LLaVA-1.5, single image: AdaptVis (weight1, weight2, threshold) and ScalingVis (one weight).
+# Published settings of LLaVA-1.5, single image: AdaptVis (a threshold, two weights) and ScalingVis (one weight).
 PRESETS = {
-    name: Bands(threshold, threshold, low, high)
-    for name, low, high, threshold in (
-        ("controlled_a", 0.5, 1.5, 0.4),
-        ("controlled_b", 0.5, 1.5, 0.35),
-        ("coco", 0.5, 1.2, 0.3),
-        ("vg", 0.5, 2.0, 0.2),
-        ("vsr", 0.5, 1.2, 0.64),
-    )
-} | {
-    f"scaling_{name}": Bands.fixed(alpha)
-    for name, alpha in (("controlled", 0.8), ("coco", 1.2), ("vg", 2.0), ("vsr", 0.5))
+    "controlled_a": Bands(0.4, 0.4, 0.5, 1.5),
+    "controlled_b": Bands(0.35, 0.35, 0.5, 1.5),
+    "coco": Bands(0.3, 0.3, 0.5, 1.2),
+    "vg": Bands(0.2, 0.2, 0.5, 2.0),
+    "vsr": Bands(0.64, 0.64, 0.5, 1.2),
+    "scaling_controlled": Bands.fixed(0.8),
+    "scaling_coco": Bands.fixed(1.2),
+    "scaling_vg": Bands.fixed(2.0),
+    "scaling_vsr": Bands.fixed(0.5),
 }
 
 
