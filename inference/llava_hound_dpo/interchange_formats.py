@@ -47,7 +47,6 @@ class Row:
     """A row as it stands in the file, pictures undecoded."""
 
     file: Path
-    split: str  # "val", or "Art_Style/val" of a folder of subsets
     number: int  # from 0, through all files of the split: lmms-eval's doc_id
     fields: Any  # an object, or the ValueError that says why it cannot be read
 
@@ -65,12 +64,10 @@ def read_rows(source: Path, split: str | None = None) -> Iterator[Row]:
 
     `split` chooses among several ("val", "Art_Style/val"). Raises FileNotFoundError, DataError, ValueError.
     """
-    for name, files in _splits(source, split).items():
-        number = 0
-        for file in files:
-            for fields in _fields(file):
-                yield Row(file, name, number, fields)
-                number += 1
+    for files in _splits(source, split).values():
+        rows = ((file, fields) for file in files for fields in _fields(file))
+        for number, (file, fields) in enumerate(rows):
+            yield Row(file, number, fields)
 
 
 def _splits(source: Path, split: str | None) -> dict[str, list[Path]]:
