@@ -1,6 +1,5 @@
 """What every entry point needs around its work: logging, errors in one line, versions, run.json, devices."""
 
-import argparse
 import json
 import logging
 import os
@@ -59,14 +58,6 @@ def stop(message: str, from_any_process: bool = False) -> NoReturn:
     if is_main_process() or from_any_process:
         print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(USER_ERROR)
-
-
-class ArgumentParser(argparse.ArgumentParser):
-    """argparse, but an error is one line and not the list of all flags."""
-
-    def error(self, message: str) -> NoReturn:
-        """Ends the process with the exit code of bad input."""
-        stop(f"{message}; see --help")
 
 
 def versions() -> dict[str, str]:
