@@ -214,6 +214,7 @@ class Answers:
         try:
             yield
         except OSError as error:
+            self._lock.close()
             stop(
                 f"{self.store.output}: cannot be written ({error}); the answers so far are in {self.store.parts}: "
                 "make room and start the same command again", from_any_process=True,

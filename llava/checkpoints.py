@@ -152,9 +152,7 @@ class Checkpoint:
         return load(self.base._with_adapters(model), Path(self.path))
 
 
-def open_checkpoint(
-    path: str, base: str | None = None, image_tower: str | None = None, pad: bool = True
-) -> Checkpoint:
+def open_checkpoint(path: str, base: str | None = None, image_tower: str | None = None, pad: bool = True) -> Checkpoint:
     """The checkpoint of a folder or hub name, its dialect found by its files; its config is read and checked.
 
     `base` is what an adapter stands on, instead of the base it names. Raises FileNotFoundError if there is nothing to

@@ -43,7 +43,7 @@ def _as_rgb(picture: Image.Image) -> Image.Image:
         raise ValueError("its pixels are floating-point numbers of unknown range")
     if picture.mode.startswith("I"):
         values = np.asarray(picture).astype(np.int64)
-        shift = 8 if picture.mode != "I" or values.max() > 255 else 0
+        shift = 8 if values.max() > 255 else 0
         return Image.fromarray((values >> shift).clip(0, 255).astype(np.uint8)).convert("RGB")
     if picture.mode in ("P", "PA") and (picture.mode == "PA" or "transparency" in picture.info):
         picture = picture.convert("RGBA")

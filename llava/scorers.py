@@ -186,13 +186,7 @@ class _Clause:
     is_weak: bool  # a reason or a question: it names the answer only where nothing else does
 
 
-@dataclass(frozen=True)
-class _Mention:
-    """The text of an option inside an answer."""
-
-    option: int
-    start: int
-    end: int
+_Mention = tuple[int, re.Match]  # an option, and where its text stands in an answer
 
 
 def parse_choice(text: str, num_options: int, options: Sequence[str] = ()) -> int | None:
@@ -246,8 +240,8 @@ def _raised(match: re.Match) -> str:
 def _clauses(text: str, mentions: Sequence[_Mention]) -> tuple[list[_Clause], str]:
     """The clauses of a text, and the text with SPOKEN for options, whose own words deny nothing."""
     characters = list(_SURE.sub(lambda match: " " * len(match[0]), text))
-    for mention in mentions:
-        characters[mention.start : mention.end] = SPOKEN * (mention.end - mention.start)
+    for _, match in mentions:
+        characters[match.start() : match.end()] = SPOKEN * len(match[0])
     masked, found, start, is_reason = "".join(characters), [], 0, False
     for match in (*_BREAK.finditer(masked), None):
         end = match.start() if match else len(masked)
@@ -270,12 +264,15 @@ def _clause_at(clauses: Sequence[_Clause], place: int) -> _Clause:
 def _named(text: str, labels: _Labels, clauses: Sequence[_Clause], masked: str) -> tuple[set[str], str]:
     """Letters of the labels that the text gives as its answer, and the text without them."""
 
+    def clause_of(match: re.Match) -> _Clause:
+        return _clause_at(clauses, match.start("run"))
+
     def matches(*patterns: str) -> list[re.Match]:
         every = [match for pattern in patterns for match in re.finditer(pattern, text, re.M)]
-        return [match for match in every if not _is_denied(match, _clause_of(match, clauses), masked)]
+        return [match for match in every if not _is_denied(match, clause_of(match), masked)]
 
     def asserted(found: list[re.Match]) -> list[re.Match]:
-        return [match for match in found if not _clause_of(match, clauses).is_weak] or found
+        return [match for match in found if not clause_of(match).is_weak] or found
 
     leading, stated = matches(labels.leading), matches(*labels.stated)
     brackets, listed = matches(r"(?P<run>[(\[]\s*[A-Ha-h]\s*[)\]])"), labels.listed(text)
@@ -292,10 +289,6 @@ def _named(text: str, labels: _Labels, clauses: Sequence[_Clause], masked: str) 
     for match in used:
         rest = rest.replace(match[0], " ", 1)
     return _letters(used, labels), rest
-
-
-def _clause_of(match: re.Match, clauses: Sequence[_Clause]) -> _Clause:
-    return _clause_at(clauses, match.start("run"))
 
 
 def _letters(matches: Sequence[re.Match], labels: _Labels) -> set[str]:
@@ -320,14 +313,13 @@ def _mentions(text: str, options: Sequence[str]) -> list[_Mention]:
         pattern = r"\W+(?:(?:an?|the)\W+)?".join("['’]?".join(map(re.escape, word)) for word in spoken)
         first = r"(?<![-−])(?<!\d[.,])(?<!image )" if spoken and spoken[0][0].isdigit() else ""
         matches = re.finditer(rf"(?<!\w){first}{pattern}(?!\w)(?![.,]\d)", text, re.I) if spoken else ()
-        found += [_Mention(number, *match.span()) for match in matches]
-    return [one for one in found if not any(_is_inside(one, other) for other in found)]
+        found += [(number, match) for match in matches]
+    return [(number, one) for number, one in found if not any(_is_inside(one, other) for _, other in found)]
 
 
-def _is_inside(one: _Mention, other: _Mention) -> bool:
+def _is_inside(one: re.Match, other: re.Match) -> bool:
     """Whether a mention is a part of a longer one ("red" in "dark red")."""
-    is_shorter = one.end - one.start < other.end - other.start
-    return is_shorter and one.start >= other.start and one.end <= other.end
+    return one.span() != other.span() and other.start() <= one.start() and one.end() <= other.end()
 
 
 def _option_by_text(
@@ -340,7 +332,7 @@ def _option_by_text(
         same = [number for number, option in enumerate(spoken) if said and said == option]
         if same:
             return same[0] if len(same) == 1 else None
-    placed = [(mention.option, _clause_at(clauses, mention.start)) for mention in mentions]
+    placed = [(option, _clause_at(clauses, match.start())) for option, match in mentions]
     denied = {option for option, clause in placed if clause.is_denied}
     asserted = [(option, clause.is_weak) for option, clause in placed if not clause.is_denied]
     stated = {option for option, is_weak in asserted if not is_weak}

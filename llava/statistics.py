@@ -10,10 +10,8 @@ LEVEL = 0.95
 DRAWS_AT_ONCE = 4_000_000  # counts held in memory at a time
 
 
-def bootstrap_interval(
-    values: Sequence[float], samples: int = SAMPLES, seed: int = 0, level: float = LEVEL
-) -> tuple[float, float]:
-    """Percentile interval of the mean: (low, high), the same for the same values in any order.
+def bootstrap_interval(values: Sequence[float], samples: int = SAMPLES, seed: int = 0) -> tuple[float, float]:
+    """95 % percentile interval of the mean: (low, high), the same for the same values in any order.
 
     Resampled values only enter the mean by how often each occurs, so their counts are drawn, not their places.
     Source: Efron and Tibshirani 1993, chapter 13.
@@ -27,12 +25,12 @@ def bootstrap_interval(
         rng.multinomial(len(values), counts / len(values), size=min(part, samples - start)) @ distinct / len(values)
         for start in range(0, samples, part)
     ]
-    tail = (1 - level) / 2
+    tail = (1 - LEVEL) / 2
     low, high = np.quantile(np.concatenate(means), [tail, 1 - tail])
     return float(low), float(high)
 
 
-def score_interval(scores: Sequence[float], samples: int = SAMPLES, seed: int = 0) -> tuple[float, float]:
+def score_interval(scores: Sequence[float], samples: int = SAMPLES) -> tuple[float, float]:
     """95 % interval of a mean of scores in [0, 1].
 
     Where all scores are 0, or all are 1, a bootstrap has no width, however few they are; the exact binomial bound
@@ -41,7 +39,7 @@ def score_interval(scores: Sequence[float], samples: int = SAMPLES, seed: int = 
     if len(scores) and min(scores) == max(scores) and scores[0] in (0, 1):
         bound = binomtest(len(scores) * int(scores[0]), len(scores)).proportion_ci(LEVEL, method="exact")
         return float(bound.low), float(bound.high)
-    return bootstrap_interval(scores, samples, seed)
+    return bootstrap_interval(scores, samples)
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
@@ -54,9 +52,7 @@ def mcnemar(only_first: int, only_second: int) -> float:
     return float(binomtest(only_first, total).pvalue) if total else 1.0
 
 
-def paired_difference(
-    first: Sequence[float], second: Sequence[float], samples: int = SAMPLES, seed: int = 0
-) -> tuple[float, float, float]:
+def paired_difference(first: Sequence[float], second: Sequence[float]) -> tuple[float, float, float]:
     """Mean of second - first over the same questions, and its 95 % interval: (difference, low, high).
 
     Questions are resampled, so that one that is hard for both does not widen the interval.
@@ -64,7 +60,7 @@ def paired_difference(
     if len(first) != len(second):
         raise ValueError(f"a paired difference needs the same questions, got {len(first)} and {len(second)} scores")
     differences = np.asarray(second, dtype=float) - np.asarray(first, dtype=float)
-    return float(differences.mean()), *bootstrap_interval(differences, samples, seed)
+    return float(differences.mean()), *bootstrap_interval(differences)
 
 
 def auc(scores: Sequence[float], is_positive: Sequence[bool]) -> float:

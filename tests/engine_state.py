@@ -66,16 +66,15 @@ def main(what, folder):
 
 
 def save(engine, folder):
-    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     for number in range(3):
         step(engine, number)
     for group, rate in zip(engine.optimizer.optimizer.param_groups, (0.01, 0.02), strict=True):
         group["lr"] = rate  # as a schedule does
-    save_state(engine, folder / STATE, rank, size)
+    save_state(engine, folder / STATE)
     before = contents(engine)
     step(engine, 3)
     after = contents(engine)
-    if rank == 0:
+    if torch.distributed.get_rank() == 0:
         save_file(before, folder / "before.safetensors")
         save_file(after, folder / "after.safetensors")
 

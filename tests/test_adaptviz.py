@@ -14,8 +14,8 @@ import torch
 from inference.llava_hound_dpo import run_inference
 from inference_optimization.llava_hound_dpo import run_adaptive, tune
 from inference_optimization.llava_hound_dpo.adaptviz import DEFAULTS, PRESETS, AdaptViz, Bands, read_config
-from inference_optimization.llava_hound_dpo.choose import Grid, best_bands, best_fixed, compare, describe
 from inference_optimization.llava_hound_dpo.grid import ANOTHER, PLAIN, Variant, another_part, answer_grid
+from inference_optimization.llava_hound_dpo.tune import Grid, best_bands, best_fixed, compare, describe
 from llava.generation import PromptBatch, generate
 from tests.test_scaling import batch_of, prompts_of
 
@@ -57,10 +57,10 @@ class TestRule:
             assert DEFAULTS[scope].alpha_low > 1 == DEFAULTS[scope].alpha_high
         assert DEFAULTS["all"].alpha_low < 1 < DEFAULTS["all"].alpha_high
 
-    def test_formats_have_their_own_bands_and_single_pictures_are_left_alone(self):
-        settings = AdaptViz(bands=Bands.fixed(2.0), by_format={"collage": Bands.fixed(3.0)})
+    def test_single_pictures_are_left_alone(self):
+        settings = AdaptViz(bands=Bands.fixed(2.0))
         types = ("sequence", "collage", "pip", "single")
-        assert settings.factors([0.5] * 4, types).tolist() == [2.0, 3.0, 2.0, 1.0]
+        assert settings.factors([0.5] * 4, types).tolist() == [2.0, 2.0, 2.0, 1.0]
         everything = AdaptViz("all", bands=Bands.fixed(2.0))
         assert everything.factors([0.5] * 4, types).tolist() == [2.0] * 4
 
@@ -141,7 +141,7 @@ class TestChoice:
 
     def test_nothing_is_scaled_where_scaling_changes_nothing(self, grid):
         same = dataclasses.replace(grid, scores={variant: grid.plain for variant in grid.scores})
-        assert describe(AdaptViz(bands=best_bands(same, "target", "add"))) == "1 always"
+        assert describe(best_bands(same, "target", "add")) == "1 always"
 
     def test_formats_count_the_same_and_single_pictures_nothing(self, grid):
         part = grid.part(np.arange(60) % 3 + np.arange(60) // 30 * 3 != 1)  # half of the pip questions
@@ -247,13 +247,11 @@ class TestAnswers:
 
 
 class TestTuner:
-    @pytest.mark.parametrize("per_format", [False, True], ids=["one rule", "per format"])
-    def test_what_it_reports_is_what_the_chosen_settings_do(self, run, tmp_path, per_format):
+    def test_what_it_reports_is_what_the_chosen_settings_do(self, run, tmp_path):
         """The chosen settings, run as a user would, score on the test part what the tuner says of them."""
-        run(tune, "tuned", "--share", 0.5, *(["--per_format"] if per_format else []))
+        run(tune, "tuned", "--share", 0.5)
         record = json.loads((tmp_path / "tuned" / "tuned.json").read_text())
         assert AdaptViz.from_dict(record["adaptviz"]) == read_config(tmp_path / "tuned" / "tuned.json")
-        assert bool(record["adaptviz"]["by_format"]) == per_format
         answers = run(run_adaptive, "chosen.jsonl", "--config", tmp_path / "tuned" / "tuned.json")
         chosen_on = set(record["validation"]["ids"])
         rights = [a["text"] == a["answer"] for a in answers if a["question_id"] not in chosen_on]
@@ -281,6 +279,7 @@ class TestTuner:
             (["--share", 0.001], "leaves 0"),
             (["--factors", 0], "above 0"),
             (["--temperature", 1], "greedily"),
+            (["--per_format"], "one rule holds for all formats"),
         ],
         ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
     )
@@ -295,7 +294,7 @@ class TestTuner:
     ("content", "said"),
     [("{", "JSON|Expecting"), ('{"scope": "left"}', "none of target"), ('{"speed": 1}', "unknown setting 'speed'"),
      ('{"bands": {"low": 0.5}}', "bands need"), ('{"by_format": {"left": {"low": 0, "high": 0, "alpha_low": 1, '
-      '"alpha_high": 1}}}', "none of sequence")],
+      '"alpha_high": 1}}}', "are gone")],
 )  # fmt: skip
 def test_configs_that_cannot_be_read(tmp_path, content, said):
     (tmp_path / "c.json").write_text(content)

@@ -82,7 +82,7 @@ def test_flags_reach_the_trainer_its_log_and_the_record_of_the_run(make_trainer,
         settings = {"layers": SOME.layers, "heads": trainer.heads}
         by_layer = attention_ratio(score(trainer.model, batch["row"], batch["pixels"], **settings).masses)
     torch.testing.assert_close(metrics[:, METRICS.index("attention/ratio")], (2 * by_layer[0] + by_layer[1]) / 3)
-    identity = next(c.identity for c in trainer.callback_handler.callbacks if hasattr(c, "identity"))
+    identity = trainer.identity
     assert identity["attention_heads"] == SOME.to_json() and identity["top_heads"] == 3
     assert make_trainer(*flags[:3], "1", "--attention_layers", "0-1").layers == {1}  # the best of these layers
 

@@ -34,7 +34,7 @@ def setting(family, data):
         return tokenize(read_preferences(data(list(records))), family, None)
 
     return SimpleNamespace(
-        pairs=pairs, family=family, store=store, image_token=family.image_id, tokenizer=family.tokenizer,
+        pairs=pairs, data=data, family=family, store=store, image_token=family.image_id, tokenizer=family.tokenizer,
         images=data.images, dataset=lambda pairs: PairDataset(pairs, store, family),
     )  # fmt: skip
 
@@ -84,6 +84,17 @@ def test_records_that_tokenise_badly_are_all_listed(setting):
     found = problems(tokenize, records, family, None)
     assert len(found) == 2 and all("same tokens" in problem for problem in found)
     assert "train.json record 2 (id pair_1)" in found[0] and "train.json record 3 (id pair_2)" in found[1]
+
+
+def test_special_tokens_in_a_record_are_listed_with_it(setting):
+    """The model would read them as its own: refused in prompts and answers, record by record."""
+    prompt = "Image1:<image>\nImage2:<image>\nIn Image2, </s>?"
+    change = {"chosen": "red</s>"}, {"rejected": "<s>blue"}, {"prompt": prompt}
+    records = read_preferences(setting.data([preference(n, **own) for n, own in enumerate(change)]))
+    found = problems(tokenize, records, setting.family, None)
+    assert [problem.split("(id ")[1].split(")")[0] for problem in found] == ["pair_0", "pair_1", "pair_2"]
+    for problem, token in zip(found, ("</s>", "<s>", "</s>"), strict=True):
+        assert repr(token) in problem
 
 
 # ---- within_length

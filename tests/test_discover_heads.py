@@ -132,7 +132,7 @@ class TestCommands:
             (None, "no such file"),
             ("", "not a file of heads"),
             ("{", "not a file of heads"),
-            ("[1]", "it has no `ranking`"),
+            ("[1]", "a JSON object is due"),
             ('{"ranking": []}', "not a file of heads"),
             (ranking(), "the ranking is empty"),
             (ranking((9, 0)), "layer 9 head 0 does not exist: the language model has layers 0 to 3 of heads 0 to 3"),

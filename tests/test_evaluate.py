@@ -4,10 +4,16 @@ import json
 
 import pytest
 
-from inference.llava_hound_dpo.evaluate import evaluate, main, markdown
+from inference.llava_hound_dpo import evaluate as command
+from inference.llava_hound_dpo.evaluate import main
+from inference.llava_hound_dpo.report import markdown
 from llava.records import DataError, read_answers
 
 SEQUENCE = "Image1:<image>\nImage2:<image>\nIn Image{}, what colour is the car?"
+
+
+def evaluate(*args, **kwargs):
+    return command.evaluate(*args, **kwargs)[0]
 
 
 def question(id, target=1, answer="red", others=("blue",), **more):

@@ -15,7 +15,7 @@ from train.llava_hound_dpo.flops import (
     work,
 )
 from train.llava_hound_dpo.memory import GIB, Memory, Zero, estimate_memory
-from train.llava_hound_dpo.plan import Job, cost
+from train.llava_hound_dpo.plan import cost
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCKS = 32 * (4 * 4096**2 + 3 * 4096 * 11008)  # linear weights of LLaVA-1.5-7B's language model
@@ -134,7 +134,7 @@ def rows(costs, **changes):
     settings = {"shapes": [pair_of(3)] * 1000, "recipe": Recipe(), "epochs": 3, "batch": 64, "per_device": 1,
                 "utilization": 0.4}  # fmt: skip
     return cost(
-        costs, Job(**settings | changes), lambda gpus: Memory(32 * GIB / gpus, 0, 0, 0, host=GIB * (gpus == 1))
+        costs, memory=lambda gpus: Memory(32 * GIB / gpus, 0, 0, 0, host=GIB * (gpus == 1)), **settings | changes
     )
 
 

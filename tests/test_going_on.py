@@ -169,17 +169,6 @@ def test_the_state_of_three_processes_is_read_by_two_to_the_bit(tmp_path):
         ]  # fmt: skip
 
 
-def test_the_loss_of_a_process_ends_the_job_with_one_line(data_set, checkpoint, tmp_path):  # noqa: F811
-    job = Job(tmp_path, data_set, checkpoint)
-    running = job.start(2)
-    job.wait_for_step(running, 1)
-    workers(running)[1].kill()
-    assert running.wait(timeout=240) != 0
-    said = job.log.read_text()
-    assert said.count("error: another process of this job ended") == 1
-    assert "Signal 9 (SIGKILL)" in said and said.count("Traceback") == 1  # torchrun's own
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
 @pytest.mark.parametrize("seed", [0, 1])

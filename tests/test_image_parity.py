@@ -1,13 +1,13 @@
 """Pixels as the original LLaVA-1.5 code makes them, written out here by hand with pillow and numpy.
 
-No difference on purpose: like the original, pictures are converted to RGB as stored (alpha dropped, EXIF orientation
-not applied), padded with the mean colour, resized with bicubic filtering, and normalised.
+One difference on purpose: pictures are turned as their EXIF orientation says, which the original left out. Then they
+are converted to RGB (alpha dropped), padded with the mean colour, resized with bicubic filtering, and normalised.
 """
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import CLIPImageProcessorPil
 
 from llava.image import ImageStore
@@ -18,7 +18,7 @@ SIDE = 336
 
 
 def by_hand(path) -> np.ndarray:
-    picture = Image.open(path).convert("RGB")
+    picture = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
     side = max(picture.size)
     square = np.empty((side, side, 3), dtype=np.uint8)
     square[:] = (255 * MEAN).astype(int)

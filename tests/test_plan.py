@@ -121,8 +121,7 @@ def dry(checkpoint, data, **settings):
 
 def text_of(arguments, inputs):
     model, _, loss, args = arguments
-    found = inputs.checkpoint.config, len(inputs.layers), inputs.train, inputs.evaluation, inputs.dropped
-    text = plan(model, loss, args, *found, inputs.batches, inputs.reference)
+    text = plan(model, loss, args, inputs)
     return {line.split()[0]: re.sub(r"\s+", " ", line.strip()) for line in text.splitlines()}
 
 

@@ -12,7 +12,7 @@ from llava.image import ImageStore
 from llava.records import DataError
 from llava.run_folder import differences
 from tests.test_trainer import fill_lora_b, make_trainer, one_batch, pairs  # noqa: F401  fixtures
-from train.llava_hound_dpo.reference import HEADER, ReferenceCache, _labelled, describe_reference
+from train.llava_hound_dpo.reference import HEADER, LAYOUT_VERSION, ReferenceCache, describe_reference
 from train.llava_hound_dpo.trainer import METRICS
 
 FULL = ("--lora_enable", "False")
@@ -176,7 +176,7 @@ def changed(flags, monkeypatch, tmp_path, what):
     if what == "picture settings":
         return (*flags, "--image_aspect_ratio", "crop"), "image_aspect_ratio pad there, crop here"
     monkeypatch.setattr("train.llava_hound_dpo.reference.LAYOUT_VERSION", 99)
-    return flags, "row layout 1 there, 99 here"
+    return flags, f"row layout {LAYOUT_VERSION} there, 99 here"
 
 
 @pytest.mark.parametrize("what", ["weights", "precision", "picture settings", "layout"])
@@ -201,11 +201,8 @@ def test_changed_processor_settings_are_named_one_by_one(checkpoint):
         vars(opened.family.image_processor).update(changes)
         return describe_reference(opened, "fp32")
 
-    def found(theirs, ours):
-        return differences(_labelled(theirs), _labelled(ours))
-
-    assert found(made_from(), made_from()) == []
-    (phrase,) = found(made_from(), made_from(image_mean=[0, 0, 0]))
+    assert differences(made_from(), made_from()) == []
+    (phrase,) = differences(made_from(), made_from(image_mean=[0, 0, 0]))
     assert phrase.startswith("picture settings: image_mean [0.48") and phrase.endswith("there, [0, 0, 0] here")
 
 

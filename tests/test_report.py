@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from inference.llava_hound_dpo.evaluate import judged_by_name, main, scores_of
+from inference.llava_hound_dpo.evaluate import evaluate, main
 from inference.llava_hound_dpo.report import PICTURE_WIDTH, TEMPLATE, choose, is_confused, report
 from llava.image import ImageStore
 from llava.records import read_questions
@@ -108,8 +108,7 @@ class World:
 
     def judged(self, *answers):
         self.paths = [self.write(f"answers_m{n}.jsonl", a) for n, a in enumerate(answers or (self.first, self.second))]
-        rows = judged_by_name(self.paths, self.questions, "auto")
-        return scores_of(self.paths, rows, self.questions, "auto", None), rows
+        return evaluate(self.paths, self.questions)
 
     def page(self, *answers, samples=8):
         scores, rows = self.judged(*answers)
@@ -135,7 +134,7 @@ def test_page_is_whole_and_self_contained(world):
     text = world.page()
     assert text == world.page()
     page = Page(text)
-    assert len(page.images) == 5 + 8  # four plots of accuracy, one of confusions, and the samples
+    assert len(page.images) == 4 + 8  # four plots of accuracy, and the samples
     assert all(opened(image["src"]).width > 100 and image["alt"] for image in page.images)
     assert all(link.startswith("data:image/") for link in page.links)
     without_data = re.sub(r'"data:image/[^"]*"', "", text)
@@ -159,8 +158,7 @@ def test_what_files_hold_is_shown_as_text(world):
 def test_names_of_files_do_no_harm(world):
     """matplotlib would read `$` as mathematics and leave out a name with `_` in front."""
     paths = [world.write(name, world.first) for name in ("_a$\\frac$_{.jsonl", "<b>.jsonl", "n" * 80 + ".jsonl")]
-    rows = judged_by_name(paths, None, "auto")
-    page = Page(report(scores_of(paths, rows, None, "auto", None), rows))
+    page = Page(report(*evaluate(paths)))
     assert [row[0] for row in page.tables["confusion"][1:]] == ["● _a$\\frac$_{", "■ <b>", "▲ " + "n" * 80]
 
 
@@ -395,5 +393,5 @@ def test_bad_flags_end_the_run_before_anything_is_written(world, capsys, flags, 
 
 def test_the_template_is_packaged():
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
-    assert any(fnmatch.fnmatch(TEMPLATE, pattern) for pattern in listed["inference.llava_hound_dpo"])
+    assert any(fnmatch.fnmatch(TEMPLATE, pattern) for pattern in listed["*"])
     assert (ROOT / "inference/llava_hound_dpo" / TEMPLATE).is_file()

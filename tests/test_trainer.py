@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from llava.checkpoints import open_checkpoint
-from llava.families.llava15 import vicuna_v1
+from llava.families.llava15 import Llava15, vicuna_v1
 from llava.records import read_preferences
 from llava.runtime import write_text
 from tests.conftest import BASE, SIDE, tiny_model
@@ -324,8 +324,8 @@ def test_a_kill_while_saving_leaves_the_checkpoint_before_it(make_trainer, tmp_p
 
 
 def test_policy_table_names_what_is_trained(processor):
-    model = make_trainable(tiny_model(processor), ModelArguments("x", lora_r=4, freeze_mm_mlp_adapter=False))
-    lines = {line.split()[0]: line.split() for line in parameter_table(model).splitlines()[1:]}
+    model = make_trainable(tiny_model(processor), Llava15, ModelArguments("x", lora_r=4, freeze_mm_mlp_adapter=False))
+    lines = {line.split()[0]: line.split() for line in parameter_table(model, Llava15).splitlines()[1:]}
     assert lines["vision_tower"][2] == "0"
     assert lines["multi_modal_projector"][2] != "0"
     # r * (in + out) per linear layer: 4 attention (128, 128), gate and up (128, 384), down (384, 128); 4 layers

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from inference.llava_hound_dpo.judge_endpoint import KEY_VARIABLE, Endpoint
-from inference.llava_hound_dpo.llm_judge import RUBRICS, WITHOUT, LlmJudge, add_grades
-from inference.llava_hound_dpo.report import report
+from inference.llava_hound_dpo.llm_judge import LlmJudge, add_grades
+from inference.llava_hound_dpo.report import markdown, report
 from inference.llava_hound_dpo.summary import Asked, Row, compare, judge, summarize
 from llava.command_line import check_numbers, flag, parse
 from llava.image import ImageStore
@@ -89,50 +89,39 @@ def main(argv: Sequence[str] | None = None) -> None:
         store = ImageStore(settings.image_folder) if settings.image_folder else None
         llm = judge_flags.judge(settings)
         try:
-            rows = judged_by_name(settings.answers, settings.questions, settings.scorer)
-            scores = scores_of(settings.answers, rows, settings.questions, settings.scorer, llm)
+            scores, rows = evaluate(settings.answers, settings.questions, settings.scorer, llm)
             questions = read_questions(settings.questions) if settings.questions and store else ()
         except DataError as error:
             more = len(error.problems) - 1
             raise ValueError(error.problems[0] + (f" (and {more} more problems)" if more else "")) from error
-        table = markdown(scores)
+        text = markdown(scores)
         write_text(settings.output / "scores.json", json.dumps(scores, indent=2, ensure_ascii=False) + "\n")
-        write_text(settings.output / "scores.md", table)
+        write_text(settings.output / "scores.md", text)
         write_text(settings.output / "report.html", report(scores, rows, questions, store, settings.samples))
-    log.info(table)
+    log.info(text)
 
 
 def evaluate(
     paths: Sequence[Path], questions: Path | None = None, scorer: str = "auto", llm: LlmJudge | None = None
-) -> dict[str, Any]:
-    """All scores of the files, as scores.json holds them. Raises DataError, ValueError, FileNotFoundError."""
-    return scores_of(paths, judged_by_name(paths, questions, scorer), questions, scorer, llm)
+) -> tuple[dict[str, Any], dict[str, list[Row]]]:
+    """All scores of the files, as scores.json holds them, and their judged rows by the files' names there.
 
-
-def judged_by_name(paths: Sequence[Path], questions: Path | None, scorer: str) -> dict[str, list[Row]]:
-    """`judged`, by the names that the table has for the files."""
-    return dict(zip(_names(paths), judged(paths, questions, scorer), strict=True))
-
-
-def scores_of(
-    paths: Sequence[Path], by_name: dict[str, list[Row]], questions: Path | None, scorer: str, llm: LlmJudge | None
-) -> dict[str, Any]:
-    """`evaluate` of rows that are judged already."""
-    names = list(by_name)
+    Raises DataError, ValueError, FileNotFoundError.
+    """
+    by_name = dict(zip(_names(paths), judged(paths, questions, scorer), strict=True))
+    files = dict(zip(by_name, paths, strict=True))
     scores = {
         "scorer": scorer,
         "questions": str(questions) if questions else None,
-        "answers": {
-            name: {"file": str(path), **summarize(by_name[name])} for name, path in zip(names, paths, strict=True)
-        },
+        "answers": {name: {"file": str(files[name]), **summarize(rows)} for name, rows in by_name.items()},
         "comparisons": [
             {"first": first, "second": second, **compare(by_name[first], by_name[second])}
-            for first, second in itertools.combinations(names, 2)
+            for first, second in itertools.combinations(by_name, 2)
         ],
     }
     if llm:
         add_grades(scores, by_name, llm)
-    return scores
+    return scores, by_name
 
 
 def judged(paths: Sequence[Path], questions: Path | None, scorer: str) -> list[list[Row]]:
@@ -203,123 +192,6 @@ def _names(paths: Sequence[Path]) -> list[str]:
     if len(set(names)) < len(names):
         raise ValueError("--answers names a file twice")
     return names
-
-
-# ---- the table
-
-
-def markdown(scores: dict[str, Any]) -> str:
-    """The scores as Markdown: accuracy by group, counts, and comparisons."""
-    files = scores["answers"]
-    parts = [_accuracy_table(files), _counts_table(files)]
-    if scores["comparisons"]:
-        parts.append(_comparison_table(scores["comparisons"]))
-    if "judge" in scores:
-        parts += _judge_tables(scores)
-    return "\n".join(["# Scores", "", *_notes(scores), "", *"\n\n".join(parts).split("\n")]) + "\n"
-
-
-def _notes(scores: dict[str, Any]) -> list[str]:
-    missing = "every question of the test set is in the denominator, answered or not"
-    if scores["questions"] is None:
-        missing = "no --questions: a question that no file answers is not known, and not counted"
-    rules = {
-        rule for file in scores["answers"].values() for rule, n in file["looked_answered"]["judged_by"].items() if n
-    }
-    looked = "looked right: the target has the largest share of the image attention"
-    if "ratio" in rules:
-        looked += "; where shares by image are absent, more than an even share of it"
-    return [
-        f"Scorer: {scores['scorer']}. Accuracy in % [95 % interval]; unparsed and missing answers score 0; {missing}.",
-        f"{looked[0].upper()}{looked[1:]}. Chance of confusion: the wrong answers, dealt to one another's questions.",
-        "Ratio tells right from wrong: the chance that of a right and a wrong answer, same format and number of "
-        "images, the right one has the higher attention ratio; 0.5 says nothing.",
-    ]
-
-
-def _accuracy_table(files: dict[str, dict]) -> str:
-    lines = _header(["", "questions", *files])
-    for label, group in _groups(files):
-        cells = [f"{100 * g['accuracy']:.1f} [{100 * g['low']:.1f}, {100 * g['high']:.1f}]" for g in group]
-        lines.append(_line([label, str(group[0]["questions"]), *cells]))
-    return "\n".join(lines)
-
-
-def _groups(files: dict[str, dict]) -> list[tuple[str, list[dict]]]:
-    """Label of each row of the table, and the group of each file; all files have the same questions."""
-    every = list(files.values())
-    found = [("**overall**", [f["overall"] for f in every])]
-    found += [(name, [f["by_format"][name] for f in every]) for name in every[0]["by_format"]]
-    for number in every[0]["by_num_images"]:
-        found.append((f"{number} images or cells", [f["by_num_images"][number] for f in every]))
-    for image_type, positions in every[0]["by_position"].items():
-        found += [(f"{image_type}, {p}", [f["by_position"][image_type][p] for f in every]) for p in positions]
-    return found
-
-
-def _counts_table(files: dict[str, dict]) -> str:
-    lines = _header(["", *files])
-    overall = [file["overall"] for file in files.values()]
-    for name in ("right", "wrong", "unparsed", "missing", "cut_off"):
-        lines.append(_line([name.replace("_", " "), *(str(group[name]) for group in overall)]))
-    lines.append(_line(["attention ratio", *(_number(group["attention_ratio"]) for group in overall)]))
-    confusions = [file["confusion"] or {} for file in files.values()]
-    for name, label in (("of_wrong", "wrong answers true of another image"), ("chance", "the same by chance")):
-        lines.append(_line([label, *(_percent(confusion.get(name)) for confusion in confusions)]))
-    for name in list(next(iter(files.values()))["looked_answered"])[:4]:
-        counts = (str(file["looked_answered"][name]) for file in files.values())
-        lines.append(_line([name.replace("_answered", ", answered").replace("_", " "), *counts]))
-    unknown = (str(file["looked_answered"]["judged_by"]["unknown"]) for file in files.values())
-    lines.append(_line(["where it looked is unknown", *unknown]))
-    for name in next(iter(files.values()))["ratio_auc"]:
-        label = "ratio tells right from wrong, AUC" + ("" if name == "overall" else f", {name}")
-        lines.append(_line([label, *(_number(file["ratio_auc"].get(name, {}).get("auc")) for file in files.values())]))
-    return "\n".join(lines)
-
-
-def _comparison_table(comparisons: Sequence[dict]) -> str:
-    lines = _header(["second - first", "difference", "only first right", "only second right", "McNemar p"])
-    for c in comparisons:
-        difference = f"{100 * c['difference']:+.1f} [{100 * c['low']:+.1f}, {100 * c['high']:+.1f}]"
-        counts = [str(c["only_first_right"]), str(c["only_second_right"])]
-        lines.append(_line([f"{c['second']} - {c['first']}", difference, *counts, f"{c['mcnemar_p']:.2g}"]))
-    return "\n".join(lines)
-
-
-def _judge_tables(scores: dict[str, Any]) -> list[str]:
-    files = [file["judge"] for file in scores["answers"].values()]
-    lines = _header([f"grades 1 to 5 by {scores['judge']['model']}", *scores["answers"]])
-    groups = [("**{}**", [file["overall"] for file in files])]
-    groups += [(f"{{}}, {name}", [file["by_format"][name] for file in files]) for name in files[0]["by_format"]]
-    for label, group in groups:
-        lines += [_line([label.format(rubric), *(_grade(own[rubric], "mean") for own in group)]) for rubric in RUBRICS]
-    for count in ("judged", *WITHOUT):
-        lines.append(_line([count, *(str(file["overall"][count]) for file in files)]))
-    compared = _header(["grades, second - first", "judged in both", *RUBRICS])
-    for c in scores["comparisons"]:
-        cells = [_grade(c["judge"][rubric], "difference", "+") for rubric in RUBRICS]
-        compared.append(_line([f"{c['second']} - {c['first']}", str(c["judge"]["pairs"]), *cells]))
-    return ["\n".join(table) for table in (lines, compared if scores["comparisons"] else []) if table]
-
-
-def _grade(found: dict[str, float] | None, name: str, sign: str = "") -> str:
-    return f"{found[name]:{sign}.2f} [{found['low']:{sign}.2f}, {found['high']:{sign}.2f}]" if found else "-"
-
-
-def _header(names: Sequence[str]) -> list[str]:
-    return [_line(names), _line(["---", *["---:"] * (len(names) - 1)])]
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f} %"
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
 
 
 if __name__ == "__main__":

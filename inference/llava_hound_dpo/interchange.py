@@ -4,30 +4,47 @@ python -m inference.llava_hound_dpo.interchange
   import --from blink --source FOLDER --split val --output DIR
     writes DIR/test.json and DIR/images from files on this machine; nothing is downloaded
   export --to vlmevalkit --answers answers.jsonl --questions DIR/test.json --output MODEL_BLINK.tsv
-    writes a prediction table (vlmevalkit) or a sample log (lmms_eval)
+    writes a file that the harness scores
+      vlmevalkit: a prediction table, MODEL_DATASET.tsv, for PRED_FORMAT=tsv and `--mode eval`; an empty prediction is
+      read there as the text "nan". Source: open-compass/VLMEvalKit:vlmeval/smp/file.py, vlmeval/dataset/image_mcq.py
+      lmms_eval: a log of answers, for `--model from_log --model_args logs=FOLDER`.
+      Source: EvolvingLMMs-Lab/lmms-eval:lmms_eval/models/simple/from_log.py
 """
 
+import csv
+import io
 import json
 import logging
 import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from inference.llava_hound_dpo.interchange_formats import COLUMNS, item_of, prompt_of, region_of
-from inference.llava_hound_dpo.interchange_readers import Row, picture_file, read_rows
-from inference.llava_hound_dpo.interchange_writers import WRITERS, export
+from inference.llava_hound_dpo.interchange_formats import (
+    COLUMNS,
+    Row,
+    item_of,
+    picture_file,
+    prompt_of,
+    read_rows,
+    read_tsv,
+    region_of,
+)
 from llava.command_line import command, flag, parse
-from llava.records import read_questions, refuse_duplicates
+from llava.records import Answer, DataError, Question, read_answers, read_questions, refuse_duplicates
 from llava.runtime import setup_logging, user_errors, write_bytes, write_run_json, write_text
 
 log = logging.getLogger(__name__)
 
 INCOMPLETE = 1  # exit code: written, but without the records that could not be converted
 SHOWN = 20  # problems in the log; run.json has all
+SUFFIXES = {"vlmevalkit": ".tsv", "lmms_eval": ".json"}
+PICTURES = ("image", "image_path")  # columns that a prediction table does not have
+TARGETS = ("answer", "answers", "correct_choice", "label")  # columns that have the true answer
+Given = list[tuple[Question, Answer]]
 
 
 @dataclass(frozen=True)
@@ -48,12 +65,12 @@ class Export:
     """Answers become a harness's predictions."""
 
     _argument_group_name = "export"
-    to: str = flag("which harness scores them", choices=list(WRITERS))
+    to: str = flag("which harness scores them", choices=list(SUFFIXES))
     answers: Path = flag("answers.jsonl of one model")
     questions: Path = flag("the imported test.json")
-    output: Path = flag("vlmevalkit: .tsv, .json; lmms_eval: .jsonl, .json")
+    output: Path = flag("vlmevalkit: .tsv; lmms_eval: .json")
     original: Path | None = flag("vlmevalkit: its TSV, for its columns and every one of its rows", None)
-    task: str | None = flag("lmms_eval, for a .json: the name of the task", None)
+    task: str | None = flag("lmms_eval: the name of the task", None)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -62,88 +79,64 @@ def main(argv: Sequence[str] | None = None) -> None:
     with user_errors():
         name, rest = command(argv, ("import", "export"), __doc__)
         (settings,) = parse((Import if name == "import" else Export,), __doc__, rest)
+        if name == "export":
+            log.info("%d answers in %s", export(**asdict(settings)), settings.output)
     if name == "import":
         import_command(settings)
-        return
-    with user_errors():
-        count = export(**asdict(settings))
-    log.info("%d answers in %s", count, settings.output)
 
 
 # ---- import
 
 
-@dataclass
-class Imported:
-    """The records of a test set, and a line for each that is not in it."""
-
-    records: list[dict[str, Any]] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
-
-
 def import_command(settings: Import) -> None:
     """Import a test set; exit code 1 where records could not be converted, 2 where none could."""
+    file = settings.output / "test.json"
     with user_errors():
         if settings.output.exists() and not settings.output.is_dir():
             raise NotADirectoryError(f"--output {settings.output} is a file; give a folder")
-        found = import_set(
-            settings.source_name, settings.source, settings.output, settings.split, settings.image_folder,
-            settings.strict,
-        )  # fmt: skip
-        if not found.records:
-            first = f"; the first: {found.problems[0]}" if found.problems else ""
-            raise ValueError(f"{settings.source}: none of {len(found.problems)} records could be converted{first}")
-        refuse_duplicates([(record["id"], f"record {n}") for n, record in enumerate(found.records, 1)])
-        write_text(
-            settings.output / "test.json", json.dumps(found.records, indent=1, ensure_ascii=False, default=str) + "\n"
-        )
-        read_questions(settings.output / "test.json")  # what was written must be what the other stages read
-    write_run_json(
-        settings.output / "run.json", arguments=asdict(settings), counts=counts(found), problems=found.problems
-    )
-    for line in found.problems[:SHOWN]:
+        records, problems = import_set(settings)
+        if not records:
+            first = f"; the first: {problems[0]}" if problems else ""
+            raise ValueError(f"{settings.source}: none of {len(problems)} records could be converted{first}")
+        refuse_duplicates([(record["id"], f"record {n}") for n, record in enumerate(records, 1)])
+        write_text(file, json.dumps(records, indent=1, ensure_ascii=False, default=str) + "\n")
+        read_questions(file)  # what was written must be what the other stages read
+    counts = {
+        "read": len(records) + len(problems),
+        "converted": len(records),
+        "not converted": len(problems),
+        "multiple choice": sum("choices" in record for record in records),
+        **Counter(record["image_type"] for record in records),
+    }
+    write_run_json(settings.output / "run.json", arguments=asdict(settings), counts=counts, problems=problems)
+    for line in problems[:SHOWN]:
         log.info("not converted: %s", line)
-    log.info("%s in %s", json.dumps(counts(found)), settings.output / "test.json")
-    if found.problems:
-        log.info("%d records are missing there; all reasons in %s", len(found.problems), settings.output / "run.json")
+    log.info("%s in %s", json.dumps(counts), file)
+    if problems:
+        log.info("%d records are missing there; all reasons in %s", len(problems), settings.output / "run.json")
         sys.exit(INCOMPLETE)
 
 
-def counts(found: Imported) -> dict[str, Any]:
-    """Records read, converted and not, and how those that were are made."""
-    return {
-        "read": len(found.records) + len(found.problems),
-        "converted": len(found.records),
-        "not converted": len(found.problems),
-        "multiple choice": sum("choices" in record for record in found.records),
-        **Counter(record["image_type"] for record in found.records),
-    }
+def import_set(settings: Import) -> tuple[list[dict[str, Any]], list[str]]:
+    """The records of the test set, their pictures stored, and a line for each that could not be converted.
 
-
-def import_set(
-    name: str, source: Path, output: Path, split: str | None = None, image_folder: Path | None = None,
-    is_strict: bool = False,
-) -> Imported:  # fmt: skip
-    """Convert every record of a data set and store its pictures in `output`/images.
-
-    Raises ValueError at the first that cannot be converted with `is_strict`; FileNotFoundError, DataError, ValueError
-    where the source cannot be read at all.
+    Raises ValueError at the first of these with `strict`; FileNotFoundError, DataError, ValueError where the source
+    cannot be read at all.
     """
-    found, ids = Imported(), Counter()
-    folder = image_folder or (source if source.is_dir() else source.parent)
-    for number, row in enumerate(read_rows(source, split), 1):
+    name, source, records, problems, ids = settings.source_name, settings.source, [], [], Counter()
+    folder = settings.image_folder or (source if source.is_dir() else source.parent)
+    for number, row in enumerate(read_rows(source, settings.split), 1):
         try:
-            found.records.append(convert(name, row, number, folder, output))
+            record = convert(name, row, number, folder, settings.output)
         except ValueError as error:
-            problem = f"{row.where}{_label(name, row)}: {error}"
-            if is_strict:
-                raise ValueError(problem) from error
-            found.problems.append(problem)
+            problems.append(f"{row.where}{_label(name, row)}: {error}")
+            if settings.strict:
+                raise ValueError(problems[0]) from error
             continue
-        record = found.records[-1]
         ids[record["id"]] += 1
         record["id"] += f"#{ids[record['id']]}" if ids[record["id"]] > 1 else ""
-    return found
+        records.append(record)
+    return records, problems
 
 
 def convert(name: str, row: Row, number: int, folder: Path, output: Path) -> dict[str, Any]:
@@ -178,6 +171,113 @@ def _picture(number: int, value: Any, folder: Path) -> tuple[bytes, str]:
 def _label(name: str, row: Row) -> str:
     columns = COLUMNS[name].index.split("|") if isinstance(row.fields, dict) else ()
     return next((f" (id {row.fields[column]})" for column in columns if column in row.fields), "")
+
+
+# ---- export
+
+
+def export(
+    to: str, answers: Path, questions: Path, output: Path, original: Path | None = None, task: str | None = None
+) -> int:
+    """Write the answers for the harness `to`, a name in SUFFIXES; returns how many.
+
+    Raises DataError, ValueError, FileNotFoundError; also where a question of the test set has no answer, because the
+    harnesses would leave it out of the denominator.
+    """
+    if original and to != "vlmevalkit":
+        raise ValueError("--original is for VLMEvalKit: lmms-eval's log needs none")
+    if output.suffix != SUFFIXES[to]:
+        raise ValueError(f"--output: {to} reads {SUFFIXES[to]} of ours, not {output.suffix or 'a file without suffix'}")
+    if to == "lmms_eval" and not task:
+        raise ValueError("--task is missing: the log says which lmms-eval task it answers (blink_art_style)")
+    given = _matched(answers, questions)
+    write_text(output, _table(given, original) if to == "vlmevalkit" else _log(given, task))
+    return len(given)
+
+
+def _matched(answers: Path, questions: Path) -> Given:
+    """Every question with its answer, in the order of the test set."""
+    asked = read_questions(questions)
+    refuse_duplicates([(question.id, question.where) for question in asked])
+    given = {answer.question_id: answer for answer in read_answers(answers)}
+    problems = [f"{q.where}: no answer in {answers}" for q in asked if q.id not in given]
+    known = {question.id for question in asked}
+    problems += [f"{a.where}: the question {id} is not in {questions}" for id, a in given.items() if id not in known]
+    problems += [
+        f"{q.where}: no `source_index`; export is for test sets that `import` made"
+        for q in asked
+        if "source_index" not in q.extra
+    ]
+    if problems:
+        more = f" (and {len(problems) - 1} more problems)" if len(problems) > 1 else ""
+        raise ValueError(problems[0] + more) from DataError(problems)
+    return [(question, given[question.id]) for question in asked]
+
+
+# ---- VLMEvalKit
+
+
+def _table(given: Given, original: Path | None) -> str:
+    rows = _with_original(given, original) if original else [_table_row(*pair) for pair in given]
+    columns = dict.fromkeys(name for row in rows for name in row if name not in (*PICTURES, "prediction"))
+    text = io.StringIO()
+    table = csv.DictWriter(
+        text, [*columns, "prediction"], restval="", extrasaction="ignore", delimiter="\t", quoting=csv.QUOTE_ALL,
+        lineterminator="\n",
+    )  # fmt: skip
+    table.writeheader()
+    table.writerows(rows)
+    return text.getvalue()
+
+
+def _table_row(question: Question, answer: Answer) -> dict[str, Any]:
+    """A row as VLMEvalKit has it: its own columns where the test set came from its table."""
+    extra = question.extra
+    if extra.get("source") == "vlmevalkit":
+        return extra["source_fields"] | {"prediction": answer.text}
+    options = {chr(ord("A") + n): text for n, text in enumerate(extra.get("choices", ()))}
+    row = {"index": extra["source_index"], "question": question.prompt, **options, "answer": question.answer}
+    return row | {"prediction": answer.text}
+
+
+def _with_original(given: Given, original: Path) -> list[dict[str, Any]]:
+    """Every row of the harness's own table. One that was never imported counts as answered with nothing."""
+    texts = {str(question.extra["source_index"]): answer.text for question, answer in given}
+    if not original.is_file():
+        raise FileNotFoundError(f"--original {original}: no such file")
+    rows = read_tsv(original)
+    if any(not isinstance(row, dict) or "index" not in row for row in rows):
+        raise ValueError(f"{original}: no table of VLMEvalKit: a row has no `index`, or more cells than the header")
+    indices = {row["index"] for row in rows}
+    unknown = [index for index in texts if index not in indices]
+    if unknown:
+        raise ValueError(f"{original}: no row has the index {unknown[0]} ({len(unknown)} answers have no row there)")
+    missing = len(indices - set(texts))
+    if missing:
+        log.info("%d rows of %s were not imported: their prediction is empty, so that they count", missing, original)
+    return [row | {"prediction": texts.get(row["index"], "")} for row in rows]
+
+
+# ---- lmms-eval
+
+
+def _log(given: Given, task: str) -> str:
+    """`doc_id` is the place of the row in its split, from 0; `target` the true answer as the data set writes it."""
+    if len({question.extra["source_row"] for question, _ in given}) < len(given):
+        raise ValueError(
+            "--questions holds several subsets, each a task of lmms-eval: import and export them one by one"
+        )
+    logs = [
+        {"doc_id": question.extra["source_row"], "target": _target(question), "resps": [[answer.text]]}
+        for question, answer in given
+    ]
+    args = {"model": "attention-aware-dpo", "model_args": "", "limit": None}
+    return json.dumps({"args": args, "model_configs": {"task": task}, "logs": logs}, ensure_ascii=False) + "\n"
+
+
+def _target(question: Question) -> str:
+    fields = question.extra.get("source_fields", {})
+    return next((str(fields[name]) for name in TARGETS if name in fields), question.answer)
 
 
 if __name__ == "__main__":

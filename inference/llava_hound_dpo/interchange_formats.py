@@ -1,4 +1,6 @@
-"""What the columns of public multi-image data sets mean, and the prompt that a row of them becomes.
+"""Rows of public multi-image data sets on disk, what their columns mean, and the prompt that a row becomes.
+
+Nothing is downloaded.
 
 Sources of the column names: EvolvingLMMs-Lab/lmms-eval:lmms_eval/tasks/{blink,mantis,muirbench,mirb,qbench,
 llava_interleave_bench}/utils.py, open-compass/VLMEvalKit:vlmeval/dataset/image_{base,mcq}.py,
@@ -6,14 +8,26 @@ LLaVA-VL/LLaVA-NeXT:llava/eval/model_vqa.py, TIGER-AI-Lab/Mantis:data/nlvr2/prep
 """
 
 import ast
+import base64
+import binascii
+import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from PIL import Image, UnidentifiedImageError
+
+from llava import tables
 from llava.records import IMAGE, PLACEHOLDER_OF_MIA_DPO, TARGET
 from llava.scorers import normalise, true_choice
 
+SUFFIXES = (".parquet", ".arrow", ".jsonl", ".json", ".tsv")
+DESCRIPTIONS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}  # not data
+SHARD = re.compile(r"-\d{5}-of-\d{5}$")
+EXTENSIONS = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "GIF": ".gif", "BMP": ".bmp"}
+IN_BASE64_FROM = 64  # characters; VLMEvalKit reads what is shorter as the index of the row that has the picture
 CLOSING = "Answer with the option's letter from the given choices directly."
 ABSENT = ("", "nan", "NaN", "N/A")  # of an option or a picture; "None" may be an option's text
 WRITTEN_LISTS = {"image", "image_path", "images", "image_list", "options", "choices"}
@@ -29,6 +43,123 @@ MIRB_INSTRUCTIONS = {
 
 
 @dataclass(frozen=True)
+class Row:
+    """A row as it stands in the file, pictures undecoded."""
+
+    file: Path
+    number: int  # from 0, through all files of the split: lmms-eval's doc_id
+    fields: Any  # an object, or the ValueError that says why it cannot be read
+
+    @property
+    def where(self) -> str:
+        """How messages name it."""
+        return f"{self.file} record {self.number + 1}"
+
+
+# ---- rows
+
+
+def read_rows(source: Path, split: str | None = None) -> Iterator[Row]:
+    """Rows of a file, of a folder of files, or of a folder made by `save_to_disk`, in order of path.
+
+    `split` chooses among several ("val", "Art_Style/val"). Raises FileNotFoundError, DataError, ValueError.
+    """
+    for files in _splits(source, split).values():
+        rows = ((file, fields) for file in files for fields in _fields(file))
+        for number, (file, fields) in enumerate(rows):
+            yield Row(file, number, fields)
+
+
+def _splits(source: Path, split: str | None) -> dict[str, list[Path]]:
+    """Files (or `save_to_disk` folders) of each split. Raises ValueError where it must be chosen first."""
+    if not source.exists():
+        raise FileNotFoundError(f"--source {source}: no such file or folder")
+    found: dict[str, list[Path]] = {}
+    for path in [source] if source.is_file() else _data(source):
+        stem = SHARD.sub("", path.stem)
+        name = stem if path == source else path.relative_to(source).with_name(stem).as_posix()
+        found.setdefault(name, []).append(path)
+    chosen = {name: files for name, files in found.items() if split in (None, name, name.rsplit("/", 1)[-1])}
+    if not chosen or len({name.rsplit("/", 1)[-1] for name in chosen}) > 1:
+        given = f"--split {split} is not there" if split else "several data sets: choose one with --split"
+        names = ", ".join(found) or f"no file that ends in {', '.join(SUFFIXES)}"
+        raise ValueError(f"{source}: {given if found else 'nothing to read'} (found {names})")
+    return chosen
+
+
+def _data(folder: Path) -> list[Path]:
+    """Folders made by `save_to_disk`, and data files outside of them, in order of path."""
+    saved = sorted(path.parent for path in folder.rglob("state.json"))
+    files = (path for path in sorted(folder.rglob("*")) if path.suffix in SUFFIXES and path.name not in DESCRIPTIONS)
+    return saved + [path for path in files if path.is_file() and not any(own in path.parents for own in saved)]
+
+
+def _fields(path: Path) -> Iterator[Any]:
+    """Every row of a file. Raises ValueError where the file is damaged."""
+    if path.is_file() and path.suffix not in SUFFIXES:
+        raise ValueError(f"{path}: a data file ends in {', '.join(SUFFIXES)}")
+    return iter(read_tsv(path)) if path.suffix == ".tsv" else tables.read_rows(path)
+
+
+def read_tsv(path: Path) -> list[dict[str, Any] | ValueError]:
+    """Rows of a VLMEvalKit table; an `image` that is another row's index is replaced by that row's."""
+    rows = list(tables.read_rows(path))
+    whole = [row for row in rows if isinstance(row, dict)]
+    images = {row["index"]: row["image"] for row in whole if "image" in row and "index" in row}
+    for row in whole:
+        if row.get("image") and len(row["image"]) <= IN_BASE64_FROM:
+            row["image"] = images.get(row["image"], row["image"])
+    return rows
+
+
+# ---- pictures
+
+
+def picture_file(value: Any, folder: Path) -> tuple[bytes, str]:
+    """Content and extension to store a picture under: the bytes that it has, or PNG where these are a rare format.
+
+    `value` is bytes, {"bytes", "path"} of `datasets`, a path below `folder`, or base64 (also as data URL).
+    Raises ValueError, FileNotFoundError.
+    """
+    content = _content(value, folder)
+    try:
+        with Image.open(io.BytesIO(content)) as picture:
+            picture.load()
+            if 0 in picture.size:
+                raise ValueError("the picture has no area")
+            if picture.format in EXTENSIONS:
+                return content, EXTENSIONS[picture.format]
+            stored = io.BytesIO()
+            picture.convert("RGB").save(stored, "PNG")
+            return stored.getvalue(), ".png"
+    except UnidentifiedImageError as error:
+        raise ValueError("not a picture that pillow can read") from error
+    except (OSError, SyntaxError, EOFError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"truncated or damaged picture ({error})") from error
+
+
+def _content(value: Any, folder: Path) -> bytes:
+    if isinstance(value, dict):
+        value = value["bytes"] if value.get("bytes") else value.get("path")
+    if isinstance(value, bytes):
+        return value
+    if not isinstance(value, str):
+        raise ValueError(f"a picture cannot be read from {type(value).__name__}")
+    if not value.startswith("data:image/") and len(value) < 4096 and (folder / value).is_file():
+        return (folder / value).read_bytes()
+    encoded = re.sub(r"^data:image/[^,]*,|\s", "", value)
+    if len(encoded) <= IN_BASE64_FROM:
+        raise FileNotFoundError(f"no picture {value} in {folder}: give --image_folder")
+    try:
+        return base64.b64decode(encoded, validate=True)
+    except binascii.Error as error:
+        raise ValueError(f"neither a file in {folder} nor base64: {value[:40]}...") from error
+
+
+# ---- what a row means
+
+
+@dataclass(frozen=True)
 class Columns:
     """Names of a data set's columns; patterns where it has one column a picture or an option."""
 
@@ -36,22 +167,23 @@ class Columns:
     question: str
     answer: str
     images: str
-    options: str
+    options: str = ""
+    is_complete: bool = False  # its questions list their options and say how to answer
 
 
 COLUMNS = {
     "blink": Columns("idx", "prompt", "answer", r"image_\d+", "choices"),
     "mantis_eval": Columns("id", "question", "answer", "images", "options"),
-    "nlvr2": Columns("identifier|question_id|id", "sentence|question", "label|answer", r"[a-z]+_image|images", ""),
+    "nlvr2": Columns("identifier|question_id|id", "sentence|question", "label|answer", r"[a-z]+_image|images"),
     "muirbench": Columns("idx", "question", "answer", "image_list", "options"),
-    "mirb": Columns("question_id", "questions", "answers", "image_list", ""),
+    "mirb": Columns("question_id", "questions", "answers", "image_list", is_complete=True),
     "qbench2": Columns("id", "question", "correct_choice", r"image\d+", r"option\d+"),
     "lmms_eval": Columns(
         "id|idx|question_id|sample_id|index", "question|prompt|questions", "answer|answers|correct_choice|target",
         r"images|image_list|image_?\d+|image", r"options|choices|option\d+|[A-Z]",
     ),
     "vlmevalkit": Columns("index", "question", "answer", "image|image_path", "[A-Z]"),
-    "llava_interleave": Columns("sample_id", "question", "answer", r"image_\d+|image", ""),
+    "llava_interleave": Columns("sample_id", "question", "answer", r"image_\d+|image", is_complete=True),
 }  # fmt: skip
 
 
@@ -64,7 +196,6 @@ class Item:
     images: tuple[Any, ...]
     answer: str  # a letter where there are options
     options: tuple[str, ...]  # "" where the row has none for a letter
-    is_complete: bool = False  # the question lists its options and says how to answer
 
 
 def item_of(source: str, row: dict[str, Any]) -> Item:
@@ -73,62 +204,61 @@ def item_of(source: str, row: dict[str, Any]) -> Item:
         raise row
     if not isinstance(row, dict):
         raise ValueError(f"a record must be an object, not {type(row).__name__}")
-    question, answer, options, is_complete = SPECIAL.get(source, _plain)(row, COLUMNS[source])
-    index, images = str(_one(row, COLUMNS[source].index)), _several(row, COLUMNS[source].images)
+    columns = COLUMNS[source]
+    question, answer, options = SPECIAL.get(source, _plain)(row, columns)
+    index, images = str(_one(row, columns.index)), _several(row, columns.images)
     if not images and source == "nlvr2":  # its own JSON names them by the sentence: dev-850-0-0 is about dev-850-0
         images = tuple(f"{index.rpartition('-')[0]}-img{n}.png" for n in range(2))
     if not images:
-        raise ValueError(f"no picture: the columns {COLUMNS[source].images} are missing or empty")
+        raise ValueError(f"no picture: the columns {columns.images} are missing or empty")
     if options:
         answer = letter_of(answer, options)
-    return Item(index, question, images, answer, options, is_complete)
+        question += "" if columns.is_complete else f"\n{CLOSING}"
+    return Item(index, question, images, answer, options)
 
 
-def _plain(row: dict, columns: Columns) -> tuple[str, str, tuple[str, ...], bool]:
+def _plain(row: dict, columns: Columns) -> tuple[str, str, tuple[str, ...]]:
+    """Question, answer, options; options that the question does not list are listed after it."""
     options = _without_labels(tuple("" if _is_absent(o) else str(o) for o in _several(row, columns.options, True)))
     labelled = [(_letter(n), option) for n, option in enumerate(options) if option]
     question, answer = _text(row, columns.question), _text(row, columns.answer)
-    hint = row.get("hint")
-    is_listed = bool(options) and all(re.search(rf"\({letter}\)", question) for letter, _ in labelled)
-    if not is_listed and options:
+    if not all(re.search(rf"\({letter}\)", question) for letter, _ in labelled):
         question = "\n".join([question, *(f"({letter}) {option}" for letter, option in labelled)])
-    return f"{hint}\n{question}" if not _is_absent(hint) else question, answer, options, False
+    hint = row.get("hint")
+    return question if _is_absent(hint) else f"{hint}\n{question}", answer, options
 
 
-def _statement(row: dict, columns: Columns) -> tuple[str, str, tuple[str, ...], bool]:
+def _statement(row: dict, columns: Columns) -> tuple[str, str, tuple[str, ...]]:
     """NLVR2 as Mantis asks it, except that the options keep their order."""
     if "options" in row:
         return _plain(row, COLUMNS["mantis_eval"])
     sentence = "Here is a statement about the images. Is it true or false?\n" + _text(row, columns.question)
-    label = {"1": "True", "0": "False"}.get(text := _text(row, columns.answer), text)
-    return f"{sentence}\n(A) True\n(B) False", label, ("True", "False"), False
+    label = _text(row, columns.answer)
+    return f"{sentence}\n(A) True\n(B) False", {"1": "True", "0": "False"}.get(label, label), ("True", "False")
 
 
-def _instructed(row: dict, columns: Columns) -> tuple[str, str, tuple[str, ...], bool]:
+def _instructed(row: dict, columns: Columns) -> tuple[str, str, tuple[str, ...]]:
     """MIRB: an instruction for each subset; the options of multiple choice stand in the question."""
     question, answer, subset = _text(row, columns.question), _text(row, columns.answer), row.get("subset")
     if subset not in MIRB_INSTRUCTIONS:
         raise ValueError(f"the subset {subset!r} is none of {', '.join(MIRB_INSTRUCTIONS)}")
     options = listed_options(question) if re.fullmatch("[A-E]", answer) else ()
-    return f"{MIRB_INSTRUCTIONS[subset]}\n{question}", answer, options, True
+    return f"{MIRB_INSTRUCTIONS[subset]}\n{question}", answer, options
 
 
-def _conversation(row: dict, columns: Columns) -> tuple[str, str, tuple[str, ...], bool]:
+def _conversation(row: dict, columns: Columns) -> tuple[str, str, tuple[str, ...]]:
     """LLaVA-Interleave-Bench: as JSON with a conversation, or as columns; its prompts stay as they are."""
-    turns = row.get("conversations")
-    if turns is None:
-        question, answer = _text(row, columns.question), _text(row, columns.answer)
-        kind = row.get("question_type")
-    else:
+    if (turns := row.get("conversations")) is not None:
         if not isinstance(turns, list) or len(turns) != 2 or not all(isinstance(turn, dict) for turn in turns):
             raise ValueError("`conversations` must be one question and its answer")
-        question, answer = (_text(turn, "value") for turn in turns)
         metadata = row.get("metadata")
-        kind = metadata.get("question_type") if isinstance(metadata, dict) else None
-    options = listed_options(question) if kind == "multi-choice" else ()
+        row = metadata if isinstance(metadata, dict) else {}
+        row = row | {name: _text(turn, "value") for name, turn in zip(("question", "answer"), turns, strict=True)}
+    question, answer = _text(row, columns.question), _text(row, columns.answer)
+    options = listed_options(question) if row.get("question_type") == "multi-choice" else ()
     if options and not re.fullmatch(r"\W*[A-Za-z]\W*", answer) and _same(answer, options) is None:
         options = ()  # what the question lists with letters is not what it asks for
-    return question, answer, options, True
+    return question, answer, options
 
 
 SPECIAL: dict[str, Callable] = {"nlvr2": _statement, "mirb": _instructed, "llava_interleave": _conversation}
@@ -152,8 +282,8 @@ def letter_of(answer: str, options: Sequence[str]) -> str:
     Raises ValueError where the answer is neither the letter nor the text of one option.
     """
     lone = re.fullmatch(r"\W*([A-Za-z])\W*", answer)
-    number = ord(lone[1].upper()) - ord("A") if lone else _same(answer, options)
-    if lone and not (number < len(options) and options[number]):
+    number = ord(lone[1].upper()) - ord("A") if lone else len(options)
+    if number >= len(options) or not options[number]:
         number = _same(answer, options)
     if number is None:
         raise ValueError(
@@ -190,18 +320,16 @@ def prompt_of(item: Item) -> tuple[str, list[int]]:
     Pictures that the question gives no place stand before it, a line each. Raises ValueError where it shows some of
     them only, or others.
     """
-    text = item.question if item.is_complete or not item.options else f"{item.question}\n{CLOSING}"
-    places = [match[1] for match in PLACEHOLDER.finditer(text)]
+    places = [match[1] for match in PLACEHOLDER.finditer(item.question)]
     if not places:
-        return f"{IMAGE}\n" * len(item.images) + text, list(range(len(item.images)))
-    is_numbered = [place is not None for place in places]
-    if any(is_numbered) and not all(is_numbered):
+        return f"{IMAGE}\n" * len(item.images) + item.question, list(range(len(item.images)))
+    if None in places and any(places):
         raise ValueError("some image placeholders have a number and some have none")
-    shown = [int(place) - 1 for place in places] if all(is_numbered) else list(range(len(places)))
+    shown = list(range(len(places))) if None in places else [int(place) - 1 for place in places]
     if set(shown) != set(range(len(item.images))):
-        numbers = f" (numbers {', '.join(places)})" if all(is_numbered) else ""
+        numbers = "" if None in places else f" (numbers {', '.join(places)})"
         raise ValueError(f"{len(places)} image placeholders{numbers} for {len(item.images)} pictures")
-    return PLACEHOLDER.sub(IMAGE, text), shown
+    return PLACEHOLDER.sub(IMAGE, item.question), shown
 
 
 def region_of(prompt: str, num_images: int) -> dict[str, Any]:

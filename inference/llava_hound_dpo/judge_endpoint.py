@@ -5,8 +5,8 @@ import json
 import logging
 import os
 import re
-from collections.abc import AsyncIterator, Sequence
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import Sequence
+from contextlib import aclosing
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -19,7 +19,6 @@ KEY_VARIABLE = "OPENAI_API_KEY"
 TRIES = 6  # of one request, while the endpoint is busy or out of reach
 TIMEOUT_S = 120.0  # from the first byte sent to the last one read
 LARGEST_REPLY = 1 << 20  # bytes that are read of a reply
-OF_THE_BODY = ("content-encoding", "content-length", "transfer-encoding")  # headers that say how it was sent
 
 
 class JudgeError(ValueError):
@@ -62,31 +61,26 @@ class _Bounded(httpx.AsyncClient):
 
     async def send(self, request: httpx.Request, **options: Any) -> httpx.Response:
         """Raises TimeoutError and JudgeError, which are final, and httpx.RequestError: then openai tries again."""
+        content = bytearray()
         try:
-            async with asyncio.timeout(TIMEOUT_S):
-                response = await super().send(request, **options | {"stream": True})
+            async with (
+                asyncio.timeout(TIMEOUT_S),
+                aclosing(await super().send(request, **options | {"stream": True})) as response,
+            ):
                 self.is_reached = True
-                content = await _start_of(response)
+                async for part in response.aiter_bytes():
+                    content += part
+                    if len(content) > LARGEST_REPLY:
+                        break
         except httpx.ConnectError as error:
             if self.is_reached:
                 raise
-            what = f"the judge cannot be reached ({_innermost(error)})"
+            what = f"{request.url}: the judge cannot be reached ({_innermost(error)})"
             raise JudgeError(f"{what}. Start its server, or correct --judge_url") from error
         if response.is_success:
             _content(content, request)
-        headers = {name: value for name, value in response.headers.items() if name not in OF_THE_BODY}
-        return httpx.Response(response.status_code, headers=headers, content=content, request=request)
-
-
-async def _start_of(response: httpx.Response) -> bytes:
-    """The body, or as much of it as is read of one that does not end."""
-    content = bytearray()
-    async with aclosing(response):
-        async for part in response.aiter_bytes():
-            content += part
-            if len(content) > LARGEST_REPLY:
-                break
-    return bytes(content)
+        headers = {name: value for name, value in response.headers.items() if "retry" in name}
+        return httpx.Response(response.status_code, headers=headers, content=bytes(content), request=request)
 
 
 def _innermost(error: BaseException) -> str:
@@ -113,49 +107,35 @@ class Endpoint:
     def __init__(self, url: str, model: str, key_variable: str = KEY_VARIABLE):
         self.url, self.model = _checked_url(url), model
         self._key_variable, self._key = key_variable, _key_in(key_variable)
+        self._http = _Bounded(timeout=None)
+        self.client = openai.AsyncOpenAI(
+            base_url=self.url, api_key=self._key or "none", max_retries=TRIES - 1, http_client=self._http
+        )
         self.takes_temperature = True  # until it refuses one
-
-    @asynccontextmanager
-    async def connected(self) -> AsyncIterator[None]:
-        """Connections to the endpoint, for `chat` within."""
-        async with _Bounded(timeout=None) as self._http:
-            self._client = openai.AsyncOpenAI(
-                base_url=self.url, api_key=self._key or "none", max_retries=TRIES - 1, http_client=self._http
-            )
-            yield
 
     async def chat(self, messages: Sequence[dict], about: str) -> str:
         """Text of the reply, "" where it has none. Raises Failed, or JudgeError where asking again is no use."""
-        create = self._client.chat.completions.with_raw_response.create
+        create = self.client.chat.completions.with_raw_response.create
         temperature = 0 if self.takes_temperature else openai.omit
         headers = None if self._key else {"Authorization": openai.Omit()}
         try:
             reply = await create(
                 model=self.model, messages=list(messages), temperature=temperature, extra_headers=headers
             )
-        except openai.BadRequestError as error:
-            if temperature != 0 or "temperature" not in error.response.text:
+        except openai.APIStatusError as error:
+            if error.status_code != 400 or temperature != 0 or "temperature" not in error.response.text:
                 raise self._refusal(error, about) from error
             log.info("the judge refuses temperature 0: asked without it")
             self.takes_temperature = False
             return await self.chat(messages, about)
-        except openai.APIStatusError as error:
-            raise self._refusal(error, about) from error
-        except JudgeError as error:
-            raise JudgeError(f"{self.url}: {error}") from error
         except (openai.APIConnectionError, TimeoutError) as error:
-            raise self._no_reply(error) from error
+            is_late = isinstance(error, TimeoutError)
+            reason = f"no whole reply in {TIMEOUT_S:.0f} s" if is_late else self.hide(_innermost(error))
+            if self._http.is_reached:
+                raise Failed(reason) from error
+            what = f"{self.url}: no reply from the judge in {'one try' if is_late else f'{TRIES} tries'} ({reason})"
+            raise JudgeError(f"{what}. Check --judge_url") from error
         return _content(reply.http_response.content, reply.http_request)
-
-    def _no_reply(self, error: Exception) -> Exception:
-        """What it means that nothing came back that can be read."""
-        if isinstance(error, TimeoutError):
-            reason, tried = f"no whole reply in {TIMEOUT_S:.0f} s", "one try"
-        else:
-            reason, tried = self.hide(_innermost(error)), f"{TRIES} tries"
-        if self._http.is_reached:
-            return Failed(reason)
-        return JudgeError(f"{self.url}: no reply from the judge in {tried} ({reason}). Check --judge_url")
 
     def _refusal(self, error: openai.APIStatusError, about: str) -> Exception:
         """What an HTTP error means."""

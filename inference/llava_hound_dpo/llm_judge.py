@@ -125,24 +125,6 @@ def _is_graded(value: Any) -> bool:
 # ---- judging, each judgement on disk at once
 
 
-class Judgements:
-    """The judgements of a file by digest, and new ones appended to it."""
-
-    def __init__(self, path: Path):
-        self._log = Log(path)
-        records = [record for record in self._log if isinstance(record, dict) and _is_graded(record.get("grades"))]
-        self._known = {record.get("digest"): record["grades"] for record in records}
-
-    def of(self, task: Task) -> Grades | None:
-        """What is known of an answer; also where the judge was asked without a temperature, because it refused it."""
-        return self._known.get(task.digest) or self._known.get(task.digest + NO_TEMPERATURE)
-
-    def add(self, task: Task, grades: Grades, has_temperature: bool) -> None:
-        """Keep a judgement: on disk when this returns."""
-        digest = task.digest + ("" if has_temperature else NO_TEMPERATURE)
-        self._log.append([{"digest": digest, "question_id": task.id, "grades": grades}])
-
-
 @dataclass(frozen=True)
 class LlmJudge:
     """A judge with all that it needs besides the answers."""
@@ -182,16 +164,21 @@ class LlmJudge:
         return Task(digest, row.asked.id, given.where, prompt, row.asked.answer, given.text, images)
 
     def _ask_all(self, tasks: Sequence[Task]) -> dict[str, Verdict]:
-        """Verdicts by digest."""
-        cache, different = Judgements(self.cache), {task.digest: task for task in tasks}
-        found: dict[str, Verdict] = {d: grades for d, task in different.items() if (grades := cache.of(task))}
+        """Verdicts by digest; also those of a judge that was asked without a temperature, because it refused it."""
+        different = {task.digest: task for task in tasks}
+        records = [
+            record for record in Log(self.cache) if isinstance(record, dict) and _is_graded(record.get("grades"))
+        ]
+        known = {str(record.get("digest")).removesuffix(NO_TEMPERATURE): record["grades"] for record in records}
+        found: dict[str, Verdict] = {digest: known[digest] for digest in different if digest in known}
         log.info("judge %s: %d of %d answers judged before", self.endpoint.model, len(found), len(different))
         waiting = [task for digest, task in different.items() if digest not in found]
-        return found | asyncio.run(self._ask_of(waiting, cache)) if waiting else found
+        return found | asyncio.run(self._ask_of(waiting)) if waiting else found
 
-    async def _ask_of(self, tasks: Sequence[Task], cache: Judgements) -> dict[str, Verdict]:
+    async def _ask_of(self, tasks: Sequence[Task]) -> dict[str, Verdict]:
         """The first is asked alone: a wrong URL, key or model ends here, after one request and with nothing written."""
         found: dict[str, Verdict] = {}
+        cache = Log(self.cache)
         waiting, failed = iter(tasks), 0
 
         async def work() -> None:
@@ -203,13 +190,14 @@ class LlmJudge:
             found[task.digest] = verdict
             bar.update()
             if isinstance(verdict, dict):
-                cache.add(task, verdict, self.endpoint.takes_temperature)
+                digest = task.digest + ("" if self.endpoint.takes_temperature else NO_TEMPERATURE)
+                cache.append([{"digest": digest, "question_id": task.id, "grades": verdict}])
             failed = failed + 1 if verdict == FAILED else 0
             if failed == FAILED_IN_A_ROW:
                 what = f"{self.endpoint.url}: no reply about {failed} answers in a row"
                 raise JudgeError(f"{what}. Look at the endpoint, then start the same command again")
 
-        async with self.endpoint.connected():
+        async with self.endpoint.client:
             first = next(waiting)
             verdict = await self._ask(first)
             with tqdm(total=len(tasks), desc="judge") as bar, only_writer(self.cache):

@@ -5,7 +5,7 @@ import io
 import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from inference.llava_hound_dpo.summary import Row, confusion
+from inference.llava_hound_dpo.llm_judge import RUBRICS, WITHOUT
+from inference.llava_hound_dpo.summary import Row, confusion, groupings
 from llava.heatmap import draw_prompt
 from llava.image import ImageStore
 from llava.records import FORMATS, IMAGE, Answer, Question
@@ -62,34 +63,56 @@ def report(
         Model(name, found, rows[name], COLOURS[number % len(COLOURS)], *MARKERS[number % len(MARKERS)])
         for number, (name, found) in enumerate(scores["answers"].items())
     ]
-    return _template().render(
+    return _template(TEMPLATE).render(
         scores=scores,
         models=models,
         grades=_grades(models),
-        charts=_accuracy_charts(models),
-        confusion_chart=_confusion_chart(models),
+        charts=[(chart, _accuracy_plot(models, chart.groups)) for chart in groupings(scores["answers"])],
         samples=_samples(models, questions, store, num_samples) if questions and store else None,
     )
 
 
-def _template() -> jinja2.Template:
+def markdown(scores: dict[str, Any]) -> str:
+    """The scores as Markdown: accuracy by group, counts, comparisons, and what a judge said."""
+    names = {"rubrics": RUBRICS, "verdicts": ("judged", *WITHOUT)}
+    return _template("scores.md.j2").render(scores=scores, groupings=groupings(scores["answers"]), **names)
+
+
+def _template(name: str) -> jinja2.Template:
+    is_page = name == TEMPLATE
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,  # questions and answers may hold anything
-        undefined=jinja2.StrictUndefined,
+        autoescape=is_page,  # questions and answers may hold anything
+        undefined=jinja2.StrictUndefined if is_page else jinja2.ChainableUndefined,  # "-": not in every file
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": _percent, "number": _number, "shorten": _shorten, "breakable": _breakable}
-    return environment.get_template(TEMPLATE)
+    environment.filters |= {
+        "percent": _percent,
+        "number": _number,
+        "interval": _interval,
+        "cell": lambda text: text.replace("|", "\\|"),
+        "extract": lambda name, found: found[name],
+        "shorten": _shorten,
+        "breakable": _breakable,
+    }
+    return environment.get_template(name)
 
 
-def _percent(value: float | None, form: str = ".1f") -> str:
-    return "-" if value is None else format(100 * value, form)
+def _percent(value: Any, form: str = ".1f", unit: str = "") -> str:
+    return format(100 * value, form) + unit if isinstance(value, int | float) else "-"
 
 
 def _number(value: Any, form: str = ".3f") -> str:
     return format(value, form) if isinstance(value, int | float) else "-"
+
+
+def _interval(found: dict[str, float] | None, name: str, form: str, factor: float = 1) -> str:
+    """A number with its 95 % interval."""
+    if not found:
+        return "-"
+    value, low, high = (format(factor * found[key], form) for key in (name, "low", "high"))
+    return f"{value} [{low}, {high}]"
 
 
 def _shorten(text: str) -> str:
@@ -103,63 +126,30 @@ def _breakable(name: str) -> Markup:
 
 def _grades(models: Sequence[Model]) -> dict[str, Any] | None:
     """What a judge said: rubrics, and by model its grades and counts; None where no answers file was judged."""
-    judged = {model.name: model.scores["judge"] for model in models if model.scores.get("judge")}
-    if not judged:
-        return None
-    grades = {name: {k: v for k, v in judge["overall"].items() if _is_grade(v)} for name, judge in judged.items()}
-    counts = {name: {**judge.get("counts", {}), **_counts(judge["overall"])} for name, judge in judged.items()}
-    return {"rubrics": list(dict.fromkeys(r for own in grades.values() for r in own)), "of": grades, "counts": counts}
-
-
-def _is_grade(value: Any) -> bool:
-    return isinstance(value, dict) and "mean" in value
-
-
-def _counts(group: dict[str, Any]) -> dict[str, int]:
-    return {name: value for name, value in group.items() if isinstance(value, int)}
+    said = {model.name: model.scores["judge"]["overall"] for model in models if "judge" in model.scores}
+    grades = {name: {k: v for k, v in own.items() if isinstance(v, dict)} for name, own in said.items()}
+    counts = {name: {k: v for k, v in own.items() if isinstance(v, int)} for name, own in said.items()}
+    rubrics = list(dict.fromkeys(rubric for own in grades.values() for rubric in own))
+    return {"rubrics": rubrics, "of": grades, "counts": counts} if said else None
 
 
 # ---- plots
 
 
-def _accuracy_charts(models: Sequence[Model]) -> list[dict[str, Any]]:
-    """Accuracy by format, by number of images, by position: title, groups by label and model, chance, plot."""
-    charts: list[tuple[str, list[dict], Callable[[Row], str | None]]] = [
-        ("format", [model.scores["by_format"] for model in models], lambda row: row.asked.image_type),
-        ("number of images or cells", [model.scores["by_num_images"] for model in models], _num_images),
-    ]
-    for image_type in models[0].scores["by_position"]:
-        groups = [model.scores["by_position"][image_type] for model in models]
-        charts.append((f"position of the target, {image_type}", groups, lambda row, t=image_type: _position(row, t)))
-    return [_accuracy_chart(models, title, groups, key) for title, groups, key in charts if groups[0]]
-
-
-def _num_images(row: Row) -> str | None:
-    return str(row.asked.num_regions or "unknown") if row.asked.image_type not in ("pip", "single") else None
-
-
-def _position(row: Row, image_type: str) -> str | None:
-    return f"Image{row.asked.target + 1}" if row.asked.image_type == image_type else None
-
-
-def _accuracy_chart(
-    models: Sequence[Model], title: str, by_model: Sequence[dict], key: Callable[[Row], str | None]
-) -> dict[str, Any]:
-    groups = {label: [by_label[label] for by_label in by_model] for label in by_model[0]}
-    chance = {label: _chance([row for row in models[0].rows if key(row) == label]) for label in groups}
+def _accuracy_plot(models: Sequence[Model], groups: dict[str, list[dict]]) -> dict[str, Any]:
     figure = Figure(figsize=(min(7.0, 1.2 + 0.75 * max(3, len(groups))), 2.7), layout="constrained")
     axis = figure.subplots()
     for number, model in enumerate(models):
         shift = 0.5 * ((number + 0.5) / len(models) - 0.5)
         _dots(axis, model, [own[number] for own in groups.values()], shift)
-    for place, value in enumerate(chance.values()):
-        if value is not None:
-            axis.hlines(100 * value, place - 0.4, place + 0.4, "#555555", "dashed", linewidth=1.2, zorder=2)
+    for place, (first, *_) in enumerate(groups.values()):
+        if first["chance"] is not None:
+            axis.hlines(100 * first["chance"], place - 0.4, place + 0.4, "#555555", "dashed", linewidth=1.2, zorder=2)
     labels = [f"{label}\n({own[0]['questions']})" for label, own in groups.items()]
     axis.set(xlim=(-0.6, len(groups) - 0.4), ylim=(0, 100), ylabel="accuracy (%)")
     axis.set_xticks(range(len(groups)), labels)
     axis.grid(axis="y", color="#e4e4e4", linewidth=0.8)
-    return {"title": title, "groups": groups, "chance": chance, "plot": _plot(figure)}
+    return _plot(figure)
 
 
 def _dots(axis: Axes, model: Model, groups: Sequence[dict], shift: float) -> None:
@@ -168,37 +158,6 @@ def _dots(axis: Axes, model: Model, groups: Sequence[dict], shift: float) -> Non
         np.arange(len(groups)) + shift, values, yerr=np.stack([values - lows, highs - values]).clip(min=0),
         fmt=model.marker, color=model.colour, markersize=5.5, capsize=2.5, elinewidth=1.4, clip_on=False, zorder=3,
     )  # fmt: skip
-
-
-def _chance(rows: Sequence[Row]) -> float | None:
-    """Accuracy of a model that answers truly about an image drawn at random: mean of 1/n; None where n is not known.
-
-    None too for one image, and where a question refers to no image.
-    """
-    counts = [row.asked.num_regions if row.asked.target is not None else None for row in rows]
-    return float(np.mean([1 / n for n in counts])) if all(n and n > 1 for n in counts) else None
-
-
-def _confusion_chart(models: Sequence[Model]) -> dict[str, Any] | None:
-    """Share of the wrong answers that are true of another image, beside its chance; None where no file has a share."""
-    known = [m for m in models if m.scores["confusion"] and m.scores["confusion"]["of_wrong"] is not None]
-    if not known:
-        return None
-    figure = Figure(figsize=(4.6, 0.9 + 0.38 * len(known)), layout="constrained")
-    axis = figure.subplots()
-    for place, model in enumerate(known):
-        found = model.scores["confusion"]
-        axis.plot(100 * found["of_wrong"], place, model.marker, color=model.colour, markersize=7, clip_on=False)
-        if found["chance"] is not None:
-            axis.plot([100 * found["chance"]] * 2, [place - 0.3, place + 0.3], color="#555555", linewidth=1.6)
-    axis.set(xlim=(0, 100), ylim=(len(known) - 0.4, -0.6), xlabel="wrong answers true of another image (%)")
-    axis.set_yticks(range(len(known)), [_tail(model.name) for model in known], parse_math=False)
-    axis.grid(axis="x", color="#e4e4e4", linewidth=0.8)
-    return _plot(figure)
-
-
-def _tail(name: str, longest: int = 24) -> str:
-    return name if len(name) <= longest else "…" + name[1 - longest :]
 
 
 def _plot(figure: Figure) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """What many judged answers say: accuracy by group, confusion of images, attention against correctness, comparisons."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,6 +84,32 @@ def summarize(rows: Sequence[Row]) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True)
+class Grouping:
+    """One way to group the questions of a test set, and what several answers files score so."""
+
+    title: str
+    label: str  # of a row of a table, with {} for the group's name
+    groups: dict[str, list[dict]]  # by name, `group` of each file
+
+
+def groupings(files: Mapping[str, dict]) -> list[Grouping]:
+    """By format, number of images and position; all files have the same questions."""
+    every = list(files.values())
+    found = [
+        ("format", "{}", [file["by_format"] for file in every]),
+        ("number of images or cells", "{} images or cells", [file["by_num_images"] for file in every]),
+    ]
+    for image_type in every[0]["by_position"]:
+        groups = [file["by_position"][image_type] for file in every]
+        found.append((f"position of the target, {image_type}", f"{image_type}, {{}}", groups))
+    return [
+        Grouping(title, label, {name: [own[name] for own in groups] for name in groups[0]})
+        for title, label, groups in found
+        if groups[0]
+    ]
+
+
 def _counted(row: Row) -> bool:
     return row.asked.image_type in ("sequence", "collage", "multi")
 
@@ -114,7 +140,17 @@ def group(rows: Sequence[Row]) -> dict[str, Any]:
         **{verdict: verdicts[verdict] for verdict in (RIGHT, WRONG, UNPARSED, MISSING)},
         "cut_off": sum(row.given is not None and row.given.extra.get("is_complete") is False for row in rows),
         "attention_ratio": float(np.mean(ratios)) if ratios else None,
+        "chance": _chance(rows),
     }
+
+
+def _chance(rows: Sequence[Row]) -> float | None:
+    """Accuracy of a model that answers truly about an image drawn at random: mean of 1/n; None where n is not known.
+
+    None too for one image, and where a question refers to no image.
+    """
+    counts = [row.asked.num_regions if row.asked.target is not None else None for row in rows]
+    return float(np.mean([1 / n for n in counts])) if all(n and n > 1 for n in counts) else None
 
 
 def with_ratio(rows: Sequence[Row]) -> list[Row]:

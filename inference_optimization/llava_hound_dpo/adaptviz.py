@@ -7,7 +7,7 @@ model is unsure and sharpened where it is sure. New here: several images, of whi
 import dataclasses
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from llava.attention import layer_range
 from llava.command_line import flag
 from llava.generation import PromptBatch
 from llava.heads import Heads, select_heads
-from llava.records import FORMATS
 from llava.run_folder import read_object
 from llava.scaling import RULES, Scale
 
@@ -66,19 +65,17 @@ DEFAULTS = {
     "balance": Bands(low=0.9, high=0.9, alpha_low=1.5, alpha_high=1.0),
     "all": Bands(low=0.3, high=0.7, alpha_low=0.5, alpha_high=2.0),
 }
-# Published settings of LLaVA-1.5, single image: AdaptVis (weight1, weight2, threshold) and ScalingVis (one weight).
+# Published settings of LLaVA-1.5, single image: AdaptVis (a threshold, two weights) and ScalingVis (one weight).
 PRESETS = {
-    name: Bands(threshold, threshold, low, high)
-    for name, low, high, threshold in (
-        ("controlled_a", 0.5, 1.5, 0.4),
-        ("controlled_b", 0.5, 1.5, 0.35),
-        ("coco", 0.5, 1.2, 0.3),
-        ("vg", 0.5, 2.0, 0.2),
-        ("vsr", 0.5, 1.2, 0.64),
-    )
-} | {
-    f"scaling_{name}": Bands.fixed(alpha)
-    for name, alpha in (("controlled", 0.8), ("coco", 1.2), ("vg", 2.0), ("vsr", 0.5))
+    "controlled_a": Bands(0.4, 0.4, 0.5, 1.5),
+    "controlled_b": Bands(0.35, 0.35, 0.5, 1.5),
+    "coco": Bands(0.3, 0.3, 0.5, 1.2),
+    "vg": Bands(0.2, 0.2, 0.5, 2.0),
+    "vsr": Bands(0.64, 0.64, 0.5, 1.2),
+    "scaling_controlled": Bands.fixed(0.8),
+    "scaling_coco": Bands.fixed(1.2),
+    "scaling_vg": Bands.fixed(2.0),
+    "scaling_vsr": Bands.fixed(0.5),
 }
 
 
@@ -91,25 +88,18 @@ class AdaptViz:
     steps: str = "prefill"  # the last prompt row (the paper), or "all": every decoding step too
     layers: tuple[int, ...] | None = None  # zero-based; None: all
     bands: Bands = DEFAULTS["target"]
-    by_format: dict[str, Bands] = field(default_factory=dict)  # instead of `bands` for some of FORMATS
     heads: Heads | None = None  # those of `layers` that are scaled; None: all
 
     def __post_init__(self):
         for name, known in (("scope", SCOPES), ("rule", RULES), ("steps", STEPS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} {getattr(self, name)!r} is none of {', '.join(known)}")
-        unknown = sorted(set(self.by_format) - set(FORMATS))
-        if unknown:
-            raise ValueError(f"by_format: {unknown[0]!r} is none of {', '.join(FORMATS)}")
 
     def factors(self, confidence: Sequence[float], image_types: Sequence[str]) -> Tensor:
         """Factor of every sample. A single picture has nothing that could be told apart: only scope `all` scales it."""
-        confidence = torch.as_tensor(confidence)
-        factor = self.bands.factor(confidence)
+        factor = self.bands.factor(torch.as_tensor(confidence))
         for row, image_type in enumerate(image_types):
-            if image_type in self.by_format:
-                factor[row] = self.by_format[image_type].factor(confidence[row])
-            elif image_type == "single" and self.scope != "all":
+            if image_type == "single" and self.scope != "all":
                 factor[row] = 1.0
         return factor
 
@@ -148,17 +138,19 @@ class AdaptViz:
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> "AdaptViz":
         """Settings of a JSON object. Raises ValueError for unknown names and impossible values."""
+        raw = dict(raw)
+        if raw.pop("by_format", None):
+            raise ValueError("bands of their own for some formats (`by_format`) are gone; give `bands` for all")
         unknown = sorted(set(raw) - {f.name for f in dataclasses.fields(cls)})
         if unknown:
             raise ValueError(f"unknown setting {unknown[0]!r}")
         try:
             bands = Bands(**raw["bands"]) if "bands" in raw else DEFAULTS.get(raw.get("scope"), DEFAULTS["target"])
-            by_format = {name: Bands(**own) for name, own in raw.get("by_format", {}).items()}
         except (TypeError, KeyError) as error:
             raise ValueError(f"bands need low, high, alpha_low, alpha_high (and alpha_middle): {error}") from error
         layers = None if raw.get("layers") is None else tuple(raw["layers"])
         heads = None if raw.get("heads") is None else Heads.from_json(raw["heads"])
-        return cls(**{**raw, "bands": bands, "by_format": by_format, "layers": layers, "heads": heads})
+        return cls(**{**raw, "bands": bands, "layers": layers, "heads": heads})
 
 
 def read_config(path: Path) -> AdaptViz:

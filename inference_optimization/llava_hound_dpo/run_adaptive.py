@@ -6,8 +6,10 @@ last prompt token on image tokens is scaled, by a factor that depends on how sur
 
 import dataclasses
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from inference_optimization.llava_hound_dpo.adaptviz import (
     DEFAULTS,
@@ -25,8 +27,11 @@ from llava.runtime import leave, setup_logging, user_errors
 from llava.scaling import RULES
 from llava.settings import AnswerSettings, ModelSettings, QuestionFiles
 
-THRESHOLDS = {"confidence_threshold_low": "low", "confidence_threshold_high": "high"}
-FACTORS = ("alpha_low", "alpha_middle", "alpha_high")
+BANDS = {name: name for name in ("alpha_low", "alpha_middle", "alpha_high")} | {
+    "confidence_threshold_low": "low",
+    "confidence_threshold_high": "high",
+}
+RULE = {name: name for name in ("scope", "rule", "steps")}
 
 
 @dataclass(kw_only=True)
@@ -58,23 +63,22 @@ class SteeringSettings(PlaceSettings):
         """What the flags say. Raises ValueError."""
         if self.config and self.preset:
             raise ValueError("--config and --preset both choose the settings: give one of them")
-        changed = {name: value for flag, name in THRESHOLDS.items() if (value := getattr(self, flag)) is not None}
-        changed |= {name: value for name in FACTORS if (value := getattr(self, name)) is not None}
+        changed = self._given(BANDS)
         if self.alpha is not None and changed:
             raise ValueError("--alpha is one factor for all confidences: thresholds and band factors do not go with it")
+        scope = self.scope or "target"
         if self.config:
             settings = read_config(self.config)
         elif self.preset:
             settings = AdaptViz(scope="all", bands=PRESETS[self.preset])
         else:
-            settings = AdaptViz(scope=self.scope or "target", bands=DEFAULTS[self.scope or "target"])
-        names = {name: value for name in ("scope", "rule", "steps") if (value := getattr(self, name)) is not None}
-        names |= self.place(job)
-        if self.alpha is not None:
-            names |= {"bands": Bands.fixed(self.alpha), "by_format": {}}
-        elif changed:
-            names |= {"bands": dataclasses.replace(settings.bands, **changed), "by_format": {}}
-        return dataclasses.replace(settings, **names)
+            settings = AdaptViz(scope=scope, bands=DEFAULTS[scope])
+        bands = dataclasses.replace(settings.bands, **changed) if self.alpha is None else Bands.fixed(self.alpha)
+        return dataclasses.replace(settings, bands=bands, **self._given(RULE), **self.place(job))
+
+    def _given(self, names: Mapping[str, str]) -> dict[str, Any]:
+        """The flags of `names` that were given, each by the setting's name."""
+        return {name: value for flag, name in names.items() if (value := getattr(self, flag)) is not None}
 
 
 def main() -> None:

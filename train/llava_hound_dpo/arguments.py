@@ -41,11 +41,9 @@ RETIRED = {
 
 # Flags of transformers.TrainingArguments that would change which pairs a step has.
 FIXED = {
-    "dataloader_drop_last": False,
-    "train_sampling_strategy": "random",
-    "ignore_data_skip": False,
-    "auto_find_batch_size": False,
-}
+    "dataloader_drop_last": False, "train_sampling_strategy": "random", "ignore_data_skip": False,
+    "auto_find_batch_size": False, "remove_unused_columns": False,  # a batch is a packed row, not columns
+}  # fmt: skip
 
 # Least and most of numbers. So many steps or epochs are planned before the start.
 RANGES = {
@@ -195,8 +193,6 @@ class TrainArguments(TrainingArguments):
     logging_nan_inf_filter: bool = flag("Off: a non-finite loss ends the run.", False)
 
     def __post_init__(self):
-        if self.remove_unused_columns:
-            raise ValueError("--remove_unused_columns must stay False: a batch is a packed row, not columns")
         for name, only in FIXED.items():
             if getattr(self, name) != only:
                 raise ValueError(f"--{name} must stay {only}: which pairs form which step is fixed before the start")
@@ -206,8 +202,8 @@ class TrainArguments(TrainingArguments):
         self.use_cpu = self.use_cpu or not torch.cuda.is_available()
         if not self.deepspeed:  # the flag's empty string, as a script passes it
             self.deepspeed = None
-        elif isinstance(self.deepspeed, str):
-            refuse_missing_deepspeed(self.deepspeed)
+        elif not Path(self.deepspeed).is_file():
+            raise FileNotFoundError(f"--deepspeed {self.deepspeed}: no such file; scripts/zero2.json is one")
         self.deepspeed_file = self.deepspeed
         if self.dry_run:
             self.deepspeed = None  # planning needs no process group
@@ -231,15 +227,7 @@ class TrainArguments(TrainingArguments):
             config["train_batch_size"] = self.world_size * self.per_device_train_batch_size * rows
 
 
-def refuse_missing_deepspeed(file: str) -> None:
-    """Raises FileNotFoundError where a DeepSpeed config is named that is not there."""
-    if not Path(file).is_file():
-        raise FileNotFoundError(f"--deepspeed {file}: no such file; scripts/zero2.json is one")
-
-
-def parse(
-    argv: Sequence[str] | None = None,
-) -> tuple[ModelArguments, DataArguments, LossArguments, TrainArguments]:
+def parse(argv: Sequence[str] | None = None) -> tuple[ModelArguments, DataArguments, LossArguments, TrainArguments]:
     """The four groups of flags. Raises ValueError with a nearest name for an unknown flag."""
     groups = (ModelArguments, DataArguments, LossArguments, TrainArguments)
     usage = "run_dpo --model_name_or_path MODEL --data_path PAIRS --image_folder IMAGES --output_dir OUTPUT ..."

@@ -11,7 +11,7 @@ import itertools
 import math
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -54,6 +54,11 @@ class BatchPlan:
         """The pairs of every step of an epoch, whatever the number of processes."""
         return epoch_steps(len(self.lengths), self.pairs_per_step, self.seed, epoch)
 
+    def steps_of_run(self) -> Iterator[list[int]]:
+        """The pairs of every step of the run."""
+        for epoch in range(math.ceil(self.total_steps / self.steps_per_epoch)):
+            yield from self.steps(epoch)[: self.total_steps - epoch * self.steps_per_epoch]
+
     def rows(self, pairs: Sequence[int]) -> list[Row]:
         """A step's pairs in rows, the longest row first; row k belongs to process k % W. Some may be empty."""
         lengths = [self.lengths[pair] for pair in pairs]
@@ -70,30 +75,14 @@ class BatchPlan:
         filler = [(min(pairs, key=lambda pair: (self.lengths[pair], pair)), 0)]
         return [[(pair, len(pairs)) for pair in row] or filler for row in self.rows(pairs)]
 
-    def describe(self) -> dict[str, Any]:
-        """Numbers for the plan and run.json; `fill` is the mean share of the token limit (or longest row) in use."""
-        totals = [
-            sum(self.lengths[pair] for pair in row)
-            for pairs in _steps_of_run(self.lengths, self.pairs_per_step, self.seed, self.total_steps)
-            for row in self.rows(pairs)
-        ]
-        limit = self.tokens_per_row or max(totals)
-        return {
-            "pairs_per_step": self.pairs_per_step,
-            "steps_per_epoch": self.steps_per_epoch,
-            "rows_per_step": self.rows_per_step,
-            "rows_per_process": self.accumulation,
-            "tokens_per_batch": self.tokens_per_row,
-            "longest_row": max(totals),
-            "fill": sum(totals) / (len(totals) * limit),
-        }
-
     def __str__(self) -> str:
-        found = self.describe()
+        rows = [row for pairs in self.steps_of_run() for row in self.rows(pairs)]
+        totals = [sum(self.lengths[pair] for pair in row) for row in rows]
+        fill = sum(totals) / (len(totals) * (self.tokens_per_row or max(totals)))
         of = f"--tokens_per_batch {self.tokens_per_row:,}" if self.tokens_per_row else "the longest"
         return (
-            f"{found['rows_per_step']} rows per step = {self.accumulation} accumulated x {self.world_size} processes, "
-            f"at most {found['longest_row']:,} tokens in one, {found['fill']:.0%} of {of} on average"
+            f"{self.rows_per_step} rows per step = {self.accumulation} accumulated x {self.world_size} processes, "
+            f"at most {max(totals):,} tokens in one, {fill:.0%} of {of} on average"
         )
 
 
@@ -108,17 +97,15 @@ def make_plan(
     `tokens_per_batch`.
     """
     pairs_per_step = pairs_per_row * accumulation * world_size
-    steps = num_steps(len(lengths), pairs_per_step)
-    total_steps = max_steps if max_steps > 0 else math.ceil(steps * epochs)
-    if tokens_per_batch:
-        assert max(lengths) <= tokens_per_batch
-        rows = _accumulation(lengths, pairs_per_step, world_size, seed, total_steps, tokens_per_batch)
-    else:
-        rows = math.ceil(math.ceil(len(lengths) / steps) / (pairs_per_row * world_size))
-    return BatchPlan(
-        tuple(lengths), pairs_per_step, world_size, rows, seed, total_steps,
-        0 if tokens_per_batch else pairs_per_row, tokens_per_batch,
-    )  # fmt: skip
+    total_steps = max_steps if max_steps > 0 else math.ceil(num_steps(len(lengths), pairs_per_step) * epochs)
+    assert not tokens_per_batch or max(lengths) <= tokens_per_batch
+    limits = (0 if tokens_per_batch else pairs_per_row, tokens_per_batch)
+    plan = BatchPlan(tuple(lengths), pairs_per_step, world_size, 1, seed, total_steps, *limits)
+    found = 1
+    for pairs in plan.steps_of_run():
+        while divide([lengths[pair] for pair in pairs], world_size * found, *limits) is None:
+            found += 1
+    return replace(plan, accumulation=found)
 
 
 def flags_for(pairs_per_step: int, pairs_per_row: int, world_size: int) -> str:
@@ -184,25 +171,6 @@ def _best_fit(lengths: Sequence[int], order: Sequence[int], num_rows: int, max_t
         if fullest is not None:
             empty.append(fullest.pop())
     return rows
-
-
-def _accumulation(
-    lengths: Sequence[int], pairs_per_step: int, world_size: int, seed: int, total_steps: int, max_tokens: int
-) -> int:
-    """Rows of a process and step: as few as the step that needs the most can be packed into."""
-    found = 1
-    for pairs in _steps_of_run(lengths, pairs_per_step, seed, total_steps):
-        own = [lengths[pair] for pair in pairs]
-        found = max(found, math.ceil(sum(own) / (world_size * max_tokens)))
-        while divide(own, world_size * found, max_tokens=max_tokens) is None:
-            found += 1
-    return found
-
-
-def _steps_of_run(lengths: Sequence[int], pairs_per_step: int, seed: int, total_steps: int) -> Iterator[list[int]]:
-    per_epoch = num_steps(len(lengths), pairs_per_step)
-    for epoch in range(math.ceil(total_steps / per_epoch)):
-        yield from epoch_steps(len(lengths), pairs_per_step, seed, epoch)[: total_steps - epoch * per_epoch]
 
 
 class RowSampler(Sampler[list[Slot]]):

@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 from llava import run_folder
@@ -26,8 +25,8 @@ from llava.runtime import write_text
 logger = logging.getLogger(__name__)
 
 COMPLETE = "complete.json"  # written last into a checkpoint: without it a kill interrupted the saving
-STATE = "deepspeed_state"  # folder of a checkpoint: tensors by parameter, and numbers.json
-NUMBERS = "numbers.json"
+STATE = "deepspeed_state"  # folder of a checkpoint: tensors by parameter, and what belongs to none
+NUMBERS = "numbers.pt"
 MASTER = "fp32"  # the parameter itself, beside the names of the optimiser's states
 SHARD_BYTES = 2 * 1024**3  # a process holds so much of other processes' partitions at a time
 COUNTERS = ("global_steps", "global_samples", "skipped_steps")
@@ -46,13 +45,11 @@ def latest_checkpoint(
     another experiment's checkpoints. `flags_for` says which flags make so many pairs per step: what to change where
     that alone differs, as it does with the same flags on another number of processes.
     """
-    for folder in sorted(_folders(output_dir), key=_step, reverse=True):
-        marker = folder / COMPLETE
-        if not marker.is_file():
-            logger.info("%s was interrupted while it was written: passed over", folder)
-            continue
-        _refuse_another(folder, identity, flags_for)
-        return folder
+    for folder in sorted(_folders(output_dir), key=lambda folder: int(folder.name.split("-")[-1]), reverse=True):
+        if (folder / COMPLETE).is_file():
+            _refuse_another(folder, identity, flags_for)
+            return folder
+        logger.info("%s was interrupted while it was written: passed over", folder)
     return None
 
 
@@ -85,24 +82,15 @@ def remove_interrupted(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
-class MarkComplete(TrainerCallback):
-    """Writes the marker that makes a checkpoint resumable, once every process has written its part.
+def complete(folder: Path, identity: Mapping[str, Any], limit: int | None, best: str | None) -> None:
+    """Make a checkpoint resumable, once every process has written its part, and delete what is older than `limit`.
 
-    Only then are older ones deleted (`save_total_limit`): a kill at any moment leaves a complete checkpoint.
+    Only now: a kill at any moment leaves a complete checkpoint. `best` stays.
     """
-
-    def __init__(self, identity: Mapping[str, Any]):
-        self.identity = dict(identity)
-
-    def on_save(self, args, state, control, **kwargs):
-        if torch.distributed.is_initialized():
-            torch.distributed.barrier()
-        if state.is_world_process_zero:
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            mark_complete(folder, self.identity)
-            for other in _folders(args.output_dir):
-                remove_interrupted(other)  # else it could count as the newest, and be kept in place of this one
-            rotate_checkpoints(args.output_dir, args.save_total_limit, state.best_model_checkpoint, use_mtime=True)
+    mark_complete(folder, identity)
+    for other in _folders(folder.parent):
+        remove_interrupted(other)  # else it could count as the newest, and be kept in place of this one
+    rotate_checkpoints(str(folder.parent), limit, best, use_mtime=True)
 
 
 def check_optim(optim: str) -> None:
@@ -120,8 +108,9 @@ def check_engine(engine) -> None:
         raise CheckpointError("--deepspeed: checkpoints are of ZeRO stages 1 to 3; scripts/zero2.json is one")
 
 
-def save_state(engine, folder: Path, rank: int, world_size: int) -> None:
+def save_state(engine, folder: Path) -> None:
     """Write the fp32 parameters and optimiser states of a DeepSpeed engine; all processes call it together."""
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     folder.mkdir(parents=True, exist_ok=True)
     _link(engine.optimizer)
     partition = _partitions(engine.optimizer)[0]
@@ -140,7 +129,7 @@ def save_state(engine, folder: Path, rank: int, world_size: int) -> None:
     if shard:
         save_file(shard, folder / f"{rank:05}-{count:05}.safetensors")
     if rank == 0:
-        write_text(folder / NUMBERS, json.dumps(_numbers(engine, state, keys, partition), indent=2))
+        torch.save(_numbers(engine, state, keys, partition), folder / NUMBERS)
 
 
 def load_state(engine, folder: Path) -> None:
@@ -150,7 +139,7 @@ def load_state(engine, folder: Path) -> None:
     """
     if not (folder / NUMBERS).is_file():
         raise CheckpointError(f"{folder}: no state of the optimiser; was the checkpoint made with --save_only_model?")
-    numbers = json.loads((folder / NUMBERS).read_text(encoding="utf-8"))
+    numbers = torch.load(folder / NUMBERS, weights_only=True)
     _create_states(engine.optimizer, numbers)
     files = [safe_open(path, framework="pt") for path in sorted(folder.glob("*.safetensors"))]
     where = {key: file for file in files for key in file.keys()}
@@ -160,7 +149,7 @@ def load_state(engine, folder: Path) -> None:
                 raise CheckpointError(f"{folder}: no {key} of {name}; remove it to go on from an older checkpoint")
             _write(parameter, key, where[f"{key}/{name}"].get_tensor(f"{key}/{name}"))
     for group, saved in zip(engine.optimizer.optimizer.param_groups, numbers["groups"], strict=True):
-        group.update({name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()})
+        group.update(saved)
     for name in COUNTERS:
         setattr(engine, name, numbers["engine"][name])
     vars(engine.optimizer.loss_scaler).update(numbers["loss_scaler"])
@@ -170,10 +159,6 @@ def load_state(engine, folder: Path) -> None:
 
 def _folders(output_dir: str | Path) -> list[Path]:
     return [path for path in Path(output_dir).glob("checkpoint-*") if path.name.split("-")[-1].isdigit()]
-
-
-def _step(folder: Path) -> int:
-    return int(folder.name.split("-")[-1])
 
 
 def _trained(engine) -> Iterator[tuple[str, torch.nn.Parameter]]:
@@ -221,27 +206,18 @@ def _write(parameter, key: str, whole: Tensor) -> None:
 
 def _numbers(engine, state: Mapping[str, Any], keys: list[str], partition: Tensor) -> dict[str, Any]:
     """What is not per parameter: step counts, hyperparameters of the groups, counters, the scale of the loss."""
-    scalars = {}
-    for name, value in state.items():
-        if name not in keys:
-            is_tensor = torch.is_tensor(value)
-            scalars[name] = {
-                "value": value.item() if is_tensor else value,
-                "dtype": str(value.dtype).removeprefix("torch.") if is_tensor else None,
-                "beside_partition": is_tensor and value.device == partition.device,
-            }
-    groups = [{k: v for k, v in group.items() if k != "params"} for group in engine.optimizer.optimizer.param_groups]
-    scaler = {k: v for k, v in vars(engine.optimizer.loss_scaler).items() if isinstance(v, int | float)}
-    scheduler = engine.lr_scheduler.state_dict() if engine.lr_scheduler is not None else None
-    counters = {name: getattr(engine, name) for name in COUNTERS}
+    groups = engine.optimizer.optimizer.param_groups
     return {
         "states": keys,
-        "scalars": scalars,
-        "groups": groups,
-        "engine": counters,
-        "loss_scaler": scaler,
-        "lr_scheduler": scheduler,
-    }
+        "scalars": {  # and whether they lie beside the partition
+            name: (value.cpu(), value.device == partition.device) if torch.is_tensor(value) else (value, False)
+            for name, value in state.items() if name not in keys
+        },
+        "groups": [{name: value for name, value in group.items() if name != "params"} for group in groups],
+        "engine": {name: getattr(engine, name) for name in COUNTERS},
+        "loss_scaler": {k: v for k, v in vars(engine.optimizer.loss_scaler).items() if isinstance(v, int | float)},
+        "lr_scheduler": engine.lr_scheduler.state_dict() if engine.lr_scheduler is not None else None,
+    }  # fmt: skip
 
 
 def _create_states(optimizer, numbers: Mapping[str, Any]) -> None:
@@ -250,10 +226,9 @@ def _create_states(optimizer, numbers: Mapping[str, Any]) -> None:
         state = optimizer.optimizer.state[partition]
         for key in numbers["states"]:
             state[key] = torch.zeros_like(partition)
-        for name, saved in numbers["scalars"].items():
-            device = partition.device if saved["beside_partition"] else "cpu"
-            dtype = saved["dtype"] and getattr(torch, saved["dtype"])
-            state[name] = torch.tensor(saved["value"], dtype=dtype, device=device) if dtype else saved["value"]
+        for name, (value, is_beside) in numbers["scalars"].items():
+            device = partition.device if is_beside else "cpu"
+            state[name] = value.to(device, copy=True) if torch.is_tensor(value) else value
     _link(optimizer)
 
 

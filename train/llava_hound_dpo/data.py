@@ -21,7 +21,7 @@ from train.llava_hound_dpo.packing import EncodedPair, PackedRow, pack
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Pair:
     """A checked record with its token ids; in `prompt` one image token stands for each picture."""
 
@@ -76,13 +76,11 @@ def within_length(pairs: Sequence[Pair], max_length: int, overlong: str) -> tupl
     fitting = [pair for pair in pairs if pair.num_tokens <= max_length]
     dropped = [pair for pair in pairs if pair.num_tokens > max_length]
     if dropped and (overlong == "error" or not fitting):
-        raise DataError(
-            [
-                f"{pair.record.where}: {pair.num_tokens} tokens with {len(pair.record.images)} images, above "
-                f"--model_max_length {max_length}; raise it, or leave such pairs out with --overlong drop"
-                for pair in dropped
-            ]
-        )
+        raise DataError([
+            f"{pair.record.where}: {pair.num_tokens} tokens with {len(pair.record.images)} images, above "
+            f"--model_max_length {max_length}; raise it, or leave such pairs out with --overlong drop"
+            for pair in dropped
+        ])  # fmt: skip
     for pair in dropped:
         logger.info("dropped: %s, %d tokens above %d", pair.record.where, pair.num_tokens, max_length)
     return fitting, dropped

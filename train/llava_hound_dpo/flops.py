@@ -8,6 +8,7 @@ optimiser. An estimate to compare settings by, not a measurement.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -30,44 +31,31 @@ class ForwardFlops:
     answer: float  # logits of a row
     blocks: int  # of the language model
 
-    @property
-    def picture(self) -> float:
-        """A picture through tower and projector."""
-        return self.tower + self.projector
-
-
-_counted: dict[str, ForwardFlops] = {}  # by the config's JSON
-
-
-def count(config: PretrainedConfig) -> ForwardFlops:
-    """FLOPs of a model of this config, whatever its family, run on the meta device: seconds for 7B."""
-    key = config.to_json_string(use_diff=False)
-    if key not in _counted:
-        with torch.device("meta"):
-            _counted[key] = _count(AutoModelForImageTextToText.from_config(config), config)
-    return _counted[key]
-
 
 @torch.no_grad()
-def _count(model, config: PretrainedConfig) -> ForwardFlops:
+def count(config: PretrainedConfig) -> ForwardFlops:
+    """FLOPs of a model of this config, whatever its family, run on the meta device: seconds for 7B."""
     text, side = config.get_text_config(), config.vision_config.image_size
-    projector = type(model.get_submodule(f"model.{find_family(config.model_type).projector}")).__name__
-    pictures = _flops(lambda: model.get_image_features(pixel_values=torch.empty(1, 3, side, side)))
-
-    def language_model(tokens: int) -> int:
-        embeddings, mask = torch.empty(1, tokens, text.hidden_size), torch.empty(1, 1, tokens, tokens, dtype=torch.bool)
-        forward = model.model.language_model
-        return _flops(lambda: forward(inputs_embeds=embeddings, attention_mask=mask, use_cache=False))["Global"]
-
-    # linear + attended of one token, 2 linear + 4 attended of two: nothing of the layers needs to be known
-    one, two = language_model(1), language_model(2)
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+        projector = type(model.get_submodule(f"model.{find_family(config.model_type).projector}")).__name__
+        pictures = _flops(partial(model.get_image_features, pixel_values=torch.empty(1, 3, side, side)))
+        answer = _flops(partial(model.lm_head, torch.empty(1, text.hidden_size)))["Global"]
+        # linear + attended of one token, 2 linear + 4 attended of two: nothing of the layers needs to be known
+        one, two = (
+            _flops(partial(
+                model.model.language_model, inputs_embeds=torch.empty(1, tokens, text.hidden_size), use_cache=False,
+                attention_mask=torch.empty(1, 1, tokens, tokens, dtype=torch.bool),
+            ))["Global"]
+            for tokens in (1, 2)
+        )  # fmt: skip
     attended = (two - 2 * one) / 2
     return ForwardFlops(
         tower=pictures["Global"] - pictures[projector],
         projector=pictures[projector],
         token=one - attended,
         attended=attended,
-        answer=_flops(lambda: model.lm_head(torch.empty(1, text.hidden_size)))["Global"],
+        answer=answer,
         blocks=text.num_hidden_layers,
     )
 
@@ -155,8 +143,9 @@ def work(costs: ForwardFlops, shapes: Sequence[PairShape], recipe: Recipe) -> Wo
     backward = blocks + head + 2 * adapter if recipe.is_lora else 2 * (blocks + head)
     if recipe.trains_projector:
         backward += images * 2 * costs.projector
+    seen = 2 if recipe.trains_projector and recipe.reference == "step" else 1
     return Work(
-        pictures=images * costs.picture * (2 if recipe.trains_projector and recipe.reference == "step" else 1),
+        pictures=seen * images * (costs.tower + costs.projector),
         forward=blocks + attention + probe + head + adapter,
         recomputed=blocks + attention + probe + adapter if recipe.checkpointing else 0.0,
         backward=backward + ATTENTION_BACKWARD * (attention + probe),

@@ -54,10 +54,9 @@ class Zero:
         if not file:
             return cls()
         found = json.loads(Path(file).read_text(encoding="utf-8")).get("zero_optimization", {})
-        on_cpu = {name: found.get(name, {}).get("device", "none") != "none"
-                  for name in ("offload_param", "offload_optimizer")}  # fmt: skip
-        live = found.get("stage3_max_live_parameters", LIVE_PARAMETERS)
-        return cls(found.get("stage", 0), on_cpu["offload_param"], on_cpu["offload_optimizer"], float(live))
+        parts = (found.get(f"offload_{part}", {}) for part in ("param", "optimizer"))
+        offloads = (part.get("device", "none") != "none" for part in parts)
+        return cls(found.get("stage", 0), *offloads, float(found.get("stage3_max_live_parameters", LIVE_PARAMETERS)))
 
 
 def estimate_memory(

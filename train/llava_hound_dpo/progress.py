@@ -3,8 +3,8 @@
 import logging
 from collections import deque
 
-from tqdm import tqdm
 from transformers import TrainerCallback
+from transformers.trainer_callback import ProgressCallback
 
 logger = logging.getLogger(__name__)
 
@@ -12,8 +12,8 @@ WATCHED = 5  # logs whose mean is judged: one alone is noise
 LEAST_FALL = 0.5  # nats of a whole answer; an answer that was certain doubles its log-prob by less
 
 
-class StepLines(TrainerCallback):
-    """A progress bar with the time left, and one line per logged step in a fixed order."""
+class StepLines(ProgressCallback):
+    """The Trainer's progress bar, and one line per logged step in a fixed order."""
 
     SHOWN = (
         ("loss", "loss"), ("dpo", "losses/dpo"), ("sft", "losses/sft"), ("att", "losses/attention"),
@@ -21,30 +21,18 @@ class StepLines(TrainerCallback):
         ("lr", "learning_rate"),
     )  # fmt: skip
 
-    def __init__(self):
-        self.bar = None
-
     def on_train_begin(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step")
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if self.bar is not None:
-            self.bar.update(state.global_step - self.bar.n)
+        super().on_train_begin(args, state, control, **kwargs)
+        if (bar := self.training_bar) is not None:  # steps before a resume took no time of this run's
+            bar.initial = bar.n = bar.last_print_n = self.current_step = state.global_step
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if self.bar is None or not logs:
+        prefix = next((prefix for prefix in ("", "eval_") if prefix + "loss" in (logs or {})), None)
+        if self.training_bar is None or prefix is None:
             return
-        if "loss" in logs:
-            shown = [f"{label} {logs[name]:.4g}" for label, name in self.SHOWN if name in logs]
-            self.bar.write(f"step {state.global_step}/{state.max_steps}  " + "  ".join(shown))
-        elif "eval_loss" in logs:
-            shown = [f"{label} {logs['eval_' + name]:.4g}" for label, name in self.SHOWN if "eval_" + name in logs]
-            self.bar.write(f"evaluation at step {state.global_step}  " + "  ".join(shown))
-
-    def on_train_end(self, args, state, control, **kwargs):
-        if self.bar is not None:
-            self.bar.close()
+        shown = [f"{label} {logs[prefix + name]:.4g}" for label, name in self.SHOWN if prefix + name in logs]
+        where = f"evaluation at step {state.global_step}" if prefix else f"step {state.global_step}/{state.max_steps}"
+        self.training_bar.write(f"{where}  " + "  ".join(shown))
 
 
 class WatchChosen(TrainerCallback):

@@ -31,8 +31,6 @@ logger = logging.getLogger(__name__)
 LAYOUT_VERSION = 2  # raise it when `packing.pack` or the template changes what a pair's log-probs are
 HEADER = "reference.json"  # what the log-probs beside it were made from
 PARTS = "part-*.jsonl"
-LABELS = {"layout": "row layout", "commit": "hub commit", "image_processor": "picture settings",
-          "image_aspect_ratio": "picture settings: image_aspect_ratio", "image_tower": "vision tower"}  # fmt: skip
 
 
 class ReferenceCache:
@@ -47,14 +45,24 @@ class ReferenceCache:
         self.folder, self.made_from, self.store = folder, as_json(made_from), store
         self._known: dict[str, dict] = {}  # entries by key
         self._by_id: dict[str, dict] = {}  # the latest entry by the record's id, to say what has changed
-        self._own: dict[str, dict] = {}  # written by this process in this run
-        self._keys: dict[int, tuple[Pair, dict]] = {}
-        self._log: Log | None = None  # this process's own file
+        self._own: list[dict] = []  # written by this process in this run
+        self._keys: dict[Pair, dict] = {}
+        own_part = PARTS.replace("*", f"{os.environ.get('RANK', '0')}-{uuid.uuid4().hex[:12]}")
+        self._log = Log(folder / own_part)
 
     def load(self) -> None:
         """Read what is on disk. Raises ValueError if it was made from something else, or is damaged."""
-        parts = sorted(self.folder.glob(PARTS))
-        self._check_header(bool(parts) or any(self.folder.glob("reference-*.jsonl")))
+        parts, header = sorted(self.folder.glob(PARTS)), self.folder / HEADER
+        if parts and not header.is_file():
+            raise ValueError(
+                f"{self.folder}: reference log-probs without a {HEADER} that says what they were made from; "
+                "delete the folder"
+            )
+        if header.is_file() and (differing := differences(read_object(header), self.made_from)):
+            raise ValueError(
+                f"{self.folder}: the reference log-probs there were made from something else: {'; '.join(differing)}; "
+                "delete the folder or choose another --reference_cache"
+            )
         for path in parts:
             self._remember(_read_part(path))
 
@@ -64,7 +72,11 @@ class ReferenceCache:
 
     def require(self, pairs: Sequence[Pair]) -> None:
         """Raises DataError listing the pairs whose log-probs are not known, each with the reason."""
-        problems = [self._hole(pairs[index]) for index in self.missing(pairs)]
+        problems = [
+            f"{pair.record.where}: no reference log-probs in {self.folder} ({self._reason(pair)}), and the weights are "
+            "no longer the reference's; restore the data, or start again in another --output_dir"
+            for pair in (pairs[index] for index in self.missing(pairs))
+        ]
         if problems:
             raise DataError(problems)
 
@@ -75,11 +87,11 @@ class ReferenceCache:
             if not (math.isfinite(c) and math.isfinite(r)):
                 raise FloatingPointError(f"the reference log-probs of {pair.record.where} are not finite: {c}, {r}")
             entries.append({**self._identify(pair), "chosen": c, "rejected": r})
-        if self._log is None:
-            self._begin()
+        if not (self.folder / HEADER).is_file():
+            write_text(self.folder / HEADER, json.dumps(self.made_from, indent=2) + "\n")
         self._log.append(entries)
         self._remember(entries)
-        self._own |= {entry["key"]: entry for entry in entries}
+        self._own += entries
 
     def share(self) -> None:
         """Let all processes know the same: what the first one knows, and what any has written in this run.
@@ -89,7 +101,7 @@ class ReferenceCache:
         (known,) = broadcast_object_list([self._known])
         self._known = {}
         self._remember(known.values())
-        self._remember(entry for _, entry in gather_object(list(self._own.items())))
+        self._remember(gather_object(self._own))
 
     def lookup(self, pairs: Sequence[Pair], device) -> tuple[Tensor, Tensor]:
         """(chosen, rejected) log-probs of pairs. Raises DataError like `require`."""
@@ -108,42 +120,14 @@ class ReferenceCache:
         listed = f", {len(missing):,} to compute ({counts})" if missing else ""
         return f"{len(pairs) - len(missing):,} of {len(pairs):,} pairs in {self.folder}{listed}"
 
-    def _begin(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if not (self.folder / HEADER).is_file():
-            write_text(self.folder / HEADER, json.dumps(self.made_from, indent=2) + "\n")
-        rank = os.environ.get("RANK", "0")
-        self._log = Log(self.folder / PARTS.replace("*", f"{rank}-{uuid.uuid4().hex[:12]}"))
-
-    def _check_header(self, has_parts: bool) -> None:
-        header = self.folder / HEADER
-        if not header.is_file():
-            if has_parts:
-                raise ValueError(
-                    f"{self.folder}: reference log-probs without a {HEADER} that says what they were made from; "
-                    "delete the folder"
-                )
-            return
-        try:
-            theirs = read_object(header)
-        except ValueError as error:
-            raise ValueError(f"{error}; delete the folder {self.folder}") from error
-        differing = differences(_labelled(theirs), _labelled(self.made_from))
-        if differing:
-            raise ValueError(
-                f"{self.folder}: the reference log-probs there were made from something else: {'; '.join(differing)}; "
-                "delete the folder or choose another --reference_cache"
-            )
-
     def _identify(self, pair: Pair) -> dict[str, str]:
         """Key of a pair, and what tells later which part of it has changed."""
-        if id(pair) not in self._keys:
+        if pair not in self._keys:
             record = pair.record
             text = _digest(pair.prompt, pair.chosen, pair.rejected)
             pictures = _digest(record.images, [self.store.stamp(name) for name in record.images])
-            found = {"key": _digest(text, pictures), "id": record.id, "text": text[:16]}
-            self._keys[id(pair)] = (pair, found)  # the pair is kept, so that its id stays its own
-        return self._keys[id(pair)][1]
+            self._keys[pair] = {"key": _digest(text, pictures), "id": record.id, "text": text[:16]}
+        return self._keys[pair]
 
     def _remember(self, entries) -> None:
         for entry in entries:
@@ -156,34 +140,20 @@ class ReferenceCache:
         is_same_text = entry["text"] == self._identify(pair)["text"]
         return "whose pictures have changed since" if is_same_text else "whose prompt or answers have changed since"
 
-    def _hole(self, pair: Pair) -> str:
-        reason = self._reason(pair)
-        return (
-            f"{pair.record.where}: no reference log-probs in {self.folder} ({reason}), and the weights are no longer "
-            "the reference's; restore the data, or start again in another --output_dir"
-        )
-
 
 def describe_reference(checkpoint: Checkpoint, precision: str) -> dict[str, Any]:
     """What decides reference log-probs apart from the pair: weights, precision, picture settings, layout."""
-    return {
-        "layout": LAYOUT_VERSION,
-        "weights": checkpoint.digest[:16],
-        "image_tower": checkpoint.image_tower,
-        "commit": getattr(checkpoint.config, "_commit_hash", None),
-        "precision": precision,
-        "image_processor": checkpoint.family.image_processor.to_dict(),
-        "image_aspect_ratio": "pad" if checkpoint.pad else "crop",
-    }
-
-
-def _labelled(made_from: Mapping[str, Any]) -> dict[str, Any]:
-    """By names that people know; a group's own entries say which group they are of."""
-    return {
-        LABELS.get(name, name): {f"{LABELS.get(name, name)}: {own}": entry for own, entry in value.items()}
-        if isinstance(value, Mapping) else value
-        for name, value in made_from.items()
+    pictures = {
+        "image_aspect_ratio": "pad" if checkpoint.pad else "crop", **checkpoint.family.image_processor.to_dict()
     }  # fmt: skip
+    return {
+        "row layout": LAYOUT_VERSION,
+        "weights": checkpoint.digest[:16],
+        "vision tower": checkpoint.image_tower,
+        "hub commit": getattr(checkpoint.config, "_commit_hash", None),
+        "precision": precision,
+        **{f"picture settings: {name}": value for name, value in pictures.items()},
+    }
 
 
 def _read_part(path: Path) -> list[dict]:
@@ -191,8 +161,8 @@ def _read_part(path: Path) -> list[dict]:
     entries = []
     try:
         for entry in Log(path):
-            is_whole = all(isinstance(entry[name], str) for name in ("key", "id", "text"))
-            if not (is_whole and math.isfinite(entry["chosen"]) and math.isfinite(entry["rejected"])):
+            whole = [isinstance(entry[name], str) for name in ("key", "id", "text")]
+            if not all([*whole, math.isfinite(entry["chosen"]), math.isfinite(entry["rejected"])]):
                 raise ValueError("not whole")
             entries.append(entry)
     except (ValueError, KeyError, TypeError) as error:

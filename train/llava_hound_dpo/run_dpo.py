@@ -6,7 +6,6 @@ import logging
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from transformers import set_seed
 
+from llava import runtime
 from llava.attention import layer_range
 from llava.checkpoints import Checkpoint, open_checkpoint
 from llava.checks import check_pictures
@@ -22,35 +22,13 @@ from llava.heads import Heads, select_heads
 from llava.image import ImageStore
 from llava.records import read_preferences
 from llava.run_folder import only_writer
-from llava.runtime import (
-    is_main_process,
-    leave,
-    offline_wandb,
-    setup_logging,
-    user_errors,
-    without_compiler,
-    write_run_json,
-)
-from train.llava_hound_dpo.arguments import (
-    DataArguments,
-    LossArguments,
-    ModelArguments,
-    TrainArguments,
-    parse,
-)
+from train.llava_hound_dpo.arguments import DataArguments, LossArguments, ModelArguments, TrainArguments, parse
 from train.llava_hound_dpo.batches import BatchPlan, flags_for, make_plan
 from train.llava_hound_dpo.checkpoints import check_optim, is_finished, latest_checkpoint, mark_complete
-from train.llava_hound_dpo.data import (
-    Pair,
-    PairDataset,
-    describe,
-    split,
-    tokenize,
-    within_length,
-)
+from train.llava_hound_dpo.data import Pair, describe, split, tokenize, within_length
 from train.llava_hound_dpo.memory import Zero
 from train.llava_hound_dpo.model import make_trainable, parameter_table, quantisation, refuse_quantised
-from train.llava_hound_dpo.plan import plan, shape_of, world_size
+from train.llava_hound_dpo.plan import Inputs, plan, shape_of, world_size
 from train.llava_hound_dpo.reference import ReferenceCache, describe_reference
 from train.llava_hound_dpo.stopping import one_line_errors
 from train.llava_hound_dpo.trainer import AttentionAwareDPOTrainer
@@ -64,33 +42,14 @@ SCHEDULE = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """Everything the run reads before its weights, checked."""
-
-    checkpoint: Checkpoint
-    store: ImageStore
-    layers: frozenset[int]
-    heads: Heads | None  # of these layers; None: all
-    train: list[Pair]
-    evaluation: list[Pair]
-    dropped: list[Pair]
-    batches: BatchPlan  # of the training pairs
-    reference: ReferenceCache | None = None  # None: computed at every step, or not needed
-
-    def dataset(self, pairs: Sequence[Pair]) -> PairDataset:
-        """The pairs with their pictures."""
-        return PairDataset(pairs, self.store, self.checkpoint.family)
-
-
 def main() -> int:
     """Check, plan, train, save; the exit code is `stopping.STOPPED` if it was asked to stop before the end.
 
     Bad input ends it with one line and exit code 2 before any weight is loaded.
     """
-    setup_logging()
-    without_compiler()
-    with user_errors():
+    runtime.setup_logging()
+    runtime.without_compiler()
+    with runtime.user_errors():
         model_args, data_args, loss_args, args = parse()
         refuse_quantised(model_args, Zero.read(args.deepspeed_file).stage)
         claim(args)
@@ -108,11 +67,9 @@ def main() -> int:
     if checkpoint:
         logger.info("continuing from %s", checkpoint)
     if args.dry_run:
-        found = (inputs.checkpoint.config, len(inputs.layers), inputs.train, inputs.evaluation, inputs.dropped)
-        logger.info(plan(model_args, loss_args, args, *found, inputs.batches, inputs.reference))
+        logger.info(plan(model_args, loss_args, args, inputs))
         return 0
-    with user_errors():
-        refuse_data_parallel(args)
+    with runtime.user_errors():
         policy = load_policy(inputs.checkpoint, model_args, args)
     trainer = build_trainer(policy, model_args, loss_args, args, inputs, identity)
     record_run(model_args, data_args, loss_args, args, inputs)
@@ -124,13 +81,13 @@ def main() -> int:
             if args.should_save:
                 mark_complete(Path(args.output_dir), identity)
             logger.info("saved %s", args.output_dir)
-    leave(trainer.stop.exit_code)
+    runtime.leave(trainer.stop.exit_code)
     return trainer.stop.exit_code
 
 
 def claim(args: TrainArguments) -> None:
     """Hold the output folder's lock until this process ends. Raises ValueError if another training has it."""
-    if is_main_process() and not args.dry_run:
+    if runtime.is_main_process() and not args.dry_run:
         _held.enter_context(only_writer(Path(args.output_dir) / "training"))
 
 
@@ -155,7 +112,7 @@ def read_inputs(model: ModelArguments, data: DataArguments, loss: LossArguments,
         train, evaluation = split(pairs, data.eval_split, args.seed)
     if args.eval_strategy != "no" and not evaluation:
         raise ValueError("--eval_strategy needs something to evaluate on: give --eval_split or --eval_data_path")
-    if is_main_process():  # if it finds something it ends, and the launcher ends the others
+    if runtime.is_main_process():  # if it finds something it ends, and the launcher ends the others
         check_pictures([pair.record for pair in (*train, *evaluation)], store, family, data.check_images)
     batches = plan_batches(train, loss, args)
     reference = open_reference(checkpoint, model, loss, args, store)
@@ -210,19 +167,18 @@ def _probed(loss: LossArguments, checkpoint: Checkpoint) -> tuple[frozenset[int]
     return heads.layers, heads
 
 
-def refuse_data_parallel(args: TrainArguments) -> None:
-    """Raises ValueError where the Trainer would fall back to threads over several GPUs, which packed rows cannot be."""
-    if args.n_gpu > 1:
-        raise ValueError(f"{args.n_gpu} GPUs but one process: start with torchrun --nproc_per_node={args.n_gpu} -m ...")
-
-
 def _pairs(path: str, data: DataArguments, family: Family, store: ImageStore) -> tuple[list[Pair], list[Pair]]:
     pairs = tokenize(read_preferences(path), family, store)
     return within_length(pairs, data.model_max_length, data.overlong)
 
 
 def load_policy(checkpoint: Checkpoint, model: ModelArguments, args: TrainArguments):
-    """The policy in the training precision. Must come after TrainArguments exist, or ZeRO-3 is not seen."""
+    """The policy in the training precision. Must come after TrainArguments exist, or ZeRO-3 is not seen.
+
+    Raises ValueError where the Trainer would fall back to threads over several GPUs, which packed rows cannot be.
+    """
+    if args.n_gpu > 1:
+        raise ValueError(f"{args.n_gpu} GPUs but one process: start with torchrun --nproc_per_node={args.n_gpu} -m ...")
     if args.deepspeed and args.use_cpu:
         import deepspeed
 
@@ -245,7 +201,7 @@ def precision(model: ModelArguments, args: TrainArguments) -> tuple[torch.dtype,
 
 def build_trainer(policy, model, loss, args, inputs: Inputs, identity: dict[str, Any]) -> AttentionAwareDPOTrainer:
     """The trainer with its data, loss and source of reference log-probs."""
-    offline_wandb(args.report_to)
+    runtime.offline_wandb(args.report_to)
     args.accumulate(inputs.batches.accumulation)  # before the Trainer and DeepSpeed take it from there
     table = parameter_table(policy, type(inputs.checkpoint.family))
     logger.info("%s\ntrained: %s", table, model.trained)
@@ -270,13 +226,13 @@ def describe_run(model, data, loss, args, inputs: Inputs) -> dict[str, Any]:
     """What makes two runs the same experiment: a checkpoint resumes only into the same."""
     content = hashlib.sha256(repr([(p.record, p.prompt) for p in inputs.train]).encode()).hexdigest()[:16]
     return {
-        **{f.name: getattr(model, f.name) for f in dataclasses.fields(model)},
-        **{f.name: getattr(loss, f.name) for f in dataclasses.fields(loss)},
+        **dataclasses.asdict(model),
+        **dataclasses.asdict(loss),
         "attention_heads": inputs.heads and inputs.heads.to_json(),  # wherever their file lies
         **{name: getattr(args, name) for name in SCHEDULE},
         "image_aspect_ratio": data.image_aspect_ratio,
         "pairs_per_step": inputs.batches.pairs_per_step,
-        "deepspeed": args.deepspeed_file if isinstance(args.deepspeed_file, str) else None,
+        "deepspeed": args.deepspeed_file,
         "train_pairs": f"{len(inputs.train)} ({content})",
     }
 
@@ -288,7 +244,7 @@ def record_run(model, data, loss, args, inputs: Inputs) -> None:
     counts = {"train": describe(inputs.train), "dropped": [pair.record.where for pair in inputs.dropped]}
     if inputs.evaluation:
         counts["evaluation"] = describe(inputs.evaluation)
-    write_run_json(
+    runtime.write_run_json(
         Path(args.output_dir) / "run.json",
         model=dataclasses.asdict(model),
         data=dataclasses.asdict(data),
@@ -297,7 +253,7 @@ def record_run(model, data, loss, args, inputs: Inputs) -> None:
         attention_heads=inputs.heads and inputs.heads.to_json(),
         training=args.to_dict(),
         counts=counts,
-        batches=inputs.batches.describe(),
+        batches=f"{inputs.batches.step_sizes} per step in {inputs.batches}",
     )
 
 

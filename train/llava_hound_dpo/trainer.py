@@ -21,15 +21,8 @@ from llava.attention import attention_ratio, mean_over_layers
 from llava.families import Family
 from llava.records import FORMATS
 from llava.runtime import is_main_process
+from train.llava_hound_dpo import checkpoints
 from train.llava_hound_dpo.batches import BatchPlan, RowLoader
-from train.llava_hound_dpo.checkpoints import (
-    STATE,
-    MarkComplete,
-    check_engine,
-    load_state,
-    remove_interrupted,
-    save_state,
-)
 from train.llava_hound_dpo.data import PairCollator, PairDataset
 from train.llava_hound_dpo.losses import LossSettings, logits_margin, total_loss
 from train.llava_hound_dpo.progress import StepLines, WatchChosen
@@ -45,6 +38,9 @@ METRICS = (
     "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
     "logps/chosen", "logps/rejected",
 )  # fmt: skip
+LOADER_OPTIONS = (
+    "num_workers", "pin_memory", "persistent_workers", "multiprocessing_context", "prefetch_factor", "in_order",
+)  # fmt: skip
 
 
 class AttentionAwareDPOTrainer(Trainer):
@@ -57,37 +53,26 @@ class AttentionAwareDPOTrainer(Trainer):
     """
 
     def __init__(
-        self,
-        *args,
-        settings: LossSettings,
-        layers: frozenset[int],
-        family: Family,
-        batches: BatchPlan,
-        heads: Tensor | None = None,
-        reference: ReferenceCache | None = None,
-        identity: Mapping[str, Any] | None = None,
-        **kwargs,
-    ):
+        self, *args, settings: LossSettings, layers: frozenset[int], family: Family, batches: BatchPlan,
+        heads: Tensor | None = None, reference: ReferenceCache | None = None,
+        identity: Mapping[str, Any] | None = None, **kwargs,
+    ):  # fmt: skip
         super().__init__(*args, data_collator=PairCollator(family.image_id, settings.needs_rejected), **kwargs)
         self.settings, self.layers, self.heads, self.reference = settings, layers, heads, reference
-        self.family, self.batches, self._saved_step = family, batches, None
-        assert (batches.accumulation, batches.world_size) == (
-            self.args.gradient_accumulation_steps,
-            self.args.world_size,
-        )
+        self.family, self.batches, self.identity, self._saved_step = family, batches, dict(identity or {}), None
+        assert self.args.gradient_accumulation_steps == batches.accumulation
+        assert self.args.world_size == batches.world_size
         self.model_accepts_loss_kwargs = False  # our loss is a mean over pairs: let the Trainer average micro-batches
         self.compute_metrics = _mean_metrics
         self._sums = torch.zeros(2, len(METRICS), dtype=torch.float64)
         self.shares_images = not any(p.requires_grad for p in self._projector())
         is_lora = isinstance(self.model, PeftModel)
         assert not settings.needs_rejected or is_lora or reference is not None, "no source of reference log-probs"
-        self.add_callback(MarkComplete(identity or {}))
-        self.stop = StopOnRequest()
-        self.add_callback(self.stop)
         for standard in (ProgressCallback, PrinterCallback):
             self.remove_callback(standard)
-        self.add_callback(StepLines())
-        self.add_callback(WatchChosen(settings.beta))
+        self.stop = StopOnRequest()
+        for callback in (self.stop, StepLines(), WatchChosen(settings.beta)):
+            self.add_callback(callback)
         if reference is not None:
             self.add_callback(_ComputeReference(self))
 
@@ -115,7 +100,8 @@ class AttentionAwareDPOTrainer(Trainer):
             share = torch.where(step_pairs > 0, self.batches.rows_per_step / step_pairs, 0)
             loss, metrics = (parts["total"] * share).sum(), metrics[step_pairs > 0]
         if model.training:
-            self._remember(metrics)
+            found = metrics.double().cpu()
+            self._sums += torch.stack([found.nansum(dim=0), (~found.isnan()).sum(dim=0)])
         return (loss, metrics) if return_outputs else loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
@@ -129,18 +115,10 @@ class AttentionAwareDPOTrainer(Trainer):
         """This process's rows, decoded ahead of the step by `dataloader_num_workers` processes."""
         args = self.args
         return RowLoader(
-            self.train_dataset,
-            self.batches,
-            args.process_index,
-            collate_fn=self.data_collator,
-            num_workers=args.dataloader_num_workers,
-            pin_memory=args.dataloader_pin_memory,
-            persistent_workers=args.dataloader_persistent_workers,
-            multiprocessing_context=args.dataloader_multiprocessing_context,
-            prefetch_factor=args.dataloader_prefetch_factor,
-            in_order=args.dataloader_in_order,
+            self.train_dataset, self.batches, args.process_index, collate_fn=self.data_collator,
             worker_init_fn=partial(start_loader, num_workers=args.dataloader_num_workers, rank=args.process_index),
-        )
+            **{name: getattr(args, f"dataloader_{name}") for name in LOADER_OPTIONS},
+        )  # fmt: skip
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means of all metrics since the last log, over all processes, to a training step's log."""
@@ -173,30 +151,34 @@ class AttentionAwareDPOTrainer(Trainer):
         if not self.is_deepspeed_enabled:
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
-        check_engine(self.deepspeed)
+        checkpoints.check_engine(self.deepspeed)
         if resume_from_checkpoint:
-            load_state(self.deepspeed, Path(resume_from_checkpoint) / STATE)
+            checkpoints.load_state(self.deepspeed, Path(resume_from_checkpoint) / checkpoints.STATE)
             self._load_optimizer_and_scheduler(resume_from_checkpoint)  # of DeepSpeed's runs the scheduler only
         return prepared
 
     def _save_checkpoint(self, model, trial):
         if self._saved_step == self.state.global_step:
             return  # nothing has changed since, and rewriting it would make a kill leave half of it
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
-            remove_interrupted(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
+            checkpoints.remove_interrupted(folder)
         self.accelerator.wait_for_everyone()
-        limit, self.args.save_total_limit = self.args.save_total_limit, None  # MarkComplete deletes older ones
+        limit, self.args.save_total_limit = self.args.save_total_limit, None  # older ones go when this one is complete
         try:
             super()._save_checkpoint(model, trial)
         finally:
             self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            checkpoints.complete(folder, self.identity, limit, self.state.best_model_checkpoint)
         self._saved_step = self.state.global_step
 
     def _save_optimizer_and_scheduler(self, output_dir):
         if not self.is_deepspeed_enabled:
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        save_state(self.deepspeed, Path(output_dir) / STATE, self.args.process_index, self.args.world_size)
+        checkpoints.save_state(self.deepspeed, Path(output_dir) / checkpoints.STATE)
         if self.args.should_save and self.deepspeed.lr_scheduler is None:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
@@ -204,7 +186,7 @@ class AttentionAwareDPOTrainer(Trainer):
         if not self.is_deepspeed_enabled:
             super()._load_best_model()
             return
-        load_state(self.deepspeed, Path(self.state.best_model_checkpoint) / STATE)
+        checkpoints.load_state(self.deepspeed, Path(self.state.best_model_checkpoint) / checkpoints.STATE)
 
     def fill_reference(self, dataset: PairDataset, missing: Sequence[int]) -> None:
         """Compute and store the reference log-probs of the missing pairs, shared out over the processes."""
@@ -218,10 +200,9 @@ class AttentionAwareDPOTrainer(Trainer):
         for start in tqdm(rounds, desc="reference log-probs", disable=not (is_main_process() and rounds)):
             own = start + args.process_index
             indices = batches[own] if own < len(batches) else batches[0]
-            inputs = self.data_collator([dataset[index] for index in indices])
-            row, pixels = inputs["row"].to(args.device), {n: t.to(args.device) for n, t in inputs["pixels"].items()}
+            inputs = self._prepare_inputs(self.data_collator([dataset[index] for index in indices]))
             with torch.no_grad(), self._adapter_off(model), self.compute_loss_context_manager():
-                scores = score(model, row, **self._pictures(pixels))
+                scores = score(model, inputs["row"], **self._pictures(inputs["pixels"]))
             if own < len(batches):
                 self.reference.append([dataset.pairs[i] for i in indices], scores.chosen, scores.rejected)
         model.train(was_training)
@@ -236,12 +217,9 @@ class AttentionAwareDPOTrainer(Trainer):
             return {"pixels": pixels}
         model = self.accelerator.unwrap_model(self.model_wrapped)
         with torch.no_grad():
-            encoded = _base(model).get_image_features(**pixels, return_dict=True)
-        return {"image_features": encoded.pooler_output}
+            return {"image_features": model.get_image_features(**pixels, return_dict=True).pooler_output}
 
-    def _reference(
-        self, model, inputs, pictures: dict[str, Any], dataset: PairDataset
-    ) -> Scores | tuple[Tensor, Tensor]:
+    def _reference(self, model, inputs, pictures: dict[str, Any], dataset: PairDataset) -> Scores:
         if self.reference is not None:
             row = inputs["row"]
             pairs = [dataset.pairs[index] for index in inputs["index"].tolist()]
@@ -264,10 +242,12 @@ class AttentionAwareDPOTrainer(Trainer):
     def _metrics(self, parts: dict, policy: Scores, reference: Scores | None, ratio: Tensor, formats: Tensor) -> Tensor:
         """(N, metrics) matrix of one batch, NaN where a metric does not apply to a pair."""
         found = {f"losses/{name}": value for name, value in parts.items()}
-        found |= {"logps/chosen": policy.chosen, "attention/ratio": ratio}
-        found["attention/image_mass"] = mean_over_layers(policy.masses[..., 1], self.heads)
-        for number, name in enumerate(FORMATS):
-            found[f"attention/ratio_{name}"] = torch.where(formats == number, ratio, math.nan)
+        found |= {f"attention/ratio_{name}": ratio.where(formats == n, math.nan) for n, name in enumerate(FORMATS)}
+        found |= {
+            "logps/chosen": policy.chosen,
+            "attention/ratio": ratio,
+            "attention/image_mass": mean_over_layers(policy.masses[..., 1], self.heads),
+        }
         if reference is not None:
             chosen = self.settings.beta * (policy.chosen - reference.chosen)
             rejected = self.settings.beta * (policy.rejected - reference.rejected)
@@ -275,18 +255,11 @@ class AttentionAwareDPOTrainer(Trainer):
                 "rewards/chosen": chosen,
                 "rewards/rejected": rejected,
                 "rewards/margins": chosen - rejected,
+                "rewards/accuracies": (chosen > rejected).float(),
+                "logps/rejected": policy.rejected,
             }
-            found |= {"rewards/accuracies": (chosen > rejected).float(), "logps/rejected": policy.rejected}
         absent = torch.full_like(ratio, math.nan)
         return torch.stack([found.get(name, absent).detach().float() for name in METRICS], dim=1)
-
-    def _remember(self, metrics: Tensor) -> None:
-        metrics = metrics.double().cpu()
-        self._sums += torch.stack([metrics.nansum(dim=0), (~metrics.isnan()).sum(dim=0)])
-
-
-def _base(model):
-    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def _mean_metrics(predictions) -> dict[str, float]:

@@ -1,0 +1,262 @@
+"""The figures of README and docs, from real numbers: `python -m scripts.figures --output docs/figures`
+
+The miniature's base, and pictures drawn by seed: a packed pair with its mask, region weights and masses, scores of the
+last prompt row before and after scaling, the loss. With --trained and --data (of the demo) also where both models look.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from unittest.mock import patch
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib import pyplot as plt
+from matplotlib.patches import Patch
+from PIL import Image
+
+from inference_optimization.llava_hound_dpo.adaptviz import AdaptViz, Bands
+from llava import attention
+from llava.answering import Job, batches_of, prepare
+from llava.command_line import flag, parse
+from llava.generation import batch_prompts, generate
+from llava.records import Prompt, parse_preference
+from llava.regions import prompt_regions, target_weights
+from llava.runtime import user_errors
+from llava.scaling import scale_scores
+from llava.settings import AnswerSettings, ModelSettings
+from scripts.draw_attention import draw as draw_maps
+from scripts.miniature.make_data import preference
+from scripts.miniature.prompts import sample_prompt
+from train.llava_hound_dpo.losses import hinge_attention, log_attention, sigmoid_loss
+from train.llava_hound_dpo.packing import EncodedPair, PackedRow, pack
+
+BASE = Path(__file__).parent / "miniature/base"
+TEXT, IMAGE, TARGET, CHOSEN, REJECTED = "#b8bcc4", "#4c78a8", "#f58518", "#54a24b", "#e45756"
+LEGEND = {"text": TEXT, "another image": IMAGE, "image asked about": TARGET, "chosen": CHOSEN, "rejected": REJECTED}
+
+
+@dataclass(kw_only=True)
+class FigureFlags:
+    """The command line."""
+
+    output: Path = flag("folder for the PNG files")
+    trained: str | None = flag("adapter: also draw where base and adapter look, to look.png", None)
+    data: Path | None = flag("with --trained: folder of test.json and images", None)
+
+    def __post_init__(self):
+        if bool(self.trained) != bool(self.data):
+            raise ValueError("--trained and --data belong together: an adapter and the folder of its test.json")
+
+
+def main() -> None:
+    """Draws every figure that the flags allow."""
+    with user_errors():
+        (own,) = parse((FigureFlags,), __doc__)
+        checkpoint = ModelSettings(model_name_or_path=str(BASE), image_folder="").open()
+    matplotlib.use("Agg")
+    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+    model, family = checkpoint.load().eval(), checkpoint.family
+    own.output.mkdir(parents=True, exist_ok=True)
+    figures = {"row": draw_row(family), "mass": draw_mass(model, family), "steering": draw_steering(model, family)}
+    figures["loss"] = draw_loss(family)
+    if own.trained:
+        figures["look"] = draw_look(own)
+    for name, figure in figures.items():
+        path = own.output / f"{name}.png"
+        figure.savefig(path, dpi=110, bbox_inches="tight")
+        Image.open(path).convert("RGB").quantize(160).save(path, optimize=True)
+        print(path)
+    if not own.trained:
+        print("look.png is left as it is: it needs --trained and --data")
+
+
+def draw(seed: int, image_type: str, num_images: int | None = None) -> tuple[Prompt, list[Image.Image]]:
+    """A pair of the miniature world and its pictures."""
+    rng = np.random.default_rng(seed)
+    drawn = sample_prompt(rng, "test", image_type, num_images)
+    pictures = drawn.pictures()
+    names = [f"{number}.png" for number in range(len(pictures))]
+    return parse_preference({"image": names} | preference(drawn, rng), "a drawn pair"), pictures
+
+
+def packed(family) -> PackedRow:
+    """A real pair about three pictures as a row."""
+    record, pictures = draw(1, "sequence", 3)
+    images = [family.image(picture.size) for picture in pictures]
+    answers = [family.encode_answer(record.prompt, answer) for answer in (record.chosen, record.rejected)]
+    prompt = family.expand(family.encode_prompt(record.prompt), images)
+    return pack([EncodedPair(prompt, *answers, target_weights(record, images))], family.image_id)
+
+
+def colours(row: PackedRow) -> list[str]:
+    """What every token of a row is."""
+    (tree,) = row.trees
+    found = [TARGET if target else IMAGE if image else TEXT for target, image in row.regions[0].tolist()]
+    for (start, end), colour in zip(tree.branches, (CHOSEN, REJECTED), strict=True):
+        found[start:end] = [colour] * (end - start)
+    return found
+
+
+def visible(row: PackedRow) -> torch.Tensor:
+    """(S, S) whether a row sees a key, as `tree_attention` computes it."""
+    (tree,) = row.trees
+    length, first = row.input_ids.shape[1], tree.branches[0][1]
+    mask = torch.ones(length, length, dtype=torch.bool).tril()
+    mask[first:] = tree.mask
+    return mask
+
+
+def strip(axis, row: PackedRow, values, label: str) -> None:
+    """A bar for every token, coloured by what it is."""
+    axis.bar(range(len(values)), values, color=colours(row), width=1.0)
+    axis.set_ylabel(label)
+    axis.set_xlim(-0.5, len(values) - 0.5)
+
+
+def draw_row(family):
+    """The packed row: what its tokens are, their positions, who sees whom."""
+    row = packed(family)
+    figure, axes = plt.subplot_mosaic([["position"] * 2, ["mask", "end"]], figsize=(9, 5), height_ratios=(1, 3),
+                                       layout="constrained")  # fmt: skip
+    strip(axes["position"], row, row.position_ids[0], "position")
+    shown = np.where(visible(row)[..., None], np.array([matplotlib.colors.to_rgb(c) for c in colours(row)]), 1.0)
+    length, last = len(shown), 16
+    axes["mask"].imshow(shown, interpolation="nearest", aspect="auto")
+    axes["mask"].set(xlabel="token looked at", ylabel="token that looks")
+    axes["end"].imshow(shown[-last:, -last:], interpolation="nearest", aspect="auto",
+                       extent=(length - last, length, length, length - last))  # fmt: skip
+    axes["end"].set(title=f"its last {last} tokens", xlabel="token looked at")
+    axes["position"].legend(handles=[Patch(color=c, label=n) for n, c in LEGEND.items()], ncols=5, loc="lower center",
+                            bbox_to_anchor=(0.5, 1.02), frameon=False)  # fmt: skip
+    return figure
+
+
+def batch_of(family, record: Prompt, pictures: list[Image.Image]):
+    """The batch of one prompt."""
+    images = [family.image(picture.size) for picture in pictures]
+    prompt = family.expand(family.encode_prompt(record.prompt), images)
+    regions = [prompt_regions(record, images)]
+    return batch_prompts(family, [prompt], regions, family.pixels(pictures), [record.image_type], [True])
+
+
+def draw_mass(model, family):
+    """Region weights of a picture in a picture, the mass on each image token, and the masses by layer."""
+    record, (picture,) = draw(3, "pip")
+    batch, layers = batch_of(family, record, [picture]), range(model.config.text_config.num_hidden_layers)
+    (found,) = generate(model, family, batch, layers, max_new_tokens=8)
+    image = family.image(picture.size)
+    weights, mass = (image.raster(values) for values in (target_weights(record, [image]), found.by_token))
+    figure, axes = plt.subplots(1, 4, figsize=(10, 2.6), layout="constrained")
+    axes[0].imshow(picture)
+    for axis, grid, title in ((axes[1], weights, "weight W of each token"), (axes[2], mass, "attention A, all layers")):
+        axis.imshow(grid, cmap="inferno", vmin=0)
+        for (y, x), value in np.ndenumerate(grid.numpy()):
+            axis.text(x, y, f"{value:.2f}".lstrip("0"), ha="center", va="center", color="#6cf", fontsize=6)
+        axis.set_title(title)
+    axes[0].set_title("picture")
+    for axis in axes[:3]:
+        axis.axis("off")
+    by_layer = found.masses.numpy()
+    axes[3].bar(layers, by_layer[:, 1], color=IMAGE, label="on all images")
+    axes[3].bar(layers, by_layer[:, 0], color=TARGET, label="on the target: Σ A·W")
+    for layer, ratio in enumerate(found.ratio_by_layer):
+        axes[3].text(layer, by_layer[layer, 1], f"R = {ratio:.2f}", ha="center", va="bottom", fontsize=7)
+    axes[3].set(title=f"mass by layer, mean R = {found.ratio:.2f}", xlabel="layer", xticks=layers,
+                ylim=(0, by_layer[:, 1].max() * 1.5))  # fmt: skip
+    axes[3].legend(frameon=False, loc="upper left", fontsize=7)
+    return figure
+
+
+def draw_steering(model, family, layer: int = 2, head: int = 0):
+    """Scores of the last prompt row before and after scaling, and the attention that comes of them."""
+    record, pictures = draw(1, "sequence", 3)
+    noted = []
+
+    def note(scores, scale, heads=None):
+        noted.append((scores, scale_scores(scores, scale, heads)))
+        return noted[-1][1]
+
+    steer = AdaptViz(bands=Bands.fixed(1.5)).steer
+    with patch.object(attention, "scale_scores", note):
+        (found,) = generate(model, family, batch_of(family, record, pictures), [layer], steer, max_new_tokens=1)
+    scores = [values[0, head, 0] for values in noted[layer]]
+    parts = batch_of(family, record, pictures).regions[0, :, :2]
+    colour = [TARGET if target else IMAGE if image else TEXT for target, image in parts.tolist()]
+    figure, axes = plt.subplots(2, 2, figsize=(9, 4), sharex=True, sharey="row", layout="constrained")
+    for column, (values, title) in enumerate(zip(scores, ("before", f"after, factor {found.factor:g}"), strict=True)):
+        masses = values.softmax(dim=-1)
+        on = masses @ parts
+        axes[0, column].bar(range(len(values)), values, color=colour, width=1.0)
+        axes[1, column].bar(range(len(values)), masses, color=colour, width=1.0)
+        axes[0, column].set_title(title)
+        axes[1, column].set_title(f"target {on[0]:.2f} of {on[1]:.2f} on images: R = {on[0] / on[1]:.2f}", fontsize=9)
+        axes[1, column].set_xlabel("prompt token")
+    axes[0, 0].set_ylabel("score")
+    axes[1, 0].set_ylabel("attention")
+    return figure
+
+
+def draw_loss(family):
+    """A row and what is read off it, and the terms as the code computes them."""
+    row = packed(family)
+    figure, axes = plt.subplot_mosaic([["row"] * 2, ["dpo", "att"]], figsize=(8.4, 3.6), layout="constrained")
+    top, left, right = (axes[name] for name in ("row", "dpo", "att"))
+    strip(top, row, [1] * row.input_ids.shape[1], "")
+    top.set(yticks=[], xticks=[], ylim=(0, 2.6))
+    top.spines[:].set_visible(False)
+    spans = [*row.trees[0].branches, tuple(row.regions[0, :, 0].nonzero()[[0, -1], 0].tolist())]
+    texts = ("log π(chosen)\n→ L_dpo, L_sft", "log π(rejected)\n→ L_dpo", "share R of the image attention\n→ L_att")
+    length = row.input_ids.shape[1]
+    places = (length - 30, length - 4, sum(spans[2]) / 2)
+    for (start, end), text, place in zip(spans, texts, places, strict=True):
+        top.annotate(text, ((start + end) / 2, 1.0), (place, 1.6), ha="center", arrowprops={"arrowstyle": "<-"})
+    x = torch.linspace(-30, 30, 121)
+    left.plot(x, sigmoid_loss(x, 0.1, 0.0), color=CHOSEN)
+    left.set(title="L_dpo", xlabel="z: margin over the reference, nats (β 0.1)")
+    x = torch.linspace(0.05, 1, 96)
+    right.plot(x, hinge_attention(x, 0.75), color=TARGET, label="hinge: max(0, 0.75 - R)")
+    right.plot(x, log_attention(x, 0.75), color=TARGET, linestyle=":", label="log: -log R")
+    right.set(title="L_att", xlabel="R", ylim=(0, 1.2))
+    right.legend(frameon=False)
+    return figure
+
+
+def draw_look(own: FigureFlags):
+    """Where base and adapter look: of each format the first question that the base has wrong and the adapter right."""
+    jobs = [job_of(own, only_base) for only_base in (True, False)]
+    first, (base, trained) = {}, (answers_of(job) for job in jobs)
+    for number, question in enumerate(jobs[0].questions):
+        if base[number].text != question.answer == trained[number].text and len(question.images) in (1, 3):
+            first.setdefault(question.image_type, number)
+    first.pop("single", None)
+    figure, axes = plt.subplots(2, len(first), figsize=(8.4, 4.2), width_ratios=(3, 1, 1), layout="constrained")
+    for line, (name, found) in zip(axes, (("base", base), ("trained", trained)), strict=True):
+        for axis, number in zip(line, (first[kind] for kind in ("sequence", "collage", "pip")), strict=True):
+            axis.imshow(draw_maps(jobs[0], number, found[number].by_token, height=200))
+            axis.axis("off")
+            question = jobs[0].questions[number].prompt.splitlines()[-1]
+            asked = question.replace(", ", ",\n") + "\n" if name == "base" else ""
+            axis.set_title(f"{asked}{name}: {found[number].text} (R {found[number].ratio:.2f})", fontsize=8)
+    return figure
+
+
+def job_of(own: FigureFlags, only_base: bool) -> Job:
+    """The test questions for one of the two models."""
+    model = ModelSettings(
+        model_name_or_path=own.trained, only_base_model=only_base, image_folder=str(own.data / "images"), num_workers=0
+    )
+    return prepare(model, AnswerSettings(max_new_tokens=8, attention_maps=10_000), own.data / "test.json")
+
+
+def answers_of(job: Job) -> dict:
+    """Answers by number of the question, each with the mass on every image token."""
+    found = {}
+    for model, numbers, batch in batches_of(job, range(len(job.batches))):
+        found |= zip(numbers, generate(model, job.family, batch, job.layers, max_new_tokens=8), strict=True)
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())
