@@ -116,8 +116,7 @@ class Log:
                 if not line.endswith(b"\n"):  # torn
                     return
                 try:
-                    if line != b"\n":
-                        yield json.loads(line)
+                    yield json.loads(line)
                 except ValueError as error:
                     raise ValueError(f"{self.path} line {number}: a damaged line ({error}); remove it") from error
 

@@ -45,18 +45,16 @@ def name(path):
     return str(path.relative_to(ROOT))
 
 
-def imports(path):
-    """Top-level package of every import of a file, also inside functions and type-checking blocks."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+def imported(nodes):
+    """Full names of what is imported; of `from a import b` both a and a.b, as either may be a module."""
+    for node in nodes:
         if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            found.add((node.module or "").split(".")[0] if node.level == 0 else name(path).split("/")[0])
-    return found
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield from (node.module, *(f"{node.module}.{alias.name}" for alias in node.names))
 
 
-# ---- one direction (design §2)
+# ---- one direction
 
 
 @pytest.mark.parametrize("path", PYTHON, ids=name)
@@ -67,7 +65,8 @@ def test_imports_go_one_way(path):
         **{stage: STAGES - {stage} | {"scripts", "tests"} for stage in STAGES},
         "scripts": {"tests"},
     }
-    assert not imports(path) & forbidden.get(package, set())
+    found = imported(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))  # also inside functions
+    assert not {module.split(".")[0] for module in found} & forbidden.get(package, set())
 
 
 @pytest.mark.parametrize("path", PYTHON, ids=name)
@@ -93,20 +92,17 @@ def test_the_rules_can_fail(tmp_path, monkeypatch):
     assert ABSOLUTE.search('DATA="/' + 'home/alice/data"') and not ABSOLUTE.search("path/to/home/x")
 
 
-def loaded(node):
-    """Full names of what is imported outside of functions; of `from a import b` both a and a.b, one may be a module."""
+def outside_functions(node):
+    """The nodes of what runs when a module is loaded."""
+    yield node
     for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.Import):
-            yield from (alias.name for alias in child.names)
-        elif isinstance(child, ast.ImportFrom) and child.module:
-            yield from (child.module, *(f"{child.module}.{alias.name}" for alias in child.names))
-        elif not isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.expr)):
-            yield from loaded(child)
+        if not isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield from outside_functions(child)
 
 
 def import_circle(texts):
     """Modules, by name with their text, that import each other in a ring when they are loaded; empty without one."""
-    graph = {name: {other for other in loaded(ast.parse(text)) if other in texts} for name, text in texts.items()}
+    graph = {name: texts.keys() & imported(outside_functions(ast.parse(text))) for name, text in texts.items()}
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
@@ -396,7 +392,7 @@ def test_one_launcher_of_several_nodes(launch):
 
 
 def test_launch_scripts_hold_no_site_fact():
-    """Account, partition and mail come from the environment (design §10)."""
+    """Account, partition and mail come from the environment."""
     text = TRAIN_SCRIPT.read_text(encoding="utf-8")
     assert not re.search(r"#SBATCH.*(account|partition|mail|-A |-p )|@", re.sub(r'"\$@"|\[@\]|USR1@\d+', "", text))
     assert len(text.splitlines()) <= 40

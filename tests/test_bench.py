@@ -89,7 +89,8 @@ def test_the_loop_counts_its_pairs(monkeypatch, capsys):
     """Pairs per second of the worker: those of the counted steps over the time between their ends."""
     now = iter(range(0, 1000, 2))  # two seconds a step
     monkeypatch.setattr(common, "clock", lambda: next(now))
-    monkeypatch.setattr("sys.argv", ["scaling", "--size", "tiny", "--images", "1", "--steps", "4"])
+    monkeypatch.setattr(scaling, "STEPS", 4)
+    monkeypatch.setattr("sys.argv", ["scaling", "--size", "tiny"])
     scaling.main()
     assert capsys.readouterr().out.splitlines()[-1] == "pairs per second: 0.5"  # a pair a step
 

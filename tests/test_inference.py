@@ -339,7 +339,7 @@ class TestRefused:
             batches.append(records)
             if len(batches) == 3:
                 with (store.parts / f"{part}.jsonl").open("a") as file:
-                    file.write("\n" + json.dumps(records[0])[:40])
+                    file.write(json.dumps(records[0])[:40])
                 raise OSError(errno.ENOSPC, "No space left on device")
             append(store, part, records)
 

@@ -8,43 +8,34 @@ import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import TrainerCallback
 
-from llava.command_line import flag
 from scripts.bench import common
 from scripts.bench.common import Shape, add_lora, build_base, build_family, build_pairs
 from scripts.bench.steps import build_trainer
 
-WARM_UP = 1  # optimiser steps that do not count
+WARM_UP, STEPS = 1, 8  # optimiser steps that do not count, and that do
+IMAGES = 2  # of a prompt
 RATE = "pairs per second: "  # how the line begins that rank 0 prints
-
-
-@dataclass(kw_only=True)
-class Flags(common.Flags):
-    """What is trained."""
-
-    images: int = flag("of a prompt", 2)
-    steps: int = flag("steps that count", 8)
 
 
 def main() -> None:
     """Train some steps and print pairs per second, all processes together."""
-    own = common.flags_of(Flags, __doc__)
+    own = common.flags_of(common.Flags, __doc__)
     world, times = int(os.environ.get("WORLD_SIZE", "1")), Times()
     family = build_family(own.size)
     with tempfile.TemporaryDirectory() as folder:
-        pairs = build_pairs(Path(folder) / "data", Shape(own.images, count=4 * world), family)
+        pairs = build_pairs(Path(folder) / "data", Shape(IMAGES, count=4 * world), family)
         trainer = build_trainer(
             add_lora(build_base(family), family), pairs, Path(folder) / "output",
-            num_train_epochs=WARM_UP + own.steps, max_steps=WARM_UP + own.steps, logging_steps=1,
+            num_train_epochs=WARM_UP + STEPS, max_steps=WARM_UP + STEPS, logging_steps=1,
         )  # fmt: skip
         trainer.add_callback(times)
         trainer.train()
     if int(os.environ.get("RANK", "0")) == 0:
-        print(RATE + str(own.steps * world / (times.ends[-1] - times.ends[WARM_UP - 1])), flush=True)
+        print(RATE + str(STEPS * world / (times.ends[-1] - times.ends[WARM_UP - 1])), flush=True)
 
 
 class Times(TrainerCallback):

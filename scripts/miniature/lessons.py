@@ -97,8 +97,8 @@ def to_pixels(processor: LlavaProcessor, pictures: list[Image.Image]) -> torch.T
 def _follow_ups(rng: np.random.Generator, first: Prompt, number: int) -> list[Prompt]:
     targets = [0] if first.image_type in ("single", "pip") else range(len(first.scenes))
     pairs = [(t, name) for t in targets for name in ATTRIBUTES if (t, name) != (first.target, first.attribute)]
-    chosen = rng.permutation(len(pairs))[:number]
-    return [replace(first, target=pairs[i][0], attribute=pairs[i][1]) for i in chosen]
+    drawn = rng.permutation(len(pairs))[:number]
+    return [replace(first, target=pairs[i][0], attribute=pairs[i][1]) for i in drawn]
 
 
 def _values(scene: Scene) -> list[int]:

@@ -70,15 +70,15 @@ def read_config(path: Path, is_quick: bool = False, only: Iterable[str] = ()) ->
         raise FileNotFoundError(f"--config {path}: no such file; scripts/miniature/study.json is one")
     raw = read_object(path)
     quick = dict(raw.pop("quick", {}))
-    chosen = list(only) or quick.pop("only", []) if is_quick else list(only)
+    names = list(only) or quick.pop("only", []) if is_quick else list(only)
     try:
         config = parse_config(_merged(raw, quick) if is_quick else raw)
-        _refuse_unknown(chosen, config.arms, "--only")
+        _refuse_unknown(names, config.arms, "--only")
     except KeyError as error:
         raise ValueError(f"{path}: the entry {error} is missing") from error
     except (TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
-    kept = {name: arm for name, arm in config.arms.items() if not chosen or name in (BASE, *chosen)}
+    kept = {name: arm for name, arm in config.arms.items() if not names or name in (BASE, *names)}
     return replace(config, arms=kept)
 
 
@@ -130,31 +130,31 @@ def located(text: str) -> str:
 
 
 def _arms(raw: Mapping[str, Any]) -> dict[str, Arm]:
-    """The arms, each after the one it is like, the base first."""
-    seeds, entries = _seeds(raw["seeds"], "seeds"), {BASE: {}, **raw["arms"]}
-    _refuse_unknown(entries[BASE], ("label", "adaptviz"), f"arms.{BASE}")
-    arms = {BASE: _arm(BASE, entries.pop(BASE), Arm(BASE, BASE, None, (0,), against=()))}
-    start = Arm("", "", _data(raw["data"], "data"), seeds)
+    """The arms, each after the one it is like, the base first.
+
+    `against` and `adaptviz` are an arm's own; one that is like another is compared with that.
+    """
+    entries = dict(raw["arms"])
+    own = entries.pop(BASE, {})
+    _refuse_unknown(own, ("label", "adaptviz"), f"arms.{BASE}")
+    base = Arm(BASE, own.get("label", BASE), None, (0,), against=(), adaptviz=tuple(own.get("adaptviz", ())))
+    plain = Arm("", "", _data(raw["data"], "data"), _seeds(raw["seeds"], "seeds"))
+    arms = {}
     for name, own in entries.items():
-        _refuse_unknown(own, (*Arm.__dataclass_fields__.keys() - {"name"}, "like"), f"arms.{name}")
-        earlier = [other for other in arms if other != BASE]
-        _refuse_unknown([own["like"]] if "like" in own else [], earlier, f"arms.{name}, an arm before")
-        arms[name] = _arm(name, own, arms[own["like"]] if "like" in own else start)
-    return arms
-
-
-def _arm(name: str, own: Mapping[str, Any], start: Arm) -> Arm:
-    """`against` and `adaptviz` are the arm's own; one that is like another is compared with that."""
-    controls = own.get("against", [own["like"]] if "like" in own else start.against)
-    return Arm(
-        name=name,
-        label=own.get("label", name),
-        data=_data(own["data"], f"arms.{name}.data", start.data) if "data" in own else start.data,
-        seeds=_seeds(own["seeds"], f"arms.{name}.seeds") if "seeds" in own else start.seeds,
-        flags={**start.flags, **own.get("flags", {})},
-        against=tuple(controls),
-        adaptviz=tuple(own.get("adaptviz", ())),
-    )
+        where, like = f"arms.{name}", own.get("like")
+        _refuse_unknown(own, (*Arm.__dataclass_fields__.keys() - {"name"}, "like"), where)
+        _refuse_unknown([like] if like else [], arms, f"{where}, an arm before")
+        start = arms[like] if like else plain
+        arms[name] = Arm(
+            name=name,
+            label=own.get("label", name),
+            data=_data(own["data"], f"{where}.data", start.data) if "data" in own else start.data,
+            seeds=_seeds(own["seeds"], f"{where}.seeds") if "seeds" in own else start.seeds,
+            flags={**start.flags, **own.get("flags", {})},
+            against=tuple(own.get("against", [like or BASE])),
+            adaptviz=tuple(own.get("adaptviz", ())),
+        )
+    return {BASE: base, **arms}
 
 
 def _seeds(raw: Any, where: str) -> tuple[int, ...]:

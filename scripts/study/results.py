@@ -30,8 +30,8 @@ class Answered:
     def averaged(self) -> "Answered":
         """The questions whose formats make the mean."""
         in_mean = ~np.isin(self.formats, NOT_AVERAGED)
-        chosen = in_mean | ~in_mean.any()
-        return Answered(self.seeds, self.known[..., chosen], self.formats[chosen])
+        kept = in_mean | ~in_mean.any()
+        return Answered(self.seeds, self.known[..., kept], self.formats[kept])
 
     def of(self, seeds: Sequence[int]) -> "Answered":
         """The rows of these seeds; of the base, which is not trained, its own for every one."""
