@@ -149,7 +149,7 @@ def test_retired_flags_say_what_to_do(name):
 def test_the_flags_that_users_know_from_before_are_retired_or_alive():
     known = {f.name for group in GROUPS for f in dataclasses.fields(group)}
     assert not known & set(RETIRED)
-    assert {"X", "training_modal", "video_folder", "version", "mm_use_x_start_end"} <= set(RETIRED)  # design §9
+    assert {"X", "training_modal", "video_folder", "version", "mm_use_x_start_end"} <= set(RETIRED)
     assert {"mm_projector_lr", "model_max_length", "deepspeed", "bf16", "lora_alpha"} <= known
 
 
