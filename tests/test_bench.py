@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llava.families.llava15 import Llava15
-from scripts.bench import adaptviz, common, scaling, training
+from scripts.bench import adaptviz, common, training
 from scripts.bench.common import Shape, add_lora, build_pairs
 from scripts.bench.steps import NAMES, build_steps, difference
 from tests.conftest import SIDE, tiny_model
@@ -66,7 +66,7 @@ def results(tmp_path, monkeypatch):
 
 
 def test_the_commands_write_their_tables(results, monkeypatch):
-    """All but scaling, smaller than small."""
+    """Smaller than small."""
     flags = ["--size", "tiny", "--images", "1", "--repeats", "1", "--only", "step", "attention", "loader"]
     monkeypatch.setattr("sys.argv", ["training", *flags])
     training.main()
@@ -83,29 +83,6 @@ def test_results_are_appended_where_git_does_not_keep_them(results, capsys):
 
 def test_no_benchmark_changes_a_tracked_file():
     assert common.RESULTS.parts[0] == "output"
-
-
-def test_the_loop_counts_its_pairs(monkeypatch, capsys):
-    """Pairs per second of the worker: those of the counted steps over the time between their ends."""
-    now = iter(range(0, 1000, 2))  # two seconds a step
-    monkeypatch.setattr(common, "clock", lambda: next(now))
-    monkeypatch.setattr(scaling, "STEPS", 4)
-    monkeypatch.setattr("sys.argv", ["scaling", "--size", "tiny"])
-    scaling.main()
-    assert capsys.readouterr().out.splitlines()[-1] == "pairs per second: 0.5"  # a pair a step
-
-
-def test_a_process_that_fails_is_not_a_rate(monkeypatch):
-    monkeypatch.setattr(scaling.sys, "executable", "false")
-    with pytest.raises(RuntimeError, match="ended with code 1; its own message is above"):
-        scaling.rate("tiny", processes=1)
-
-
-@pytest.mark.slow
-def test_scaling_runs_processes(results, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["training", "--only", "scaling", "--size", "tiny", "--repeats", "1"])
-    training.main()
-    assert "| 2 processes, DDP |" in results.read_text()
 
 
 @pytest.mark.slow

@@ -2,10 +2,9 @@
 
     --only step        ours, TRL's DPOTrainer, and the straight way (eager, whole attention maps), equality included
     --only attention   the attention term on and off
-    --only scaling     two processes against one
     --only loader      the data loader against the step
 
-A step is the loss with its reference log-probs, and the gradients of LoRA; the optimiser is left out (but in scaling).
+A step is the loss with its reference log-probs, and the gradients of LoRA; the optimiser is left out.
 Batches are one pair of 336 px pictures, 576 tokens each; checkpointing on; bf16 on a GPU, else fp32. Tokens per second
 count a pair's prompt once and both its answers, whoever computes more.
 """
@@ -20,12 +19,12 @@ from pathlib import Path
 import torch
 
 from llava.command_line import flag
-from scripts.bench import common, scaling
+from scripts.bench import common
 from scripts.bench.common import Shape, add_lora, build_base, build_family, build_pairs, ratio, row, table
 from scripts.bench.steps import NAMES, Step, build_steps, difference
 from train.llava_hound_dpo.data import PairDataset
 
-PARTS = ["step", "attention", "scaling", "loader"]
+PARTS = ["step", "attention", "loader"]
 
 
 @dataclass(kw_only=True)
@@ -41,7 +40,7 @@ class Flags(common.Flags):
 def main() -> None:
     """Run the parts in turn; each appends its table."""
     own = common.flags_of(Flags, __doc__)
-    parts = {"step": steps, "attention": attention, "scaling": scale, "loader": loader}
+    parts = {"step": steps, "attention": attention, "loader": loader}
     for name in own.only:
         with tempfile.TemporaryDirectory() as folder:
             title, lines = parts[name](own, Path(folder))
@@ -107,18 +106,6 @@ def attention(own: Flags, folder: Path) -> tuple[str, list[str]]:
         seconds = common.alternate(found, 3 * own.repeats)
         lines.append(row([images, ratio(seconds["ours"], seconds["plain"])]))
     return "The attention term: time of a step", lines
-
-
-def scale(own: Flags, folder: Path) -> tuple[str, list[str]]:
-    """One process and two, in turn, the whole loop."""
-    if torch.cuda.device_count() == 1:
-        return "Training: scaling", ["Two processes were not run: there is one GPU."]
-    rounds = [[scaling.rate(own.size, processes) for processes in (1, 2)] for _ in range(own.repeats)]
-    one, two = zip(*rounds, strict=True)
-    lines = table(["2 images, the whole loop", "pairs/s", "over 1 process"])
-    for name, found in (("1 process", one), ("2 processes, DDP", two)):
-        lines.append(row([name, f"{statistics.median(found):.2f}", ratio(found, one)]))
-    return "Training: scaling", lines
 
 
 def loader(own: Flags, folder: Path) -> tuple[str, list[str]]:
