@@ -2,12 +2,11 @@
 
 Three forms are read: LLaVA-665k style JSON or JSONL (`id`, `image`, `conversations`), data sets of the `datasets`
 library (the same fields, or `question` and `answer`; pictures inside or as paths), and a CSV or TSV file with the
-columns `image,question,answer[,id,subset]`. Memory holds no text: usable records lie in an Arrow file on disk.
+columns `image,question,answer[,id,subset]`.
 """
 
 import hashlib
 import re
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -26,7 +25,7 @@ GROUP = (12, 60)  # pictures of a group of companions: nine cells and some to sp
 MANY = 40  # groups of a subset, where that leaves them large enough: some of them are 5 % of the prompts
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Source:
     """One single-image record."""
 
@@ -44,47 +43,35 @@ class Source:
 
 
 class Sources(Sequence[Source]):
-    """All usable records of several tables, in their order.
+    """All usable records of several tables, in their order, in memory.
 
-    `report` gets a Drop for every record that is not usable; `scratch` is where the records are kept, a folder for
-    temporary files if it is not given. Safe in forked workers; can be pickled.
+    `report` gets a Drop for every record that is not usable. Safe in forked workers; can be pickled.
     Raises FileNotFoundError or ValueError if a file as a whole cannot be read or nothing in it is usable.
     """
 
     def __init__(
-        self, paths: Iterable[str | Path], image_folder: str | Path | None, report: Callable[[Drop], None],
-        scratch: Path | None = None,
-    ):  # fmt: skip
-        self._scratch = tempfile.TemporaryDirectory(dir=scratch, prefix="sources-")  # goes with this object
+        self, paths: Iterable[str | Path], image_folder: str | Path | None, report: Callable[[Drop], None]
+    ):
         self.tables = [Table(path) for path in paths]
         self.files = PictureFiles(image_folder) if image_folder else None
         if outside := [str(table.path) for table in self.tables if not (table.is_embedded or self.files)]:
             raise ValueError(f"{outside[0]}: its pictures are files of their own; say where with --image_folder")
-        for table in self.tables:
-            if table.is_embedded:
-                table.lay_out(Path(self._scratch.name))
-        self.subsets: list[str] = []
         self.num_read = 0
-        self._first_drop: Drop | None = None
-        self._records = self._stored(report)
-        if not len(self):
-            raise ValueError(f"none of {self.num_read} source records is usable. The first: {self._first_drop}")
-        self._table, self._row, self._subset, self._picture, self._has_box = (
-            self._records.data.column(name).to_numpy() for name in ("table", "row", "subset", "picture", "has_box")
-        )
+        self._records: list[Source] = []
+        self._places: list[tuple[int, int]] = []  # table and row
+        self._read(report)
+        self.subsets = list(dict.fromkeys(source.subset for source in self._records))
+        number_of = {subset: number for number, subset in enumerate(self.subsets)}
+        self._subset = np.array([number_of[source.subset] for source in self._records], dtype=np.int32)
+        self._has_box = np.array([source.has_box for source in self._records])
+        self._picture = np.array([self._path_hash(index) for index in range(len(self))], dtype=np.int64)
         self._groups, self._group = self._in_groups()
-
-    def __getstate__(self):
-        return {**self.__dict__, "_scratch": None}
 
     def __len__(self) -> int:
         return len(self._records)
 
     def __getitem__(self, index: int) -> Source:
-        found = self._records[int(index)]
-        turns = tuple(zip(found["questions"], found["answers"], strict=True))
-        subset = self.subsets[found["subset"]]
-        return Source(found["where"], found["id"], found["path"], subset, turns, found["is_conversation"])
+        return self._records[index]
 
     def has_box(self) -> np.ndarray:
         """Whether each record has a bounding box, as an array of bool."""
@@ -109,7 +96,8 @@ class Sources(Sequence[Source]):
 
     def picture(self, index: int, source: Source) -> Picture:
         """The picture of a record. Raises Unusable if it is missing, damaged or too large."""
-        table, row = self.tables[self._table[index]], int(self._row[index])
+        number, row = self._places[index]
+        table = self.tables[number]
         if not table.is_embedded:
             return decode(self.files.read(source.path), source.path)
         data = table.picture(row)
@@ -119,47 +107,28 @@ class Sources(Sequence[Source]):
 
     def is_embedded(self, index: int) -> bool:
         """Whether a record's picture is inside its table, without a file of its own."""
-        return self.tables[self._table[index]].is_embedded
+        return self.tables[self._places[index][0]].is_embedded
 
-    def _stored(self, report: Callable[[Drop], None]):
-        """Usable records as a Dataset that is mapped from its file."""
-        from datasets import Dataset, Features, List, Value  # slow to import
-        from datasets.arrow_writer import ArrowWriter
-
-        text, flag = Value("string"), Value("bool")
-        kinds = {"where": text, "id": text, "path": text, "questions": List(text), "answers": List(text)}
-        kinds |= {"is_conversation": flag, "has_box": flag, "table": Value("uint16"), "row": Value("int32")}
-        kinds |= {"subset": Value("int32"), "picture": Value("int64")}
-        file = Path(self._scratch.name) / "records.arrow"
-        with ArrowWriter(path=str(file), features=Features(kinds)) as writer:
-            for record in self._usable(report):
-                writer.write(record)
-            writer.finalize()
-        return Dataset.from_file(str(file))
-
-    def _usable(self, report: Callable[[Drop], None]) -> Iterator[dict[str, Any]]:
-        subsets: dict[str, int] = {}
+    def _read(self, report: Callable[[Drop], None]) -> None:
+        first_drop = None
         for table_number, table in enumerate(self.tables):
             for row, raw in enumerate(table.rows()):
                 self.num_read += 1
                 try:
-                    source = parse_source(raw, table.path, row + 1)
+                    self._records.append(parse_source(raw, table.path, row + 1))
+                    self._places.append((table_number, row))
                 except Unusable as error:
                     drop = Drop.of(error, _id(raw, table.path, row + 1), name_of(table.path, row + 1, raw))
-                    self._first_drop = self._first_drop or drop
+                    first_drop = first_drop or drop
                     report(drop)
-                    continue
-                subset = subsets.setdefault(source.subset, len(subsets))
-                key = f"{subset} {table_number if table.is_embedded else ''} {source.path}"
-                picture = hashlib.blake2b(key.encode(), digest_size=8).digest()
-                questions, answers = zip(*source.turns, strict=True)
-                yield {
-                    "where": source.where, "id": source.id, "path": source.path, "questions": questions,
-                    "answers": answers, "is_conversation": source.is_conversation, "has_box": source.has_box,
-                    "table": table_number, "row": row, "subset": subset,
-                    "picture": int.from_bytes(picture, signed=True),
-                }  # fmt: skip
-        self.subsets = list(subsets)
+        if not self._records:
+            raise ValueError(f"none of {self.num_read} source records is usable. The first: {first_drop}")
+
+    def _path_hash(self, index: int) -> int:
+        """The same for records of one subset about one file."""
+        table = self._places[index][0] if self.is_embedded(index) else ""
+        key = f"{self._subset[index]} {table} {self._records[index].path}"
+        return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), signed=True)
 
     def _in_groups(self) -> tuple[list[list[np.ndarray]], np.ndarray]:
         """Groups of every subset, of records with distinct paths, and the number of each record's group."""

@@ -21,16 +21,9 @@ class Table:
         if not self.path.exists():
             raise FileNotFoundError(f"{self.path}: no such source file; check --source")
         self.is_embedded = is_arrow(self.path) and _has_pictures(self.path)  # the pictures are inside the table
-        self._pictures = None
-
-    def lay_out(self, scratch: Path) -> None:
-        """Make `picture` possible: a parquet file's are laid out in a folder."""
-        from datasets import Image
-
-        is_parquet = self.path.is_file() and self.path.suffix.lower() == ".parquet"
-        data = open_dataset(self.path, **({"cache_dir": str(scratch)} if is_parquet else {})).select_columns(PICTURE)
-        has_feature = isinstance(data.features[PICTURE], Image)
-        self._pictures = data.cast_column(PICTURE, Image(decode=False)) if has_feature else data
+        self._is_parquet = self.path.is_file() and self.path.suffix.lower() == ".parquet"
+        is_mapped = self.is_embedded and not self._is_parquet
+        self._mapped = open_dataset(self.path).with_format("arrow") if is_mapped else None
 
     def rows(self) -> Iterator[Any]:
         """As `read_rows`; a picture inside the table is not read, but gets a name. Raises ValueError."""
@@ -42,9 +35,20 @@ class Table:
             yield row
 
     def picture(self, number: int) -> bytes | None:
-        """The encoded picture of a row from 0, None where the table has none for it."""
-        cell = self._pictures[number][PICTURE]
+        """The encoded picture of a row from 0, None where the table has none for it. Of parquet, its row group is read."""
+        column = self._row_group_from(number) if self._is_parquet else self._mapped[number][PICTURE]
+        cell = column[0].as_py()
         return cell.get("bytes") if isinstance(cell, dict) else cell
+
+    def _row_group_from(self, number: int):
+        """The pictures of a row's group, from that row on. The file is opened anew, as workers must not share one."""
+        from pyarrow.parquet import ParquetFile
+
+        with ParquetFile(self.path) as file:
+            group = 0
+            while number >= (num_rows := file.metadata.row_group(group).num_rows):
+                number, group = number - num_rows, group + 1
+            return file.read_row_group(group, [PICTURE])[PICTURE].slice(number)
 
     def _check_columns(self, row: dict[str, Any]) -> None:
         if missing := OF_QUESTIONS - row.keys():

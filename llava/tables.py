@@ -7,17 +7,16 @@ One row at a time, whatever the file's size; nothing is downloaded and nothing c
 
 import csv
 import json
-import re
 import sys
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+import ijson
+
 BATCH = 16  # rows of parquet and Arrow in memory: a row may hold tens of pictures
-CHUNK = 1 << 20  # characters of a JSON array that are read at once
-LONGEST_ROW = 64 << 20  # characters after which a JSON row that does not end counts as broken
-SEPARATOR = re.compile(r"[ \t\r\n]*,?[ \t\r\n]*")
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
+BOM = b"\xef\xbb\xbf"
 
 
 def is_arrow(path: Path) -> bool:
@@ -31,12 +30,14 @@ def read_rows(path: str | Path, without: Collection[str] = ()) -> Iterator[Any]:
     `without`: columns of typed tables that are not read. What is neither typed nor .csv or .tsv is JSON, an array or
     a value per line, told by content. Raises FileNotFoundError, or ValueError naming the file if it cannot be read on.
     """
+    from pyarrow import ArrowException
+
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
     try:
         yield from _arrow(path, without) if is_arrow(path) else _text(path)
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, ArrowException) as error:
         raise ValueError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from error
 
 
@@ -56,33 +57,29 @@ def open_dataset(path: Path, **options: Any):
 
 
 def _arrow(path: Path, without: Collection[str]) -> Iterator[dict[str, Any]]:
-    from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
-    try:
-        if path.suffix.lower() == ".parquet" and path.is_file():  # `datasets` would copy all of it to Arrow first
-            file = ParquetFile(path)
-            batches = file.iter_batches(BATCH, columns=[n for n in file.schema_arrow.names if n not in without])
-        else:
-            data = open_dataset(path)
-            data = data.remove_columns([name for name in data.column_names if name in without])
-            batches = data.with_format("arrow").iter(BATCH)
-        for batch in batches:
-            yield from batch.to_pylist()
-    except ArrowException as error:
-        raise ValueError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from error
+    if path.suffix.lower() == ".parquet" and path.is_file():  # `datasets` would copy all of it to Arrow first
+        file = ParquetFile(path)
+        batches = file.iter_batches(BATCH, columns=[n for n in file.schema_arrow.names if n not in without])
+    else:
+        data = open_dataset(path)
+        data = data.remove_columns([name for name in data.column_names if name in without])
+        batches = data.with_format("arrow").iter(BATCH)
+    for batch in batches:
+        yield from batch.to_pylist()
 
 
 def _text(path: Path) -> Iterator[Any]:
     if delimiter := DELIMITERS.get(path.suffix.lower()):
         return _csv(path, delimiter)
-    with path.open(encoding="utf-8-sig") as file:
-        start = file.read(CHUNK).lstrip()
+    with path.open("rb") as file:
+        start = next((text for line in file if (text := line.removeprefix(BOM).lstrip())), b"")
     if not start:
         raise ValueError(f"{path}: the file is empty")
-    if start[0] not in "[{":
+    if start[:1] not in b"[{":
         raise ValueError(f"{path}: neither JSON nor JSONL; a table must be named .csv, .tsv or .parquet")
-    return _array(path) if start[0] == "[" else _lines(path)
+    return _array(path) if start[:1] == b"[" else _lines(path)
 
 
 def _csv(path: Path, delimiter: str) -> Iterator[dict[str, str | None] | ValueError]:
@@ -115,29 +112,13 @@ def _lines(path: Path) -> Iterator[Any]:
 
 
 def _array(path: Path) -> Iterator[Any]:
-    """Items of a JSON array, decoded from a window of the file that slides along."""
-    find = json.JSONDecoder().raw_decode
-    with path.open(encoding="utf-8-sig") as file:
-        window = file.read(CHUNK)
-        position, lines, is_first = window.index("[") + 1, 1, True
-        while True:
-            gap, fault = SEPARATOR.match(window, position).end(), ""
-            if window.startswith("]", gap):
-                return
-            try:
-                item, end = find(window, gap)
-            except json.JSONDecodeError as error:
-                fault = f"line {lines + window.count(chr(10), 0, error.pos)}: {error.msg}"
-            except RecursionError as error:
-                raise ValueError(f"{path}: broken JSON near line {lines}: nested too deeply") from error
-            if not fault and end < len(window):  # what looks complete at the window's end may go on
-                if not is_first and "," not in window[position:gap]:
-                    raise ValueError(f"{path}: broken JSON, a comma is missing before the item after {item!r:.60}")
+    with path.open("rb") as file:
+        if file.read(len(BOM)) != BOM:
+            file.seek(0)
+        number = 0
+        try:
+            for number, item in enumerate(ijson.items(file, "item", use_float=True), 1):
                 yield item
-                position, is_first = end, False
-                continue
-            more = file.read(CHUNK)
-            if not more or len(window) - position > LONGEST_ROW:
-                raise ValueError(f"{path}: broken JSON at {fault or 'the end: the array is not closed'}")
-            lines += window.count("\n", 0, position)
-            window, position = window[position:] + more, 0
+        except (ijson.JSONError, RecursionError) as error:
+            why = " ".join(str(error).split())
+            raise ValueError(f"{path}: broken JSON some way after record {number} ({why})") from error

@@ -5,14 +5,16 @@ import json
 import numpy as np
 import pytest
 import torch
-from llava.layout import CELL, MARGIN, PatchGrid, collage_box
 from PIL import Image
+from transformers import CLIPImageProcessor
 
 from data_gen.gen_instruction.collage import GRIDS, LABEL_LEFT, Collage, canvas_size, corner, fitted
 from data_gen.gen_instruction.pic_in_pic import inner_box, paste_inside
+from llava.regions import CELL, MARGIN, collage_box
+from tests.conftest import llava15
 from tests.single_images import colour, generate, lines, save_pictures, write
 
-CLIP = PatchGrid(rows=24, cols=24, patch=14, pad=True, shortest_edge=336, size=None, crop=(336, 336))
+CLIP = llava15(CLIPImageProcessor(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}))
 
 
 @pytest.mark.parametrize(
@@ -102,7 +104,7 @@ def check_painted(pixels, paint, record):
     assert [cols[0], rows[0], cols[-1] + 1, rows[-1] + 1] == [x0, y0, x1, y1], record["id"]
     assert mask.sum() == (x1 - x0) * (y1 - y0), "nothing else lies on the target"
     torch.testing.assert_close(
-        CLIP.weights(record["target_box"], mask.shape[::-1]), share_of_patches(mask), atol=1e-4, rtol=0
+        CLIP.image(mask.shape[::-1]).weights(record["target_box"]), share_of_patches(mask), atol=1e-4, rtol=0
     )
 
 

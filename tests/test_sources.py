@@ -47,9 +47,7 @@ def save_json(path, rows, kind):
 
 
 @pytest.mark.parametrize("kind", ["array", "indented", "array ascii", "jsonl", "jsonl ascii", "bom", "jsonl bom"])
-@pytest.mark.parametrize("chunk", [7, 64, 1 << 20])
-def test_json_forms_are_read_alike_in_any_chunks(monkeypatch, tmp_path, kind, chunk):
-    monkeypatch.setattr(tables, "CHUNK", max(chunk, 7))
+def test_json_forms_are_read_alike(tmp_path, kind):
     path = save_json(tmp_path / "s.json", records(), kind)
     assert list(Table(path).rows()) == records() == list(tables.read_rows(path))
     assert list(pickle.loads(pickle.dumps(Table(path))).rows()) == records()
@@ -150,9 +148,9 @@ def test_splits_must_be_chosen(tmp_path):
     [
         ("", "the file is empty"),
         ("hello", "neither JSON nor JSONL"),
-        ('[{"a": 1}, {"a": }]', "broken JSON at line 1"),
-        ('[\n{"a": 1},\n{"a": 1', "broken JSON at line 3"),
-        ('[{"a": 1} {"a": 2}]', "comma"),
+        ('[{"a": 1}, {"a": }]', r"s.json: broken JSON .*unallowed token"),
+        ('[\n{"a": 1},\n{"a": 1', r"s.json: broken JSON .*premature EOF"),
+        ('[{"a": 1} {"a": 2}]', "after array element, I expect ','"),
         ('[{"a": 1},', "broken JSON"),
     ],
 )
@@ -186,7 +184,7 @@ def test_a_broken_line_costs_only_itself(tmp_path):
         ({"conversations": turns("<image> A?")}, "malformed record", "take turns"),
         ({"conversations": turns("<image>", "B.")}, "malformed record", "empty"),
         ({"conversations": turns("<image> A?", " ")}, "malformed record", "empty"),
-        ({"conversations": turns("<image> A?", "no</s>")}, "malformed record", "</s>"),
+        ({"conversations": turns("<image> A?", "no <image>")}, "malformed record", "<image>"),
         ({"conversations": "<image>"}, "malformed record", "list of turns"),
         ({"conversations": [{"from": "human", "value": 1}, {"from": "gpt", "value": "x"}]}, "malformed record", "text"),
         ({"conversations": turns("<image> A?", "B."), "image": ["a", "b"]}, "malformed record", "one picture"),

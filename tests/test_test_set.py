@@ -7,13 +7,13 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from llava.layout import collage_box
 from PIL import Image
 
 from data_gen.gen_instruction.rewriting import CENTRE_PHRASES
 from data_gen.gen_instruction.test_set import SIZES, slots
 from llava.image import ImageStore
 from llava.records import TARGET, read_questions
+from llava.regions import collage_box
 from tests.single_images import colour, digest, generate, generate_test_set, lines, save_pictures, write
 
 FORMATS = ("sequence", "collage", "pip")

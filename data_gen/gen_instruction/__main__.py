@@ -151,7 +151,7 @@ def prepare(flags: Flags, chances: Chances, output: Output) -> tuple[Recipe, Sch
         output.report(drop)
 
     try:
-        sources = Sources(flags.source, flags.image_folder, report, output.scratch)
+        sources = Sources(flags.source, flags.image_folder, report)
         uncut = only_in_sequences(sources, flags.bbox_filter, flags.exclude_subsets)
         schedule = plan(chances.shares, uncut, len(sources), flags.num_records, flags.seed)
         copies = copies_sequences(flags, chances, sources)

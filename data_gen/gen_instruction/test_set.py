@@ -77,7 +77,7 @@ def identify(flags: Flags) -> dict[str, Any]:
 def make(flags: Flags, identity: dict[str, Any]) -> dict[str, Any]:
     """Write everything; what was counted. Raises ValueError, FileNotFoundError."""
     drops: list[Drop] = []
-    sources = Sources(flags.source, flags.image_folder, drops.append, flags.output)
+    sources = Sources(flags.source, flags.image_folder, drops.append)
     forbidden, num_unread = exclude(flags, sources.files)
     make_all(flags, Maker(sources, np.random.default_rng(flags.seed), forbidden, drops, flags.picture_format))
     write_text(flags.output / "dropped.jsonl", "".join(json.dumps(drop.as_dict()) + "\n" for drop in drops))
