@@ -13,6 +13,7 @@ from typing import Any
 FORMATS = ("sequence", "collage", "pip", "single", "multi")
 TARGET = re.compile(r"In Image(\d+)")
 IMAGE = "<image>"  # stands in a prompt for each picture
+RESERVED = (IMAGE, "</s>")  # of no answer, whatever the model
 PLACEHOLDER_OF_MIA_DPO = "<image-placeholder>"
 KNOWN = {"id", "image", "prompt", "image_type", "target", "target_box", "grid"}
 
@@ -367,7 +368,8 @@ def _grid(raw: dict, target: int | None) -> tuple[int, int] | None:
 
 
 def check_answer(answer: str) -> str:
-    """The answer itself. Raises ValueError if it holds `<image>`, which stands for a picture."""
-    if IMAGE in answer:
-        raise ValueError(f"an answer must not contain {IMAGE!r}")
+    """The answer itself. Raises ValueError if it holds `<image>` or what ends an answer; families refuse more."""
+    for token in RESERVED:
+        if token in answer:
+            raise ValueError(f"an answer must not contain {token!r}")
     return answer

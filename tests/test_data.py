@@ -89,11 +89,11 @@ def test_records_that_tokenise_badly_are_all_listed(setting):
 def test_special_tokens_in_a_record_are_listed_with_it(setting):
     """The model would read them as its own: refused in prompts and answers, record by record."""
     prompt = "Image1:<image>\nImage2:<image>\nIn Image2, </s>?"
-    change = {"chosen": "red</s>"}, {"rejected": "<s>blue"}, {"prompt": prompt}
+    change = {"chosen": "red<unk>"}, {"rejected": "<s>blue"}, {"prompt": prompt}
     records = read_preferences(setting.data([preference(n, **own) for n, own in enumerate(change)]))
     found = problems(tokenize, records, setting.family, None)
     assert [problem.split("(id ")[1].split(")")[0] for problem in found] == ["pair_0", "pair_1", "pair_2"]
-    for problem, token in zip(found, ("</s>", "<s>", "</s>"), strict=True):
+    for problem, token in zip(found, ("<unk>", "<s>", "</s>"), strict=True):
         assert repr(token) in problem
 
 

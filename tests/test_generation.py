@@ -1,10 +1,12 @@
 """Batched answers against one prompt at a time with eager attention."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from llava.attention import install
-from llava.generation import batch_prompts, generate
+from llava.generation import Watch, batch_prompts, generate
 from tests.conftest import SIDE, tiny_model
 
 TOKENS = 36
@@ -124,3 +126,15 @@ def test_an_answer_ends_at_its_end_token_while_others_go_on(processor, family):
     (ended,) = generate(model, family, batch, [2], max_new_tokens=5, logits_processor=[always_end])
     assert (ended.tokens, ended.text) == ([end], "")
     assert ended.confidence == answer.confidence
+
+
+@pytest.mark.parametrize(("steps", "expected"), [([0.5, 0.5], 2.0), ([0.9, 0.9], 1 / 0.9), ([1.0], 1.0)])
+def test_perplexity_by_hand(steps, expected):
+    """Of each answer's own tokens, by the largest probability of every step."""
+    watch = Watch(None, SimpleNamespace(input_ids=torch.zeros(2, 1)), None, None, beams=1)
+    for largest in [*steps, 0.3]:  # a longer answer beside it goes on
+        rest = (1 - largest) / 4
+        scores = torch.tensor([[largest, rest, rest, rest, rest], [0.6, 0.1, 0.1, 0.1, 0.1]]).clamp(min=1e-30).log()
+        assert torch.equal(watch(None, scores + 7), scores + 7)
+    own, other = watch.perplexities(torch.tensor([len(steps), len(steps) + 1]))
+    assert own == pytest.approx(expected, rel=1e-6) and other == pytest.approx(1 / 0.6, rel=1e-6)

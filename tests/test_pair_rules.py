@@ -5,11 +5,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from data_gen.gen_chosen_rejected.correctness import edit_distance, is_right, length_ratio
-from data_gen.gen_chosen_rejected.generate import Certainty
 from data_gen.gen_chosen_rejected.noise import Noise
 from data_gen.gen_chosen_rejected.others import Truth, bare_question, other_image, repointed, truths
 from data_gen.gen_chosen_rejected.output import select
@@ -153,17 +151,6 @@ def test_edit_distance_is_levenshteins():
 
 
 # ---- perplexity
-
-
-@pytest.mark.parametrize(("steps", "expected"), [([0.5, 0.5], 2.0), ([0.9, 0.9], 1 / 0.9), ([1.0], 1.0)])
-def test_perplexity_by_hand(steps, expected):
-    certainty = Certainty()
-    for largest in [*steps, 0.3]:  # a longer answer beside it goes on
-        rest = (1 - largest) / 4
-        scores = torch.tensor([[largest, rest, rest, rest, rest], [0.6, 0.1, 0.1, 0.1, 0.1]]).clamp(min=1e-30).log()
-        assert torch.equal(certainty(None, scores + 7), scores + 7)
-    own, other = certainty.perplexities([len(steps), len(steps) + 1])
-    assert own == pytest.approx(expected, rel=1e-6) and other == pytest.approx(1 / 0.6, rel=1e-6)
 
 
 # ---- noise

@@ -247,6 +247,7 @@ BAD = {
     "box of text": (one_image("What?", target_box=["0", "0", "1", "1"]), "target_box"),
     "grid of one": (one_image("In Image1, what?", grid=[2]), "`grid`"),
     "grid of zero": (one_image("In Image1, what?", grid=[0, 2]), "`grid`"),
+    "stop string": (pair(chosen="red</s>"), "</s>"),
     "image in answer": (pair(rejected="<image>"), "<image>"),
 }
 

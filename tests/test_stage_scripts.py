@@ -1,16 +1,13 @@
 """The launch scripts of inference, AdaptViz and data generation, with stubs for python and torchrun (training's own is
 in test_architecture)."""
 
-import argparse
+import importlib
 import re
 import shutil
 
 import pytest
 
-import data_gen.gen_chosen_rejected.__main__ as pairs
-import data_gen.gen_instruction.__main__ as instructions
-from inference_optimization.llava_hound_dpo.run_adaptive import add_adaptviz_arguments
-from llava.answering import add_arguments
+from llava.command_line import Parser
 from tests.test_architecture import ROOT, launch  # noqa: F401  a fixture
 
 INFERENCE = ROOT / "inference/llava_hound_dpo/my_inference_hpc.sh"
@@ -28,16 +25,12 @@ SCRIPTS = pytest.mark.parametrize("script", MODULES, ids=lambda path: path.name)
 
 def flags_of(script, monkeypatch):
     """Every flag that the script's module takes."""
-    found = []
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", lambda parser, *a: found.append(parser))
-    if script in (INFERENCE, ADAPTIVE):
-        parser = argparse.ArgumentParser()
-        add_arguments(parser)
-        if script == ADAPTIVE:
-            add_adaptviz_arguments(parser)
-        found.append(parser)
-    else:
-        {INSTRUCTIONS: instructions, PAIRS: pairs}[script].parse_args()
+    found, name = [], MODULES[script]
+    monkeypatch.setattr(Parser, "parse_args_into_dataclasses", lambda parser, *a, **k: found.append(parser) or 1 / 0)
+    monkeypatch.setattr("sys.argv", [name])
+    module = importlib.import_module(name if script in (INFERENCE, ADAPTIVE) else f"{name}.__main__")
+    with pytest.raises(ZeroDivisionError):
+        module.main()
     return {option.removeprefix("--") for action in found[0]._actions for option in action.option_strings}
 
 
