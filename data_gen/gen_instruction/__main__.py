@@ -18,13 +18,16 @@ from typing import Any
 from tqdm import tqdm
 
 from data_gen.drops import Drop
-from data_gen.gen_instruction import collage, sequence
 from data_gen.gen_instruction.arguments import Common, shown, weights_or
 from data_gen.gen_instruction.compose import Recipe, make
+from data_gen.gen_instruction.formats import FORMATS, GRIDS
 from data_gen.gen_instruction.output import Output
 from data_gen.gen_instruction.schedule import (
+    ASKING_MIXED,
     BOX_FILTERS,
-    FORMATS,
+    COLLAGE_SHARES,
+    COLLAGE_SHARES_MIXED,
+    SEQUENCE_SHARES,
     SHARES,
     Schedule,
     only_in_sequences,
@@ -52,9 +55,9 @@ class Flags(Common):
     seed: int = flag("of everything drawn by chance", 0)
     num_records: int | None = flag("prompts to make; without it one per source record", None)
     shares: str | None = flag(f"of the formats in a mix; as published: {shown(SHARES)}", None)
-    num_images_weights: str | None = flag(f"pictures of a sequence; as published: {shown(sequence.SHARES)}", None)
+    num_images_weights: str | None = flag(f"pictures of a sequence; as published: {shown(SEQUENCE_SHARES)}", None)
     num_cells_weights: str | None = flag(
-        f"pictures of a collage; as published: {shown(collage.SHARES)}, or {shown(collage.SHARES_MIXED)} with `mixed`",
+        f"pictures of a collage; as published: {shown(COLLAGE_SHARES)}, or {shown(COLLAGE_SHARES_MIXED)} with `mixed`",
         None,
     )
     sources_per_collage: str = flag(
@@ -92,11 +95,11 @@ class Chances:
         """As the flags say. Raises ValueError."""
         if flags.shares is not None and flags.format != "mix":
             raise ValueError("--shares is for --format mix")
-        of_cells = collage.SHARES_MIXED if flags.sources_per_collage == "mixed" else collage.SHARES
+        of_cells = COLLAGE_SHARES_MIXED if flags.sources_per_collage == "mixed" else COLLAGE_SHARES
         one_format = {name: float(name == flags.format) for name in FORMATS}
         return cls(
             weights_or(flags.shares, SHARES) if flags.format == "mix" else one_format,
-            weights_or(flags.num_images_weights, sequence.SHARES),
+            weights_or(flags.num_images_weights, SEQUENCE_SHARES),
             weights_or(flags.num_cells_weights, of_cells),
         )
 
@@ -112,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             output = Output(flags.output, identify(flags, chances))
             counts = output.finished()
             if counts is None:
-                stack.enter_context(output)
+                stack.enter_context(output.writing())
                 recipe, schedule = prepare(flags, chances, output)
         if counts is not None:
             logger.info("%s is complete: nothing to do", flags.output)
@@ -150,18 +153,14 @@ def prepare(flags: Flags, chances: Chances, output: Output) -> tuple[Recipe, Sch
             raise ValueError(str(drop))
         output.report(drop)
 
-    try:
-        sources = Sources(flags.source, flags.image_folder, report)
-        uncut = only_in_sequences(sources, flags.bbox_filter, flags.exclude_subsets)
-        schedule = plan(chances.shares, uncut, len(sources), flags.num_records, flags.seed)
-        copies = copies_sequences(flags, chances, sources)
-    except (ValueError, FileNotFoundError):
-        output.abandon()
-        raise
+    sources = Sources(flags.source, flags.image_folder, report)
+    uncut = only_in_sequences(sources, flags.bbox_filter, flags.exclude_subsets)
+    schedule = plan(chances.shares, uncut, len(sources), flags.num_records, flags.seed)
+    copies = copies_sequences(flags, chances, sources)
     for index in map(int, schedule.left_out):
         source = sources[index]
         report(Drop.of(why_left_out(sources, index, flags.exclude_subsets), source.id, source.where))
-    num_asking = collage.ASKING_MIXED if flags.sources_per_collage == "mixed" else dict.fromkeys(collage.GRIDS, 1)
+    num_asking = ASKING_MIXED if flags.sources_per_collage == "mixed" else dict.fromkeys(GRIDS, 1)
     recipe = Recipe(
         sources, output.pictures, flags.seed, chances.num_images_weights, chances.num_cells_weights, num_asking,
         flags.refusals, uncut, flags.picture_format, copies,
@@ -181,6 +180,7 @@ def copies_sequences(flags: Flags, chances: Chances, sources: Sources) -> bool:
 
 def fill(flags: Flags, output: Output, recipe: Recipe, schedule: Schedule) -> Drop | None:
     """Make the prompts that are missing; with --strict up to the first bad record, which is returned."""
+    output.begin()
     if output.num_done:
         logger.info("%d prompts found in %s: continuing", output.num_done, flags.output)
     with tqdm(total=len(schedule), initial=output.num_done, desc="prompts", unit="prompt") as bar:

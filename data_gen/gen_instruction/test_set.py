@@ -20,9 +20,8 @@ from tqdm import tqdm
 
 from data_gen.drops import Drop, Unusable
 from data_gen.gen_instruction.arguments import Common
-from data_gen.gen_instruction.collage import GRIDS
+from data_gen.gen_instruction.formats import FORMATS, GRIDS
 from data_gen.gen_instruction.questions import Maker, Tar
-from data_gen.gen_instruction.schedule import FORMATS
 from data_gen.gen_instruction.workers import WorkerKilled, ordered
 from data_gen.pictures import PictureFiles, decode, fingerprint
 from data_gen.sources import Sources
