@@ -18,7 +18,7 @@ from typing import Any
 from tqdm import tqdm
 
 from data_gen.drops import Drop
-from data_gen.gen_instruction.arguments import Common, shown, weights_or
+from data_gen.gen_instruction.arguments import Common, exit_code
 from data_gen.gen_instruction.compose import Recipe, make
 from data_gen.gen_instruction.formats import FORMATS, GRIDS
 from data_gen.gen_instruction.output import Output
@@ -42,6 +42,11 @@ from llava.runtime import setup_logging, stop, user_errors
 
 logger = logging.getLogger("data_gen.gen_instruction")
 NOT_OF_THE_DATA = {"output", "num_workers", "strict"}  # flags that do not change what is written
+
+
+def shown(shares: dict[Any, int]) -> str:
+    """Weights as the flags take them."""
+    return ",".join(f"{choice}:{weight}" for choice, weight in shares.items())
 
 
 @dataclass(kw_only=True)
@@ -168,6 +173,30 @@ def prepare(flags: Flags, chances: Chances, output: Output) -> tuple[Recipe, Sch
     return recipe, schedule
 
 
+def weights(text: str, allowed: dict[str, Any]) -> dict[Any, float]:
+    """`2:3,4:1` as {2: 3.0, 4: 1.0}; choices that are not named get 0. `allowed` has the choices by name.
+
+    Raises ValueError naming the valid choices.
+    """
+    example = ",".join(f"{name}:1" for name in list(allowed)[:2])
+    found = dict.fromkeys(allowed.values(), 0.0)
+    for part in text.split(","):
+        name, _, value = part.partition(":")
+        try:
+            found[allowed[name.strip()]] = float(value)
+        except (KeyError, ValueError) as error:
+            choices = ", ".join(allowed)
+            raise ValueError(f"weights {text!r}: {part!r} is none of {choices} with a number, as {example}") from error
+    if not all(0 <= value < float("inf") for value in found.values()) or not sum(found.values()):
+        raise ValueError(f"weights {text!r}: they must be positive numbers, or 0 for none, as {example}")
+    return found
+
+
+def weights_or(text: str | None, default: dict[Any, float]) -> dict[Any, float]:
+    """The weights of a flag that may be left out; their choices are those of the default."""
+    return default if text is None else weights(text, {str(choice): choice for choice in default})
+
+
 def copies_sequences(flags: Flags, chances: Chances, sources: Sources) -> bool:
     """Whether pictures of sequences go into the output folder. Raises ValueError if they must but may not."""
     has_embedded = any(table.is_embedded for table in sources.tables)
@@ -202,9 +231,7 @@ def summarise(flags: Flags, counts: dict[str, Any]) -> int:
         if found := counts[title]:
             reasons = ", ".join(f"{number} {reason}" for reason, number in sorted(found.items()))
             logger.info("%s: %s", title.replace("_", " "), reasons)
-    if counts["bad"]:
-        logger.info("%d times the input was bad: dropped.jsonl has file, record and reason", counts["bad"])
-    return 1 if counts["bad"] else 0
+    return exit_code(counts)
 
 
 if __name__ == "__main__":
