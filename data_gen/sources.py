@@ -49,9 +49,7 @@ class Sources(Sequence[Source]):
     Raises FileNotFoundError or ValueError if a file as a whole cannot be read or nothing in it is usable.
     """
 
-    def __init__(
-        self, paths: Iterable[str | Path], image_folder: str | Path | None, report: Callable[[Drop], None]
-    ):
+    def __init__(self, paths: Iterable[str | Path], image_folder: str | Path | None, report: Callable[[Drop], None]):
         self.tables = [Table(path) for path in paths]
         self.files = PictureFiles(image_folder) if image_folder else None
         if outside := [str(table.path) for table in self.tables if not (table.is_embedded or self.files)]:

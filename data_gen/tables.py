@@ -35,7 +35,7 @@ class Table:
             yield row
 
     def picture(self, number: int) -> bytes | None:
-        """The encoded picture of a row from 0, None where the table has none for it. Of parquet, its row group is read."""
+        """The encoded picture of a row from 0, None where there is none; of parquet, its row group is read for it."""
         column = self._row_group_from(number) if self._is_parquet else self._mapped[number][PICTURE]
         cell = column[0].as_py()
         return cell.get("bytes") if isinstance(cell, dict) else cell

@@ -115,10 +115,11 @@ def _array(path: Path) -> Iterator[Any]:
     with path.open("rb") as file:
         if file.read(len(BOM)) != BOM:
             file.seek(0)
-        number = 0
+        num_read = 0
         try:
-            for number, item in enumerate(ijson.items(file, "item", use_float=True), 1):
+            for item in ijson.items(file, "item", use_float=True):
                 yield item
+                num_read += 1
         except (ijson.JSONError, RecursionError) as error:
             why = " ".join(str(error).split())
-            raise ValueError(f"{path}: broken JSON some way after record {number} ({why})") from error
+            raise ValueError(f"{path}: broken JSON some way after record {num_read} ({why})") from error

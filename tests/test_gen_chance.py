@@ -5,14 +5,13 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from data_gen.gen_instruction import collage, sequence
 from data_gen.gen_instruction.companions import shuffled
 from data_gen.gen_instruction.compose import Recipe, draw
-from data_gen.gen_instruction.schedule import SHARES, Task, plan
+from data_gen.gen_instruction.schedule import COLLAGE_SHARES, SEQUENCE_SHARES, SHARES, Task, plan
 
 
 def drafts(image_type, count, seed=0):
-    recipe = Recipe(None, None, seed, sequence.SHARES, collage.SHARES, {}, 0.0, None, "jpg", False)
+    recipe = Recipe(None, None, seed, SEQUENCE_SHARES, COLLAGE_SHARES, {}, 0.0, None, "jpg", False)
     return [draw(recipe, Task(index, image_type, 0)) for index in range(count)]
 
 
@@ -25,7 +24,7 @@ def chi_square(counts, shares):
 LIMIT = [15.1, 18.4, 21.1, 23.5, 25.7, 27.9, 29.9, 31.8]
 
 
-@pytest.mark.parametrize(("image_type", "shares"), [("sequence", sequence.SHARES), ("collage", collage.SHARES)])
+@pytest.mark.parametrize(("image_type", "shares"), [("sequence", SEQUENCE_SHARES), ("collage", COLLAGE_SHARES)])
 def test_numbers_of_pictures_and_positions_follow_their_shares(image_type, shares):
     found = Counter((draft.num_images, draft.target) for draft in drafts(image_type, 6000))
     per_size = [sum(found[n, k] for k in range(n)) for n in shares]

@@ -128,8 +128,8 @@ def test_leftovers_of_another_run_are_refused_in_one_line(monkeypatch, tmp_path,
 
 def test_two_processes_do_not_write_one_folder(tmp_path):
     code = "from data_gen.gen_instruction.output import Output; from pathlib import Path; import sys\n"
-    code += "Output(Path(sys.argv[1]), {'a': {}}).__enter__()"
-    with Output(tmp_path, {"a": {}}):
+    code += "Output(Path(sys.argv[1]), {'a': {}}).writing().__enter__()"
+    with Output(tmp_path, {"a": {}}).writing():
         done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and "another process is writing there" in done.stderr
 

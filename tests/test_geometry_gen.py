@@ -8,8 +8,16 @@ import torch
 from PIL import Image
 from transformers import CLIPImageProcessor
 
-from data_gen.gen_instruction.collage import GRIDS, LABEL_LEFT, Collage, canvas_size, corner, fitted
-from data_gen.gen_instruction.pic_in_pic import inner_box, paste_inside
+from data_gen.gen_instruction.formats import (
+    GRIDS,
+    LABEL_LEFT,
+    Collage,
+    canvas_size,
+    corner,
+    fitted,
+    inner_box,
+    paste_inside,
+)
 from llava.regions import CELL, MARGIN, collage_box
 from tests.conftest import llava15
 from tests.single_images import colour, generate, lines, save_pictures, write

@@ -173,25 +173,42 @@ def test_the_first_turn_of_a_conversation_is_asked(monkeypatch, tmp_path):
             assert "others" not in raw, "an answer that is the target's own confuses nobody"
 
 
-def test_pictures_that_readers_see_otherwise_are_redrawn(monkeypatch, tmp_path):
+@pytest.mark.parametrize("maker", ["instructions", "test set"])
+def test_pictures_are_seen_alike_in_every_format(monkeypatch, tmp_path, maker):
     """A 16-bit picture would be read as white, a rotated one as lying on its side."""
     save_pictures(tmp_path / "images", 30, "pixmo")
-    for number in range(30):
+    for number in range(1, 30):
         rotated = Image.Exif()
-        rotated[0x0112] = 8
-        picture = Image.new("RGB", (20 + number, 10), colour(number))
+        rotated[0x0112] = 8  # to be turned anticlockwise: the right edge comes to the top
+        picture = Image.new("RGB", (40 + 2 * number, 20), colour(number))
+        picture.paste("white", (20 + number, 0, 40 + 2 * number, 20))
         picture.save(tmp_path / f"images/pixmo/{number}.png", exif=rotated)
-    Image.fromarray(np.full((9, 9), 32768, dtype=np.uint16)).save(tmp_path / "images/pixmo/0.png")
-    out = tmp_path / "out"
-    rows = write(tmp_path, [pixmo(number) for number in range(30)])
-    assert generate_test_set(monkeypatch, *rows, "--output", out, "--num_per_format", 9) == 0
-    questions, raws, store = read(out, "sequence")
-    for question, raw in zip(questions, raws, strict=True):
-        for name, source in zip(question.images, raw["sources"], strict=True):
-            number = int(source["path"].split("/")[1][:-4])
-            picture = store.open(name)
-            assert picture.size == ((10, 20 + number) if number else (9, 9))
-            assert picture.getpixel((0, 0)) == (colour(number) if number else (128, 128, 128))
+    deep = np.full((40, 20), 32768, dtype=np.uint16)
+    deep[:20] = 65535
+    Image.fromarray(deep).save(tmp_path / "images/pixmo/0.png")
+    rows, out = write(tmp_path, [pixmo(number) for number in range(30)]), tmp_path / "out"
+    more = ["--picture_format", "png", "--output", out]
+    if maker == "test set":
+        assert generate_test_set(monkeypatch, *rows, *more, "--num_per_format", 9) == 0
+        found = [(raw, read(out, kind)[2]) for kind in FORMATS for raw in read(out, kind)[1]]
+    else:
+        assert generate(monkeypatch, "--format", "mix", *rows, *more) == 0
+        found = [(raw, ImageStore(out / "images")) for raw in lines(out / "instructions.jsonl")]
+    assert {raw["image_type"] for raw, _ in found} == set(FORMATS)
+    for raw, store in found:
+        number = int(raw["sources"][raw["target"] - 1]["path"].split("/")[1][:-4])
+        if raw["image_type"] == "sequence":
+            path, box = raw["image"][raw["target"] - 1], None
+            stored = Image.open(io.BytesIO(store.read(path)))
+            assert stored.mode == "RGB" and not stored.getexif(), "no reader need turn or scale it"
+        else:
+            path, box = raw["image"][0], raw["target_box"]
+        seen = store.open(path).crop(box) if box else store.open(path)
+        width, height = seen.size
+        assert height > 1.9 * width, "upright"
+        paint = colour(number) if number else (128, 128, 128)
+        assert seen.getpixel((width // 2, height // 8)) == (255, 255, 255)
+        assert seen.getpixel((width // 2, height * 7 // 8)) == paint
 
 
 @pytest.mark.parametrize(

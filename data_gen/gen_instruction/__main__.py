@@ -18,13 +18,16 @@ from typing import Any
 from tqdm import tqdm
 
 from data_gen.drops import Drop
-from data_gen.gen_instruction import collage, sequence
-from data_gen.gen_instruction.arguments import Common, shown, weights_or
+from data_gen.gen_instruction.arguments import Common, exit_code
 from data_gen.gen_instruction.compose import Recipe, make
+from data_gen.gen_instruction.formats import FORMATS, GRIDS
 from data_gen.gen_instruction.output import Output
 from data_gen.gen_instruction.schedule import (
+    ASKING_MIXED,
     BOX_FILTERS,
-    FORMATS,
+    COLLAGE_SHARES,
+    COLLAGE_SHARES_MIXED,
+    SEQUENCE_SHARES,
     SHARES,
     Schedule,
     only_in_sequences,
@@ -41,6 +44,11 @@ logger = logging.getLogger("data_gen.gen_instruction")
 NOT_OF_THE_DATA = {"output", "num_workers", "strict"}  # flags that do not change what is written
 
 
+def shown(shares: dict[Any, int]) -> str:
+    """Weights as the flags take them."""
+    return ",".join(f"{choice}:{weight}" for choice, weight in shares.items())
+
+
 @dataclass(kw_only=True)
 class Flags(Common):
     """The command line."""
@@ -52,9 +60,9 @@ class Flags(Common):
     seed: int = flag("of everything drawn by chance", 0)
     num_records: int | None = flag("prompts to make; without it one per source record", None)
     shares: str | None = flag(f"of the formats in a mix; as published: {shown(SHARES)}", None)
-    num_images_weights: str | None = flag(f"pictures of a sequence; as published: {shown(sequence.SHARES)}", None)
+    num_images_weights: str | None = flag(f"pictures of a sequence; as published: {shown(SEQUENCE_SHARES)}", None)
     num_cells_weights: str | None = flag(
-        f"pictures of a collage; as published: {shown(collage.SHARES)}, or {shown(collage.SHARES_MIXED)} with `mixed`",
+        f"pictures of a collage; as published: {shown(COLLAGE_SHARES)}, or {shown(COLLAGE_SHARES_MIXED)} with `mixed`",
         None,
     )
     sources_per_collage: str = flag(
@@ -92,11 +100,11 @@ class Chances:
         """As the flags say. Raises ValueError."""
         if flags.shares is not None and flags.format != "mix":
             raise ValueError("--shares is for --format mix")
-        of_cells = collage.SHARES_MIXED if flags.sources_per_collage == "mixed" else collage.SHARES
+        of_cells = COLLAGE_SHARES_MIXED if flags.sources_per_collage == "mixed" else COLLAGE_SHARES
         one_format = {name: float(name == flags.format) for name in FORMATS}
         return cls(
             weights_or(flags.shares, SHARES) if flags.format == "mix" else one_format,
-            weights_or(flags.num_images_weights, sequence.SHARES),
+            weights_or(flags.num_images_weights, SEQUENCE_SHARES),
             weights_or(flags.num_cells_weights, of_cells),
         )
 
@@ -112,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             output = Output(flags.output, identify(flags, chances))
             counts = output.finished()
             if counts is None:
-                stack.enter_context(output)
+                stack.enter_context(output.writing())
                 recipe, schedule = prepare(flags, chances, output)
         if counts is not None:
             logger.info("%s is complete: nothing to do", flags.output)
@@ -150,23 +158,43 @@ def prepare(flags: Flags, chances: Chances, output: Output) -> tuple[Recipe, Sch
             raise ValueError(str(drop))
         output.report(drop)
 
-    try:
-        sources = Sources(flags.source, flags.image_folder, report)
-        uncut = only_in_sequences(sources, flags.bbox_filter, flags.exclude_subsets)
-        schedule = plan(chances.shares, uncut, len(sources), flags.num_records, flags.seed)
-        copies = copies_sequences(flags, chances, sources)
-    except (ValueError, FileNotFoundError):
-        output.abandon()
-        raise
+    sources = Sources(flags.source, flags.image_folder, report)
+    uncut = only_in_sequences(sources, flags.bbox_filter, flags.exclude_subsets)
+    schedule = plan(chances.shares, uncut, len(sources), flags.num_records, flags.seed)
+    copies = copies_sequences(flags, chances, sources)
     for index in map(int, schedule.left_out):
         source = sources[index]
         report(Drop.of(why_left_out(sources, index, flags.exclude_subsets), source.id, source.where))
-    num_asking = collage.ASKING_MIXED if flags.sources_per_collage == "mixed" else dict.fromkeys(collage.GRIDS, 1)
+    num_asking = ASKING_MIXED if flags.sources_per_collage == "mixed" else dict.fromkeys(GRIDS, 1)
     recipe = Recipe(
         sources, output.pictures, flags.seed, chances.num_images_weights, chances.num_cells_weights, num_asking,
         flags.refusals, uncut, flags.picture_format, copies,
     )  # fmt: skip
     return recipe, schedule
+
+
+def weights(text: str, allowed: dict[str, Any]) -> dict[Any, float]:
+    """`2:3,4:1` as {2: 3.0, 4: 1.0}; choices that are not named get 0. `allowed` has the choices by name.
+
+    Raises ValueError naming the valid choices.
+    """
+    example = ",".join(f"{name}:1" for name in list(allowed)[:2])
+    found = dict.fromkeys(allowed.values(), 0.0)
+    for part in text.split(","):
+        name, _, value = part.partition(":")
+        try:
+            found[allowed[name.strip()]] = float(value)
+        except (KeyError, ValueError) as error:
+            choices = ", ".join(allowed)
+            raise ValueError(f"weights {text!r}: {part!r} is none of {choices} with a number, as {example}") from error
+    if not all(0 <= value < float("inf") for value in found.values()) or not sum(found.values()):
+        raise ValueError(f"weights {text!r}: they must be positive numbers, or 0 for none, as {example}")
+    return found
+
+
+def weights_or(text: str | None, default: dict[Any, float]) -> dict[Any, float]:
+    """The weights of a flag that may be left out; their choices are those of the default."""
+    return default if text is None else weights(text, {str(choice): choice for choice in default})
 
 
 def copies_sequences(flags: Flags, chances: Chances, sources: Sources) -> bool:
@@ -181,6 +209,7 @@ def copies_sequences(flags: Flags, chances: Chances, sources: Sources) -> bool:
 
 def fill(flags: Flags, output: Output, recipe: Recipe, schedule: Schedule) -> Drop | None:
     """Make the prompts that are missing; with --strict up to the first bad record, which is returned."""
+    output.begin()
     if output.num_done:
         logger.info("%d prompts found in %s: continuing", output.num_done, flags.output)
     with tqdm(total=len(schedule), initial=output.num_done, desc="prompts", unit="prompt") as bar:
@@ -202,9 +231,7 @@ def summarise(flags: Flags, counts: dict[str, Any]) -> int:
         if found := counts[title]:
             reasons = ", ".join(f"{number} {reason}" for reason, number in sorted(found.items()))
             logger.info("%s: %s", title.replace("_", " "), reasons)
-    if counts["bad"]:
-        logger.info("%d times the input was bad: dropped.jsonl has file, record and reason", counts["bad"])
-    return 1 if counts["bad"] else 0
+    return exit_code(counts)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
-"""Command lines: what both generators take, and what is checked before any work."""
+"""What both generators take, and say at the end."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from data_gen.gen_instruction.workers import usable_cores
 from llava.command_line import flag
+
+logger = logging.getLogger("data_gen.gen_instruction")
 
 
 @dataclass(kw_only=True)
@@ -25,30 +28,8 @@ class Common:
     )
 
 
-def weights(text: str, allowed: dict[str, Any]) -> dict[Any, float]:
-    """`2:3,4:1` as {2: 3.0, 4: 1.0}; choices that are not named get 0. `allowed` has the choices by name.
-
-    Raises ValueError naming the valid choices.
-    """
-    example = ",".join(f"{name}:1" for name in list(allowed)[:2])
-    found = dict.fromkeys(allowed.values(), 0.0)
-    for part in text.split(","):
-        name, _, value = part.partition(":")
-        try:
-            found[allowed[name.strip()]] = float(value)
-        except (KeyError, ValueError) as error:
-            choices = ", ".join(allowed)
-            raise ValueError(f"weights {text!r}: {part!r} is none of {choices} with a number, as {example}") from error
-    if not all(0 <= value < float("inf") for value in found.values()) or not sum(found.values()):
-        raise ValueError(f"weights {text!r}: they must be positive numbers, or 0 for none, as {example}")
-    return found
-
-
-def weights_or(text: str | None, default: dict[Any, float]) -> dict[Any, float]:
-    """The weights of a flag that may be left out; their choices are those of the default."""
-    return default if text is None else weights(text, {str(choice): choice for choice in default})
-
-
-def shown(shares: dict[Any, int]) -> str:
-    """Weights as the flags take them."""
-    return ",".join(f"{choice}:{weight}" for choice, weight in shares.items())
+def exit_code(counts: dict[str, Any]) -> int:
+    """1 if the input was bad anywhere, which is said."""
+    if counts["bad"]:
+        logger.info("%d times the input was bad: dropped.jsonl has file, record and reason", counts["bad"])
+    return 1 if counts["bad"] else 0

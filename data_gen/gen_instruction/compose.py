@@ -4,7 +4,6 @@ A prompt depends on the recipe and its own task only, so that any process may ma
 """
 
 from bisect import bisect
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -12,16 +11,13 @@ from typing import Any
 import numpy as np
 
 from data_gen.drops import Drop, Unusable
-from data_gen.gen_instruction.collage import Box, Collage
 from data_gen.gen_instruction.companions import Member, members
+from data_gen.gen_instruction.formats import Drawn, placeholders, put_together
 from data_gen.gen_instruction.output import PictureFolder
-from data_gen.gen_instruction.pic_in_pic import paste_inside
 from data_gen.gen_instruction.rewriting import CENTRE_PHRASES, ask, ask_all, conversation, numbered, refusal
 from data_gen.gen_instruction.schedule import PROMPTS, Task
-from data_gen.gen_instruction.sequence import placeholders
 from data_gen.pictures import encode
-from data_gen.sources import Source, Sources
-from llava.records import IMAGE
+from data_gen.sources import Sources
 
 
 @dataclass(frozen=True)
@@ -50,11 +46,6 @@ class Draft:
     target: int  # 0-based position of the record that asks
     is_refused: bool  # asks about the picture after the last one instead
 
-    @property
-    def positions(self) -> list[int]:
-        """Where the target goes, then the companions."""
-        return [self.target, *(position for position in range(self.num_images) if position != self.target)]
-
 
 @dataclass(frozen=True)
 class Made:
@@ -68,9 +59,10 @@ class Made:
 def make(recipe: Recipe, task: Task) -> Made:
     """The prompt of a task; its pictures are on disk when this returns."""
     draft, drops = draw(recipe, task), []
-    compose = {"sequence": _sequence, "collage": _collage, "pip": _pic_in_pic}[task.image_type]
     try:
-        record = compose(recipe, draft, drops)
+        found = members(recipe.sources, task.source, draft.num_images, draft.rng, drops, task.id)
+        drawn = put_together(task.image_type, draft.target, draft.num_images, found)
+        record = _record(recipe, draft, drawn)
     except Unusable as error:
         source = recipe.sources[task.source]
         return Made(task.index, None, [*drops, Drop.of(error, source.id, source.where)])
@@ -88,54 +80,52 @@ def draw(recipe: Recipe, task: Task) -> Draft:
     return Draft(task, rng, num_images, int(rng.integers(num_images)), bool(rng.random() < recipe.refusals))
 
 
-def _sequence(recipe: Recipe, draft: Draft, drops: list[Drop]) -> dict[str, Any]:
-    found: dict[int, Member] = dict(_placed(recipe, draft, drops))
-    in_order = [found[position] for position in range(draft.num_images)]
-    images = [_stored(recipe, member) for member in in_order]
-    turns = _asked(draft, found[draft.target].source)
-    return _record(draft, images, placeholders(draft.num_images), turns, [member.source for member in in_order])
-
-
-def _collage(recipe: Recipe, draft: Draft, drops: list[Drop]) -> dict[str, Any]:
-    collage = Collage(draft.num_images)
-    boxes: dict[int, Box] = {}
-    sources: dict[int, Source] = {}
-    turns, turn_targets = [], []
-    num_asking = 1 if draft.is_refused else recipe.num_asking[draft.num_images]
-    for position, member in _placed(recipe, draft, drops):
-        boxes[position], sources[position] = collage.paste(position, member.picture.pixels), member.source
-        if num_asking and (position == draft.target or not recipe.uncut[member.index]):
-            own = _asked(draft, member.source, position)
-            turns += own
-            turn_targets += [position + 1] * len(own)
-            num_asking -= 1
-    image = recipe.folder.write(_name(recipe, draft.task), encode(collage.canvas, recipe.picture_format))
-    fields: dict[str, Any] = {"target_box": None if draft.is_refused else boxes[draft.target], "grid": collage.grid}
+def _record(recipe: Recipe, draft: Draft, drawn: Drawn) -> dict[str, Any]:
+    turns, turn_targets = _asked(recipe, draft, drawn)
+    record = {
+        "id": draft.task.id,
+        "image": _images(recipe, draft.task, drawn),
+        "conversations": conversation(placeholders(draft.task.image_type, draft.num_images), turns),
+        "image_type": draft.task.image_type,
+        "target": None if draft.is_refused else draft.target + 1,
+        **drawn.fields,
+    }
+    if draft.is_refused and "target_box" in record:
+        record["target_box"] = None
     if len(set(turn_targets)) > 1:
-        fields["turn_targets"] = turn_targets
-    in_order = [sources[position] for position in range(draft.num_images)]
-    return _record(draft, [image], f"{IMAGE}\n", turns, in_order, **fields)
+        record["turn_targets"] = turn_targets
+    record["sources"] = [{"id": source.id, "path": source.path} for source in drawn.sources]
+    return record | ({"is_refusal": True} if draft.is_refused else {})
 
 
-def _pic_in_pic(recipe: Recipe, draft: Draft, drops: list[Drop]) -> dict[str, Any]:
-    inner, outer = (member for _, member in _placed(recipe, draft, drops))
-    picture, box = paste_inside(inner.picture.pixels, outer.picture.pixels)
-    image = recipe.folder.write(_name(recipe, draft.task), encode(picture, recipe.picture_format))
-    turns = ask_all(inner.source.turns, lambda: CENTRE_PHRASES[draft.rng.integers(len(CENTRE_PHRASES))])
-    return _record(draft, [image], f"{IMAGE}\n", turns, [inner.source, outer.source], target_box=box)
-
-
-def _placed(recipe: Recipe, draft: Draft, drops: list[Drop]) -> Iterator[tuple[int, Member]]:
-    """The target and its companions, each with its position."""
-    task = draft.task
-    found = members(recipe.sources, task.source, draft.num_images, draft.rng, drops, task.id)
-    return zip(draft.positions, found, strict=True)
-
-
-def _asked(draft: Draft, source: Source, position: int | None = None) -> list[tuple[str, str]]:
+def _asked(recipe: Recipe, draft: Draft, drawn: Drawn) -> tuple[list[tuple[str, str]], list[int]]:
+    """Questions and answers, and the number from 1 of the picture that each is about."""
+    target = drawn.members[draft.target].source
     if draft.is_refused:
-        return [(ask(numbered(draft.num_images), source.turns[0][0]), refusal(draft.num_images))]
-    return ask_all(source.turns, lambda: numbered(draft.target if position is None else position))
+        question = ask(numbered(draft.num_images), target.turns[0][0])
+        return [(question, refusal(draft.num_images))], []
+    if draft.task.image_type == "pip":
+        return ask_all(target.turns, lambda: CENTRE_PHRASES[draft.rng.integers(len(CENTRE_PHRASES))]), []
+    num_asking = recipe.num_asking[draft.num_images] if draft.task.image_type == "collage" else 1
+    may_ask = [
+        position
+        for position, member in drawn.members.items()
+        if position == draft.target or not recipe.uncut[member.index]
+    ]
+    turns, turn_targets = [], []
+    for position in may_ask[:num_asking]:
+        own = drawn.members[position].source.turns
+        turns += ask_all(own, lambda place=position: numbered(place))
+        turn_targets += [position + 1] * len(own)
+    return turns, turn_targets
+
+
+def _images(recipe: Recipe, task: Task, drawn: Drawn) -> list[str]:
+    """Names of the pictures, which are in place; folders of a thousand files are fast everywhere."""
+    if drawn.picture is None:
+        return [_stored(recipe, drawn.members[position]) for position in range(len(drawn.members))]
+    name = f"made/{task.image_type}/{task.index // 1000:04d}/{task.index:07d}.{recipe.picture_format}"
+    return [recipe.folder.write(name, encode(drawn.picture, recipe.picture_format))]
 
 
 def _stored(recipe: Recipe, member: Member) -> str:
@@ -144,27 +134,7 @@ def _stored(recipe: Recipe, member: Member) -> str:
     if not recipe.copies_sequences:
         return path
     if not picture.is_plain:
-        return recipe.folder.copy(path + ".png", encode(picture.pixels, "png"), None)
+        return recipe.folder.write(path + ".png", encode(picture.pixels, "png"))
     if recipe.sources.is_embedded(member.index):
-        return recipe.folder.copy(path + picture.suffix, picture.data, None)
-    return recipe.folder.copy(path, picture.data, files.path / path if files.kind == "folder" else None)
-
-
-def _name(recipe: Recipe, task: Task) -> str:
-    """A place for a made picture; folders of a thousand files are fast everywhere."""
-    return f"made/{task.image_type}/{task.index // 1000:04d}/{task.index:07d}.{recipe.picture_format}"
-
-
-def _record(
-    draft: Draft, images: list[str], head: str, turns: list[tuple[str, str]], sources: list[Source], **fields: Any
-) -> dict[str, Any]:
-    record = {
-        "id": draft.task.id,
-        "image": images,
-        "conversations": conversation(head, turns),
-        "image_type": draft.task.image_type,
-        "target": None if draft.is_refused else draft.target + 1,
-        **fields,
-        "sources": [{"id": source.id, "path": source.path} for source in sources],
-    }
-    return record | ({"is_refusal": True} if draft.is_refused else {})
+        return recipe.folder.write(path + picture.suffix, picture.data)
+    return recipe.folder.write(path, picture.data, files.path / path if files.kind == "folder" else None)

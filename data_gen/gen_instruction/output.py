@@ -10,7 +10,8 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import contextmanager, suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,49 +26,34 @@ class PictureFolder:
     def __init__(self, folder: Path, temporary: Path):
         self.folder, self.temporary = folder, temporary
 
-    def write(self, name: str, data: bytes) -> str:
-        """Put a picture's bytes under a name; the name."""
+    def write(self, name: str, data: bytes, original: Path | None = None) -> str:
+        """Put a picture under a name, if it is not there yet; of an original as a hard link, where there can be one."""
         target = self.folder / name
+        if target.exists():  # whole, and of this run
+            return name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if original:
+            with suppress(OSError):  # another file system, one without links, or another process was faster
+                os.link(original.resolve(), target)
+                return name
         # Of this process alone: what a killed run left behind may still be at work for a moment.
         part = self.temporary / f"{os.getpid()}.part"
         part.write_bytes(data)
-        try:
-            part.replace(target)
-        except FileNotFoundError:  # rarer, so cheaper than asking every time
-            target.parent.mkdir(parents=True, exist_ok=True)
-            part.replace(target)
+        part.replace(target)
         return name
-
-    def copy(self, name: str, data: bytes, original: Path | None) -> str:
-        """Put a source picture under a name: as a hard link to its file where there can be one, else its bytes."""
-        target = self.folder / name
-        if target.exists():
-            return name
-        if original:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                os.link(original.resolve(), target)
-                return name
-            except OSError:  # another file system, one without links, or another process was faster
-                pass
-        return self.write(name, data)
 
 
 class Output:
-    """One run's folder, from its first moment to its last; as a context, for this process alone to write.
-
-    Entered, it begins, or goes on after the last whole line of its log: `num_done` prompts are done.
-    Raises ValueError if the folder holds another run, or if another process is writing it.
-    """
+    """One run's folder, from its first moment to its last. Raises ValueError if it holds another run."""
 
     def __init__(self, folder: Path, identity: dict[str, Any]):
         self.folder, self.identity = folder, as_json(identity)
         self.unfinished = folder / "unfinished"
-        self.scratch = self.unfinished / "scratch"  # for temporary files: a killed run's go with the next start
         self.pictures = PictureFolder(folder / "images", self.unfinished)
         # Not synced: a prompt is made again in less time than a disk needs to promise that it is written.
-        self._log, self._drops = (Log(self.unfinished / name, is_synced=False) for name in ("log.jsonl", "drops.jsonl"))
-        self._stack = ExitStack()
+        self._log = Log(self.unfinished / "log.jsonl", is_synced=False)
+        self._drops: list[Drop] = []  # before any prompt: the same ones in every start of a run
+        self.report = self._drops.append
         self.num_done = 0
 
     def finished(self) -> dict[str, Any] | None:
@@ -78,37 +64,28 @@ class Output:
         shutil.rmtree(self.unfinished, ignore_errors=True)
         return run["counts"]
 
-    def __enter__(self) -> "Output":
-        self._stack.enter_context(only_writer(self.unfinished))
-        try:
-            self._begin()
-        except ValueError:
-            self._stack.close()
-            raise
-        return self
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """For this process alone to write. Raises ValueError if another one does, or if it holds another run."""
+        with only_writer(self.unfinished):
+            if self._marker.is_file():
+                there, what = read_object(self._marker), f"the unfinished run in {self.folder}"
+                refuse_another(what, there, self.identity, ANOTHER_FOLDER)
+            elif leftovers := [name for name in ("instructions.jsonl", "images") if (self.folder / name).exists()]:
+                raise ValueError(f"{self.folder} holds {leftovers[0]} of something else: choose another --output")
+            yield
 
-    def __exit__(self, *error) -> None:
-        self._stack.close()
-
-    def _begin(self) -> None:
-        marker = self.unfinished / "identity.json"
-        if marker.is_file():
-            refuse_another(f"the unfinished run in {self.folder}", read_object(marker), self.identity, ANOTHER_FOLDER)
-        elif leftovers := [name for name in ("instructions.jsonl", "images") if (self.folder / name).exists()]:
-            raise ValueError(f"{self.folder} holds {leftovers[0]} of something else: choose another --output")
-        else:
-            write_text(marker, json.dumps(self.identity, indent=2))
+    def begin(self) -> None:
+        """Begin, or go on after the last whole line of the log: `num_done` prompts are done."""
+        write_text(self._marker, json.dumps(self.identity, indent=2))
         for part in self.unfinished.glob("*.part"):
             part.unlink(missing_ok=True)
-        shutil.rmtree(self.scratch, ignore_errors=True)
-        self.scratch.mkdir()
-        self._drops.path.unlink(missing_ok=True)  # the same ones in every start of a run
         self._log.append([])  # cuts off half a line
         self.num_done = sum(1 for _ in self._log)
 
-    def report(self, drop: Drop) -> None:
-        """List a record that was dropped before any prompt was made."""
-        self._drops.append([drop.as_dict()])
+    @property
+    def _marker(self) -> Path:
+        return self.unfinished / "identity.json"
 
     def append(self, record: dict[str, Any] | None, drops: list[Drop]) -> None:
         """The next prompt, or what became of it."""
@@ -120,7 +97,7 @@ class Output:
         num_bad = 0
         records, drops = self.unfinished / "instructions.jsonl", self.unfinished / "dropped.jsonl"
         with records.open("w", encoding="utf-8") as written, drops.open("w", encoding="utf-8") as listed:
-            for line in self._lines():
+            for line in chain([{"record": None, "drops": [drop.as_dict() for drop in self._drops]}], self._log):
                 if record := line["record"]:
                     made[record["image_type"]] += 1
                     made["refusals"] += record.get("is_refusal", False)
@@ -135,12 +112,3 @@ class Output:
         write_run_json(self.folder / "run.json", **content, identity=self.identity, counts=counts)
         shutil.rmtree(self.unfinished)
         return counts
-
-    def abandon(self) -> None:
-        """Leave nothing of a run that could not begin, so that its flags may be mended."""
-        if not self.num_done:
-            shutil.rmtree(self.unfinished)
-
-    def _lines(self) -> Iterator[dict[str, Any]]:
-        yield from ({"record": None, "drops": [drop]} for drop in self._drops)
-        yield from self._log

@@ -3,24 +3,18 @@
 import io
 import tarfile
 from collections.abc import Container, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from data_gen.drops import Drop, Unusable
-from data_gen.gen_instruction.collage import Collage
 from data_gen.gen_instruction.companions import Member, members
-from data_gen.gen_instruction.pic_in_pic import paste_inside
+from data_gen.gen_instruction.formats import Drawn, placeholders, put_together
 from data_gen.gen_instruction.rewriting import CENTRE_PHRASES, ask, numbered
-from data_gen.gen_instruction.sequence import placeholders
 from data_gen.pictures import encode
 from data_gen.sources import Source, Sources
-from llava.records import IMAGE
-
-# Endings and bytes of the pictures to store, the sources in order, fields of the record.
-Pasted = tuple[list[tuple[str, bytes]], list[Source], dict[str, Any]]
 
 
 class Tar:
@@ -82,52 +76,33 @@ class Maker:
         first = next(found)
         if first.fingerprint in self._targets:
             raise Unusable("repeated target", f"another question is about {first.source.path}", is_bad=False)
-        paste = {"sequence": self._sequence, "collage": self._collage, "pip": self._pic_in_pic}[image_type]
-        files, sources, fields = paste(size, target, first, found)
+        drawn = put_together(image_type, target, size, chain([first], found))
         # Only now is it certain that there will be a question.
         self._targets.add(first.fingerprint)
-        images = [tar.add(f"{image_type}/{name}{end}", data) for end, data in files]
+        images = [tar.add(f"{image_type}/{name}{end}", data) for end, data in self._files(drawn)]
         question, answer = self._one_turn(first.source)
         is_pip = image_type == "pip"
         where = CENTRE_PHRASES[self.rng.integers(len(CENTRE_PHRASES))] if is_pip else numbered(target)
-        head = placeholders(size) if image_type == "sequence" else f"{IMAGE}\n"
-        others = [true_of(source, question) for source in sources if source is not first.source]
+        others = [true_of(source, question) for source in drawn.sources if source is not first.source]
         others = [other for other in others if other not in (None, answer)]
         return {
             "id": name,
             "image": images,
-            "prompt": head + ask(where, question),
+            "prompt": placeholders(image_type, size) + ask(where, question),
             "answer": answer,
             **({"others": others} if others else {}),
             "image_type": image_type,
             "target": target + 1,
-            **fields,
-            "sources": [{"id": source.id, "path": source.path} for source in sources],
+            **drawn.fields,
+            "sources": [{"id": source.id, "path": source.path} for source in drawn.sources],
         }
 
-    def _sequence(self, size: int, target: int, first: Member, rest: Iterator[Member]) -> Pasted:
-        in_order = [*rest]
-        in_order.insert(target, first)
-        files = [(f"_{number}{end}", data) for number, (end, data) in enumerate(map(_file, in_order), 1)]
-        return files, [member.source for member in in_order], {}
-
-    def _collage(self, size: int, target: int, first: Member, rest: Iterator[Member]) -> Pasted:
-        collage = Collage(size)
-        box = collage.paste(target, first.picture.pixels)
-        sources = []
-        for cell, member in zip((cell for cell in range(size) if cell != target), rest, strict=True):
-            collage.paste(cell, member.picture.pixels)
-            sources.append(member.source)
-        sources.insert(target, first.source)
-        return [self._drawn(collage.canvas)], sources, {"target_box": box, "grid": collage.grid}
-
-    def _pic_in_pic(self, size: int, target: int, first: Member, rest: Iterator[Member]) -> Pasted:
-        (outer,) = rest
-        picture, box = paste_inside(first.picture.pixels, outer.picture.pixels)
-        return [self._drawn(picture)], [first.source, outer.source], {"target_box": box}
-
-    def _drawn(self, picture: Image.Image) -> tuple[str, bytes]:
-        return f".{self._picture_format}", encode(picture, self._picture_format)
+    def _files(self, drawn: Drawn) -> list[tuple[str, bytes]]:
+        """Endings and bytes of the pictures to store."""
+        if drawn.picture is not None:
+            return [(f".{self._picture_format}", encode(drawn.picture, self._picture_format))]
+        files = [_file(drawn.members[position]) for position in range(len(drawn.members))]
+        return [(f"_{number}{end}", data) for number, (end, data) in enumerate(files, 1)]
 
     def _one_turn(self, source: Source) -> tuple[str, str]:
         """The first turn of a conversation, whose later ones lean on it; else any."""

@@ -6,10 +6,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from data_gen.drops import Unusable
+from data_gen.gen_instruction.formats import FORMATS
 from data_gen.sources import Sources
 
-FORMATS = ("sequence", "collage", "pip")
 SHARES = {"sequence": 62_461, "collage": 48_974, "pip": 48_975}  # published prompts of each format
+SEQUENCE_SHARES = {2: 34_300, 3: 10_050, 4: 9_950, 5: 8_161}  # published sequences of each number of pictures
+# Published collages of each size. One record asks: counted before those with bounding boxes were dropped.
+COLLAGE_SHARES = {2: 26_000, 3: 7_500, 4: 7_500, 6: 6_300, 9: 6_519}
+COLLAGE_SHARES_MIXED = {2: 48_000, 3: 14_000, 4: 14_000, 6: 7_000, 9: 7_000}
+ASKING_MIXED = {2: 1, 3: 2, 4: 2, 6: 3, 9: 3}  # records that ask in a collage of each size
 BOX_FILTERS = ("coco", "all", "none")
 SCHEDULE, PROMPTS = 1, 2  # what is drawn from a seed: each has a random stream of its own
 

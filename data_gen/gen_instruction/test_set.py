@@ -19,10 +19,9 @@ import numpy as np
 from tqdm import tqdm
 
 from data_gen.drops import Drop, Unusable
-from data_gen.gen_instruction.arguments import Common
-from data_gen.gen_instruction.collage import GRIDS
+from data_gen.gen_instruction.arguments import Common, exit_code
+from data_gen.gen_instruction.formats import FORMATS, GRIDS
 from data_gen.gen_instruction.questions import Maker, Tar
-from data_gen.gen_instruction.schedule import FORMATS
 from data_gen.gen_instruction.workers import WorkerKilled, ordered
 from data_gen.pictures import PictureFiles, decode, fingerprint
 from data_gen.sources import Sources
@@ -61,10 +60,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         run = finished_run(flags.output, identity)
         if run:
             logger.info("%s is complete: nothing to do", flags.output)
-            return summarise(flags, run["counts"])
+            return exit_code(run["counts"])
         with only_writer(flags.output / "test_set"):
             counts = make(flags, identity)
-    return summarise(flags, counts)
+    logger.info("%s: %d questions of each format", flags.output, flags.num_per_format)
+    return exit_code(counts)
 
 
 def identify(flags: Flags) -> dict[str, Any]:
@@ -89,14 +89,6 @@ def make(flags: Flags, identity: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
     write_run_json(flags.output / "run.json", arguments=asdict(flags), identity=identity, counts=counts)
     return counts
-
-
-def summarise(flags: Flags, counts: dict[str, Any]) -> int:
-    """Say what was made; the exit code."""
-    logger.info("%s: %d questions of each format", flags.output, flags.num_per_format)
-    if counts["bad"]:
-        logger.info("%d times the input was bad: dropped.jsonl has file, record and reason", counts["bad"])
-    return 1 if counts["bad"] else 0
 
 
 def exclude(flags: Flags, files: PictureFiles | None) -> tuple[set[bytes], int]:
