@@ -1,7 +1,7 @@
 """The figures of README and docs, from real numbers: `python -m scripts.figures --output docs/figures`
 
 The miniature's base, and pictures drawn by seed: a packed pair with its mask, region weights and masses, scores of the
-last prompt row before and after scaling, the loss. With --trained and --data (of the demo) also where both models look.
+last prompt row before and after scaling, the loss. With --demo also where its base and its trained model look.
 """
 
 import sys
@@ -18,21 +18,22 @@ from PIL import Image
 
 from inference_optimization.llava_hound_dpo.adaptviz import AdaptViz, Bands
 from llava import attention
-from llava.answering import Job, batches_of, prepare
 from llava.command_line import flag, parse
 from llava.generation import batch_prompts, generate
-from llava.records import Prompt, parse_preference
-from llava.regions import prompt_regions, target_weights
+from llava.heatmap import draw_prompt
+from llava.image import ImageStore
+from llava.records import Prompt, parse_preference, read_answers, read_questions
+from llava.regions import needs_sizes, prompt_regions, target_box, target_weights
 from llava.runtime import user_errors
 from llava.scaling import scale_scores
-from llava.settings import AnswerSettings, ModelSettings
-from scripts.draw_attention import draw as draw_maps
+from llava.settings import ModelSettings
 from scripts.miniature.make_data import preference
 from scripts.miniature.prompts import sample_prompt
 from train.llava_hound_dpo.losses import hinge_attention, log_attention, sigmoid_loss
 from train.llava_hound_dpo.packing import EncodedPair, PackedRow, pack
 
 BASE = Path(__file__).parent / "miniature/base"
+MODELS = ("base", "trained")
 TEXT, IMAGE, TARGET, CHOSEN, REJECTED = "#b8bcc4", "#4c78a8", "#f58518", "#54a24b", "#e45756"
 LEGEND = {"text": TEXT, "another image": IMAGE, "image asked about": TARGET, "chosen": CHOSEN, "rejected": REJECTED}
 
@@ -42,12 +43,7 @@ class FigureFlags:
     """The command line."""
 
     output: Path = flag("folder for the PNG files")
-    trained: str | None = flag("adapter: also draw where base and adapter look, to look.png", None)
-    data: Path | None = flag("with --trained: folder of test.json and images", None)
-
-    def __post_init__(self):
-        if bool(self.trained) != bool(self.data):
-            raise ValueError("--trained and --data belong together: an adapter and the folder of its test.json")
+    demo: Path | None = flag("folder of a finished demo (output/demo): also draw where both models look", None)
 
 
 def main() -> None:
@@ -61,15 +57,15 @@ def main() -> None:
     own.output.mkdir(parents=True, exist_ok=True)
     figures = {"row": draw_row(family), "mass": draw_mass(model, family), "steering": draw_steering(model, family)}
     figures["loss"] = draw_loss(family)
-    if own.trained:
-        figures["look"] = draw_look(own)
+    if own.demo:
+        figures["look"] = draw_look(own.demo)
     for name, figure in figures.items():
         path = own.output / f"{name}.png"
         figure.savefig(path, dpi=110, bbox_inches="tight")
         Image.open(path).convert("RGB").quantize(160).save(path, optimize=True)
         print(path)
-    if not own.trained:
-        print("look.png is left as it is: it needs --trained and --data")
+    if not own.demo:
+        print("look.png is left as it is: it needs --demo")
 
 
 def draw(seed: int, image_type: str, num_images: int | None = None) -> tuple[Prompt, list[Image.Image]]:
@@ -223,39 +219,27 @@ def draw_loss(family):
     return figure
 
 
-def draw_look(own: FigureFlags):
+def draw_look(demo: Path):
     """Where base and adapter look: of each format the first question that the base has wrong and the adapter right."""
-    jobs = [job_of(own, only_base) for only_base in (True, False)]
-    first, (base, trained) = {}, (answers_of(job) for job in jobs)
-    for number, question in enumerate(jobs[0].questions):
-        if base[number].text != question.answer == trained[number].text and len(question.images) in (1, 3):
-            first.setdefault(question.image_type, number)
-    first.pop("single", None)
-    figure, axes = plt.subplots(2, len(first), figsize=(8.4, 4.2), width_ratios=(3, 1, 1), layout="constrained")
-    for line, (name, found) in zip(axes, (("base", base), ("trained", trained)), strict=True):
-        for axis, number in zip(line, (first[kind] for kind in ("sequence", "collage", "pip")), strict=True):
-            axis.imshow(draw_maps(jobs[0], number, found[number].by_token, height=200))
+    questions = {question.id: question for question in read_questions(demo / "data/test.json")}
+    answers = {name: {a.question_id: a for a in read_answers(demo / f"answers/{name}.jsonl")} for name in MODELS}
+    store, first = ImageStore(demo / "data/images"), {}
+    for id, question in questions.items():
+        base, trained = (answers[name][id] for name in MODELS)
+        if "attention_map" in base.extra and base.text != question.answer == trained.text:
+            first.setdefault(question.image_type, question)
+    asked = [first[kind] for kind in ("sequence", "collage", "pip") if kind in first]
+    widths = [len(question.images) for question in asked]
+    figure, axes = plt.subplots(2, len(asked), figsize=(8.4, 4.2), width_ratios=widths, layout="constrained")
+    for line, name in zip(axes, MODELS, strict=True):
+        for axis, question in zip(line, asked, strict=True):
+            found, pictures = answers[name][question.id], [store.open(image) for image in question.images]
+            box = target_box(question, pictures[0].size) if needs_sizes(question) else None
+            axis.imshow(draw_prompt(pictures, found.extra["attention_map"], question.target, box, height=200))
             axis.axis("off")
-            question = jobs[0].questions[number].prompt.splitlines()[-1]
-            asked = question.replace(", ", ",\n") + "\n" if name == "base" else ""
-            axis.set_title(f"{asked}{name}: {found[number].text} (R {found[number].ratio:.2f})", fontsize=8)
+            text = question.prompt.splitlines()[-1].replace(", ", ",\n") + "\n" if name == MODELS[0] else ""
+            axis.set_title(f"{text}{name}: {found.text} (R {found.attention_ratio:.2f})", fontsize=8)
     return figure
-
-
-def job_of(own: FigureFlags, only_base: bool) -> Job:
-    """The test questions for one of the two models."""
-    model = ModelSettings(
-        model_name_or_path=own.trained, only_base_model=only_base, image_folder=str(own.data / "images"), num_workers=0
-    )
-    return prepare(model, AnswerSettings(max_new_tokens=8, attention_maps=10_000), own.data / "test.json")
-
-
-def answers_of(job: Job) -> dict:
-    """Answers by number of the question, each with the mass on every image token."""
-    found = {}
-    for model, numbers, batch in batches_of(job, range(len(job.batches))):
-        found |= zip(numbers, generate(model, job.family, batch, job.layers, max_new_tokens=8), strict=True)
-    return found
 
 
 if __name__ == "__main__":
