@@ -220,15 +220,14 @@ def draw_loss(family):
 
 
 def draw_look(demo: Path):
-    """Where base and adapter look: of each format the first question that the base has wrong and the adapter right."""
+    """Where base and adapter look, a question of each format: if there is one, that the adapter has mended."""
     questions = {question.id: question for question in read_questions(demo / "data/test.json")}
     answers = {name: {a.question_id: a for a in read_answers(demo / f"answers/{name}.jsonl")} for name in MODELS}
-    store, first = ImageStore(demo / "data/images"), {}
-    for id, question in questions.items():
-        base, trained = (answers[name][id] for name in MODELS)
-        if "attention_map" in base.extra and base.text != question.answer == trained.text:
-            first.setdefault(question.image_type, question)
-    asked = [first[kind] for kind in ("sequence", "collage", "pip") if kind in first]
+    store = ImageStore(demo / "data/images")
+    mapped = [question for id, question in questions.items() if "attention_map" in answers[MODELS[0]][id].extra]
+    right = {q.id: [answers[name][q.id].text == q.answer for name in MODELS] for q in mapped}
+    mapped.sort(key=lambda question: right[question.id] != [False, True])  # the mended ones first
+    asked = [next(q for q in mapped if q.image_type == kind) for kind in ("sequence", "collage", "pip")]
     widths = [len(question.images) for question in asked]
     figure, axes = plt.subplots(2, len(asked), figsize=(8.4, 4.2), width_ratios=widths, layout="constrained")
     for line, name in zip(axes, MODELS, strict=True):
