@@ -6,7 +6,7 @@ Doubt counts as right: a pair that is lost costs less than a right answer that i
 import re
 from collections.abc import Sequence
 
-import numpy as np
+from rapidfuzz.distance import Levenshtein
 
 from llava.scorers import RIGHT, UNPARSED, contains, normalise, score
 
@@ -47,14 +47,4 @@ def length_ratio(first: str, second: str) -> float:
 
 def edit_distance(first: str, second: str) -> float:
     """Levenshtein distance of characters, case ignored, as a share (0..1) of the longer text's length."""
-    first, second = sorted((first.casefold(), second.casefold()), key=len)
-    if not second:
-        return 0.0
-    letters = np.array([ord(letter) for letter in second])
-    steps = np.arange(len(second) + 1)
-    row = steps.copy()  # distances between the letters of `first` so far and each start of `second`
-    for number, letter in enumerate(first, 1):
-        best = np.minimum(row[:-1] + (letters != ord(letter)), row[1:] + 1)  # exchanged, or left out of `first`
-        row = np.concatenate([[number], best])
-        row = np.minimum.accumulate(row - steps) + steps  # left out of `second`, any number of letters in a row
-    return int(row[-1]) / len(second)
+    return Levenshtein.normalized_distance(first.casefold(), second.casefold())
