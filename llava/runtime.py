@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -109,6 +109,12 @@ def write_bytes(path: Path, content: bytes) -> None:
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     temporary.write_bytes(content)
     temporary.replace(path)
+
+
+def write_records(path: Path, records: Iterable[dict[str, Any]], **options: Any) -> None:
+    """Write a JSON array, a record a line, as `records.read_json` reads it; `options` of `json.dumps`."""
+    lines = ",\n".join(json.dumps(record, **options) for record in records)
+    write_text(path, f"[\n{lines}\n]\n")
 
 
 def without_compiler() -> None:

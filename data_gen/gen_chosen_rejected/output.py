@@ -9,8 +9,9 @@ from typing import Any
 
 from data_gen.gen_chosen_rejected.correctness import is_right
 from data_gen.gen_chosen_rejected.rules import Candidate, Rules, judge, num_pictures, unfit
+from llava import markdown
 from llava.records import Question
-from llava.runtime import write_text
+from llava.runtime import write_records, write_text
 
 KEPT = "kept"
 
@@ -71,7 +72,7 @@ def select(questions: Sequence[Question], candidates: Iterable[Candidate], rules
 
 
 def pair(candidate: Candidate) -> dict[str, Any]:
-    """The preference record (design §8) of a kept answer; the question's further fields are passed on."""
+    """The preference record of a kept answer; the question's further fields are passed on."""
     question = candidate.question
     record = {
         "id": question.id,
@@ -98,7 +99,7 @@ def write(folder: Path, selection: Selection) -> None:
     """Write the pairs, what was dropped, and the table; each file whole or as it was."""
     write_text(folder / "dropped.jsonl", "".join(json.dumps(line) + "\n" for line in selection.dropped))
     write_text(folder / "summary.md", table(selection))
-    write_text(folder / "pairs.json", "[\n" + ",\n".join(json.dumps(record) for record in selection.pairs) + "\n]\n")
+    write_records(folder / "pairs.json", selection.pairs)
 
 
 def table(selection: Selection) -> str:
@@ -106,14 +107,10 @@ def table(selection: Selection) -> str:
     verdicts = selection.verdicts
     rows = sorted({(image_type, number) for image_type, number, _ in verdicts})
     reasons = [KEPT, *sorted({reason for *_, reason in verdicts} - {KEPT})]
-    lines = [["format", "pictures", "candidates", *reasons]]
-    for row in rows:
-        counts = [verdicts[*row, reason] for reason in reasons]
-        lines.append([*map(str, row), str(sum(counts)), *map(str, counts)])
-    totals = [sum(int(line[column]) for line in lines[1:]) for column in range(2, len(lines[0]))]
-    lines.append(["all", "", *map(str, totals)])
-    lines.insert(1, ["---", *["---:"] * (len(lines[0]) - 1)])
-    text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    numbers = [[verdicts[*row, reason] for reason in reasons] for row in rows]
+    lines = [[*row, sum(own), *own] for row, own in zip(rows, numbers, strict=True)]
+    lines.append(["all", "", *(sum(line[column] for line in lines) for column in range(2, 3 + len(reasons)))])
+    text = markdown.table(["format", "pictures", "candidates", *reasons], lines) + "\n"
     for name, share in selection.counts()["true_of_another"].items():
         text += f"\n{name}: {share['true']} of {share['known']} rejected answers are true of another image\n"
     return text

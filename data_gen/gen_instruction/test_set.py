@@ -29,7 +29,7 @@ from data_gen.tables import stamp
 from llava.command_line import check_numbers, flag, parse
 from llava.records import name_of, read_json
 from llava.run_folder import finished_run, only_writer
-from llava.runtime import setup_logging, stop, user_errors, write_run_json, write_text
+from llava.runtime import setup_logging, stop, user_errors, write_records, write_run_json, write_text
 
 logger = logging.getLogger("data_gen.gen_instruction")
 SIZES = {"sequence": (2, 3, 4, 5), "collage": tuple(GRIDS), "pip": (2,)}  # pictures of a prompt
@@ -143,8 +143,7 @@ def make_all(flags: Flags, maker: Maker) -> None:
                         "--num_per_format"
                     )
                 records.append(record)
-        lines = ",\n".join(json.dumps(record) for record in records)
-        write_text(flags.output / f"{image_type}_test_images.json", f"[\n{lines}\n]\n")
+        write_records(flags.output / f"{image_type}_test_images.json", records)
 
 
 def slots(sizes: Sequence[int], count: int, rng: np.random.Generator) -> list[tuple[int, int]]:

@@ -28,7 +28,7 @@ from data_gen.mix.splitting import OVERLAPS, split
 from llava.checks import DEPTHS
 from llava.command_line import check_numbers, flag, parse
 from llava.run_folder import finished_run, only_writer
-from llava.runtime import setup_logging, user_errors, write_run_json, write_text
+from llava.runtime import setup_logging, user_errors, write_records, write_run_json, write_text
 
 logger = logging.getLogger("data_gen.mix")
 
@@ -141,8 +141,7 @@ def _write(flags: MixFlags, merged: Merged, parts: dict[str, list[Item]], card: 
     else:
         merged.names.write_folder(flags.output / "images", names)
     for name, part in parts.items():
-        lines = ",\n".join(json.dumps(item.record) for item in part)
-        write_text(flags.output / f"{name}.json", f"[\n{lines}\n]\n")
+        write_records(flags.output / f"{name}.json", (item.record for item in part))
     write_text(flags.output / "data_card.json", json.dumps(card, indent=2) + "\n")
     write_text(flags.output / "data_card.md", markdown(card, flags.title))
 

@@ -2,13 +2,14 @@
 
 import hashlib
 import json
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from data_gen.mix.hf_export import MORE
+from data_gen.mix.pictures import free_name
 from data_gen.pictures import decode
 from llava.records import IMAGE, DataError, parse_preference
-from llava.runtime import write_text
+from llava.runtime import write_records
 from llava.tables import is_arrow, read_rows
 
 TEXTS = ("prompt", "chosen", "rejected")
@@ -34,9 +35,7 @@ def import_pairs(path: Path, output: Path) -> int:
             problems.append(f"{where}: not of the preference format ({type(error).__name__}: {error})")
     if problems or not records:
         raise DataError(problems or [f"{path}: the data set has no rows"])
-    write_text(
-        output / "train.json", "[\n" + ",\n".join(json.dumps(record, default=str) for record in records) + "\n]\n"
-    )
+    write_records(output / "train.json", records, default=str)
     return len(records)
 
 
@@ -52,13 +51,11 @@ class Folder:
         """Put a picture; its name."""
         digest = hashlib.sha256(data).hexdigest()
         if digest not in self._names:
-            path = PurePosixPath(*(part for part in PurePosixPath(name).parts if part not in ("/", "..")))
-            if str(path) in self._taken:
-                path = path.with_name(f"{path.stem}_{digest[:8]}{path.suffix}")
+            path = free_name(name, digest, self._taken)
             (self.folder / path).parent.mkdir(parents=True, exist_ok=True)
             (self.folder / path).write_bytes(data)
-            self._names[digest] = str(path)
-            self._taken.add(str(path))
+            self._names[digest] = path
+            self._taken.add(path)
         return self._names[digest]
 
 

@@ -3,7 +3,7 @@
 import hashlib
 import os
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -52,6 +52,12 @@ def _content(files: PictureFiles, name: str) -> Content | Unusable:
     return Content(hashlib.sha256(data).hexdigest(), fingerprint(pixels).hex(), len(data))
 
 
+def free_name(name: str, digest: str, taken: Container[str]) -> str:
+    """The name that a picture came with, below the folder; with a part of its content's digest if that is taken."""
+    path = PurePosixPath(*(part for part in PurePosixPath(name).parts if part not in ("/", "..")))
+    return str(path.with_name(f"{path.stem}_{digest[:8]}{path.suffix}") if str(path) in taken else path)
+
+
 class Names:
     """One name for each content, and where its bytes are."""
 
@@ -62,11 +68,9 @@ class Names:
     def of(self, name: str, content: Content, files: PictureFiles) -> str:
         """The name of a picture in the data set: its own, unless another picture has that."""
         if content.digest not in self._by_digest:
-            path = PurePosixPath(*(part for part in PurePosixPath(name).parts if part not in ("/", "..")))
-            if str(path) in self._places:
-                path = path.with_name(f"{path.stem}_{content.digest[:8]}{path.suffix}")
-            self._by_digest[content.digest] = str(path)
-            self._places[str(path)] = files, name, content.num_bytes
+            own = free_name(name, content.digest, self._places)
+            self._by_digest[content.digest] = own
+            self._places[own] = files, name, content.num_bytes
         return self._by_digest[content.digest]
 
     def num_bytes(self, names: Iterable[str]) -> int:

@@ -22,6 +22,7 @@ from inference_optimization.llava_hound_dpo.adaptviz import DEFAULTS, SCOPES, ST
 from inference_optimization.llava_hound_dpo.grid import ANOTHER, PLAIN, Variant, answer_grid
 from llava.answering import Answers, Job, identify, prepare
 from llava.command_line import flag, parse
+from llava.markdown import table
 from llava.records import FORMATS, Question, read_json, texts
 from llava.runtime import is_main_process, leave, setup_logging, user_errors, write_text
 from llava.scaling import RULES
@@ -278,9 +279,8 @@ def markdown(rows: Sequence[tuple[str, AdaptViz, dict[str, Any]]]) -> str:
     """Table of (name, settings, `compare`) rows."""
     formats = list(rows[0][2]["by_format"])
     head = ["", "settings", "accuracy %", "mean of multi-image formats", *formats, "difference to plain", "fixed"]
-    lines = [[*head, "broken"], ["---", "---", *["---:"] * (len(head) - 1)]]
-    lines += [[name, describe(settings.bands), *_cells(row)] for name, settings, row in rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
+    lines = [[name, describe(settings.bands), *_cells(row)] for name, settings, row in rows]
+    return table([*head, "broken"], lines, left=2) + "\n"
 
 
 def _cells(row: dict[str, Any]) -> list[str]:

@@ -13,6 +13,7 @@ from inference_optimization.llava_hound_dpo.grid import PLAIN, Variant, answer_g
 from llava.attention import install
 from llava.families import Family
 from llava.generation import PromptBatch, batch_prompts, generate
+from llava.markdown import row
 from scripts.bench import common
 
 FACTORS = (0.5, 0.8, 1.2, 1.5, 2.0, 3.0)
@@ -50,7 +51,7 @@ def compare(model, family: Family, images: int, repeats: int) -> str:
         "grid": lambda repeat: answer_grid(model, no_end, batch, GRID, SHORT),
     }, repeats)  # fmt: skip
     pairs = (("adaptviz", "plain"), ("grid", "short"))
-    return common.row([images, *(common.ratio(seconds[a], seconds[b]) for a, b in pairs)])
+    return row([images, *(common.ratio(seconds[a], seconds[b]) for a, b in pairs)])
 
 
 def batch_of(family: Family, images: int) -> PromptBatch:

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from transformers import LlavaForConditionalGeneration
 
+from llava import markdown
 from llava.command_line import check_numbers, flag, parse
 from llava.families import Family
 from llava.families.llava15 import Llava15
@@ -175,12 +176,7 @@ def ratio(first: Sequence[float], second: Sequence[float]) -> str:
 
 def table(columns: Sequence[str]) -> list[str]:
     """Head of a table, numbers to the right."""
-    return [row(columns), row(["---", *["---:"] * (len(columns) - 1)])]
-
-
-def row(cells: Sequence[Any]) -> str:
-    """A line of a table."""
-    return f"| {' | '.join(map(str, cells))} |"
+    return markdown.table(columns, ()).split("\n")
 
 
 def record(title: str, bench: str, own: Flags, lines: Sequence[str]) -> None:

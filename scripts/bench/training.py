@@ -19,8 +19,9 @@ from pathlib import Path
 import torch
 
 from llava.command_line import flag
+from llava.markdown import row
 from scripts.bench import common
-from scripts.bench.common import Shape, add_lora, build_base, build_family, build_pairs, ratio, row, table
+from scripts.bench.common import Shape, add_lora, build_base, build_family, build_pairs, ratio, table
 from scripts.bench.steps import NAMES, Step, build_steps, difference
 from train.llava_hound_dpo.data import PairDataset
 

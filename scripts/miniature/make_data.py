@@ -6,8 +6,6 @@ its prompt: the confusion that the project treats. On demand also held-out pairs
 without pairs (instructions.json, for data_gen) and validation questions (validation_questions.json).
 """
 
-import json
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +14,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from llava.command_line import flag, parse
-from llava.runtime import user_errors, write_text
+from llava.runtime import user_errors, write_records
 from scripts.miniature.draw import GRID
 from scripts.miniature.prompts import MULTI_IMAGE_TYPES, Prompt, sample_prompt
 
@@ -78,12 +76,6 @@ def where(prompt: Prompt) -> dict:
         return {"image_type": "single"}
     fields = {"image_type": prompt.image_type, "target": prompt.target + 1, "target_box": prompt.target_box}
     return fields | ({"grid": list(GRID)} if prompt.image_type == "collage" else {})
-
-
-def write_records(path: Path, records: Iterable[dict]) -> None:
-    """A JSON list, a record a line."""
-    lines = ",\n".join(map(json.dumps, records))
-    write_text(path, f"[\n{lines}\n]\n")
 
 
 def save_pictures(pictures: list[Image.Image], folder: Path, name: str, record_id: str) -> list[str]:

@@ -12,9 +12,8 @@ import numpy as np
 from tqdm import tqdm
 
 from llava.command_line import flag, parse
-from llava.runtime import user_errors
+from llava.runtime import user_errors, write_records
 from scripts.miniature.draw import draw_single
-from scripts.miniature.make_data import write_records
 from scripts.miniature.prompts import QUESTIONS, sample_scene
 from scripts.miniature.world import SHARES, Scene
 

@@ -11,9 +11,8 @@ import numpy as np
 
 from llava.command_line import flag, parse
 from llava.records import read_json
-from llava.runtime import user_errors
+from llava.runtime import user_errors, write_records
 from scripts.miniature.draw import cell_box
-from scripts.miniature.make_data import write_records
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from llava.markdown import table as markdown_table
 from llava.run_folder import as_json
 from llava.runtime import short_commit, write_text
 from scripts.study.config import BASE
@@ -76,7 +77,7 @@ def arms_table(arms: Sequence[Mapping[str, Any]]) -> str:
         for arm in arms
     ]  # fmt: skip
     names = [name.removeprefix("format/") for name in formats]
-    return table(["", "seeds", "mean", "begins right", "cut off", *names, "attention ratio"], rows)
+    return markdown_table(["", "seeds", "mean", "begins right", "cut off", *names, "attention ratio"], rows)
 
 
 def comparisons_table(comparisons: Sequence[Mapping[str, Any]]) -> str:
@@ -87,7 +88,7 @@ def comparisons_table(comparisons: Sequence[Mapping[str, Any]]) -> str:
          shown(own["begins"], "+.1f")]
         for own in comparisons
     ]  # fmt: skip
-    return table(["arm - control", "seeds", "mean", "resampled", "p", "relative %", "begins right"], rows)
+    return markdown_table(["arm - control", "seeds", "mean", "resampled", "p", "relative %", "begins right"], rows)
 
 
 def shown(found: Mapping[str, Any] | None, form: str = ".1f", scale: float = 100, brief: bool = False) -> str:
@@ -102,12 +103,6 @@ def shown(found: Mapping[str, Any] | None, form: str = ".1f", scale: float = 100
         return text(found["mean"])
     values = f" ({' '.join(map(text, found['values']))})" if 0 < len(found["values"]) < FEW and not brief else ""
     return f"{text(found['mean'])} [{text(found['low'])}, {text(found['high'])}]{values}"
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """In Markdown, numbers to the right."""
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def draw_accuracy(arms: Sequence[Mapping[str, Any]]) -> Figure:
