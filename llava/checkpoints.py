@@ -7,7 +7,7 @@ starts from random numbers.
 import logging
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -46,29 +46,31 @@ class Checkpoint:
     base: "Checkpoint | None" = None  # below an adapter
     image_tower: str | None = None  # overrides the vision tower that an original checkpoint names
     pad: bool = True  # pictures are padded to a square (`--image_aspect_ratio pad`)
+    raw: Mapping[str, Any] = field(default_factory=dict, repr=False)  # config.json of a whole checkpoint
 
     @property
     def root(self) -> "Checkpoint":
         """The checkpoint that holds the whole model."""
         return self.base.root if self.base else self
 
+    @property
+    def chain(self) -> list[str]:
+        """This checkpoint's path, then what it stands on."""
+        return [self.path, *(self.base.chain if self.base else [])]
+
     @cached_property
     def digest(self) -> str:
         """Hash of what decides the weights and settings; see `weights.digest`."""
-        chain, one = [], self
-        while one:
-            chain, one = [*chain, one.path], one.base
-        return digest(chain)
+        return digest(self.chain)
 
     @cached_property
     def config(self) -> PreTrainedConfig:
         """The whole model's config. Raises ValueError for one that this code would read wrongly."""
         if self.base:
             return self.root.config
-        raw = _read_config(self.path)
         try:
             if self.dialect == ORIGINAL:
-                config = original.translate_config(raw, self.tower)
+                config = original.translate_config(self.raw, self.tower)
             else:
                 config = AutoConfig.from_pretrained(self.path, trust_remote_code=False)
             find_family(config.model_type).check_config(config)
@@ -108,7 +110,7 @@ class Checkpoint:
     @property
     def tower(self) -> str:
         """Folder or hub name of an original checkpoint's vision tower. Raises ValueError if nothing names one."""
-        return original.tower_of(_read_config(self.path), self.image_tower)
+        return original.tower_of(self.raw, self.image_tower)
 
     def load(self, dtype: torch.dtype = torch.float32, **settings) -> Any:
         """The model with our attention function installed; with its adapter where this is one.
@@ -172,7 +174,8 @@ def _open(path: str, base: str | None, image_tower: str | None, pad: bool, above
                 find_family(raw.get("model_type"))
             except ValueError as error:
                 raise ValueError(f"{path}: {error}") from error
-        checkpoint = Checkpoint(path, ORIGINAL if original.is_original(raw) else WHOLE, None, image_tower, pad)
+        dialect = ORIGINAL if original.is_original(raw) else WHOLE
+        checkpoint = Checkpoint(path, dialect, None, image_tower, pad, raw)
         checkpoint.config  # noqa: B018  read and checked now
         return checkpoint
     if folder.resolve() in above:

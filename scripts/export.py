@@ -73,7 +73,7 @@ def main() -> None:
     merged = model.merge_and_unload() if isinstance(model, PeftModel) else model
     with user_errors():
         if own.format == "original":
-            write_checkpoint(merged.to(DTYPES[own.dtype]), family.image_processor, own.output, Path(checkpoint.path))
+            write_checkpoint(merged.to(DTYPES[own.dtype]), family.image_processor, own.output, checkpoint.chain)
         else:
             write(merged.to(DTYPES[own.dtype]), family, own.output)
     again = open_checkpoint(str(own.output)).load(torch.float32).eval()

@@ -5,7 +5,7 @@ Everything is translated into what transformers' LLaVA expects, so that nothing 
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -25,7 +25,6 @@ from transformers.convert_slow_tokenizer import generate_merges
 
 from llava.families.llava15 import END
 from llava.records import IMAGE
-from llava.run_folder import read_object
 from llava.weights import ADAPTER_FILES, first_names, local_folder, read_shard, read_tensors, tensor_names
 
 TEXT_FIELDS = (
@@ -228,14 +227,14 @@ def _translated(path: Path, tensors: Mapping[str, torch.Tensor], bare: Callable[
     return found
 
 
-def write_checkpoint(model, image_processor, folder: Path, source: Path) -> None:
+def write_checkpoint(model, image_processor, folder: Path, chain: Sequence[str]) -> None:
     """Write a model in the original layout: one safetensors file, vision tower and its processor in `vision_tower/`.
 
-    `tokenizer.model` cannot be made from a fast tokenizer: it is copied from the checkpoint that `source` is or stands
-    on. Raises FileNotFoundError if that has none.
+    `tokenizer.model` cannot be made from a fast tokenizer: it is copied from the first of `chain` that has one, a
+    checkpoint and what it stands on. Raises FileNotFoundError if none has.
     """
     config, state = model.config, model.state_dict()
-    vocabulary = find_tokenizer_model(source)
+    vocabulary = find_tokenizer_model(chain)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for name, tensor in state.items():
@@ -263,13 +262,11 @@ def write_checkpoint(model, image_processor, folder: Path, source: Path) -> None
     shutil.copy(vocabulary, folder / "tokenizer.model")
 
 
-def find_tokenizer_model(source: Path) -> Path:
-    """`tokenizer.model` of a checkpoint, or of the base below an adapter."""
-    while not (source / "tokenizer.model").is_file():
-        settings = source / "adapter_config.json"
-        if not settings.is_file():
-            raise FileNotFoundError(
-                f"{source}: no tokenizer.model, which the original layout needs: copy liuhaotian/llava-v1.5-7b's there"
-            )
-        source = Path(read_object(settings)["base_model_name_or_path"])
-    return source / "tokenizer.model"
+def find_tokenizer_model(chain: Sequence[str]) -> Path:
+    """`tokenizer.model` of the first of these checkpoints that has one. Raises FileNotFoundError if none has."""
+    for path in chain:
+        if (Path(path) / "tokenizer.model").is_file():
+            return Path(path) / "tokenizer.model"
+    raise FileNotFoundError(
+        f"{chain[-1]}: no tokenizer.model, which the original layout needs: copy liuhaotian/llava-v1.5-7b's there"
+    )
