@@ -60,7 +60,7 @@ class Question(Prompt):
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model answered to a question, with what the question was (answers.jsonl of design §8)."""
+    """What a model answered to a question, with what the question was (a line of answers.jsonl)."""
 
     where: str
     question_id: str
@@ -290,7 +290,7 @@ def _parse_prompt(raw: Any, where: str, known: set[str]) -> dict[str, Any]:
 
 
 def _what_is_asked(raw: dict, prompt: str, num_images: int) -> tuple[str, int | None]:
-    """Format and 0-based target: from the record's fields, else from the prompt (design: `In Image(\\d+)`).
+    """Format and 0-based target: from the record's fields, else from the prompt (`In Image(\\d+)`).
 
     `multi`, several images and no referred one, is never derived: a forgotten reference must not pass for it.
     """

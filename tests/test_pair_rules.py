@@ -150,9 +150,6 @@ def test_edit_distance_is_levenshteins():
         assert edit_distance(first, second) == pytest.approx(table[len(first), len(second)] / longest)
 
 
-# ---- perplexity
-
-
 # ---- noise
 
 

@@ -6,6 +6,7 @@ asks the family.
 Letters: P image tokens of one picture, S tokens of a prompt.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -61,7 +62,7 @@ def _shares(spans: Float[Tensor, "P 2"], edges: Float[Tensor, " N1"]) -> Float[T
     return covered.clamp(min=0) / (spans[:, 1:] - spans[:, :1])
 
 
-class Family:
+class Family(ABC):
     """A family bound to one checkpoint's config, tokenizer and image processor.
 
     `pad`: pictures are padded to a square first (`--image_aspect_ratio pad`), where the family knows such a thing.
@@ -75,7 +76,6 @@ class Family:
     tower = "vision_tower"
     projector = "multi_modal_projector"
     end: str  # text of the token that ends an answer
-    placeholder = IMAGE  # what stands in a rendered prompt for each picture
     fixed: bool  # a picture has as many tokens whatever its size
 
     def __init__(self, config, tokenizer, image_processor, pad: bool = True):
@@ -88,9 +88,13 @@ class Family:
             raise ValueError(f"the end token is {tokenizer.eos_token!r}, {self.name} ends answers with {self.end!r}")
 
     @classmethod
+    @abstractmethod
     def check_config(cls, config) -> None:
         """Raises ValueError for a config that this code would read wrongly."""
-        raise NotImplementedError
+
+    @abstractmethod
+    def processor(self) -> Any:
+        """Tokenizer and image processor as transformers saves and loads them together."""
 
     @property
     def image_id(self) -> int:
@@ -104,9 +108,9 @@ class Family:
 
     # ---- text
 
+    @abstractmethod
     def render(self, turns: Sequence[tuple[str, str | None]]) -> str:
         """Text of a conversation of (prompt, answer); an answer of None ends it where the answer begins."""
-        raise NotImplementedError
 
     def encode_prompt(self, prompt: str) -> list[int]:
         """Token ids of a one-turn prompt up to where the answer begins, one image token per `<image>`.
@@ -141,17 +145,17 @@ class Family:
 
     # ---- pictures
 
-    def num_image_tokens(self, size: tuple[int, int] | None = None) -> int:
+    def num_image_tokens(self, size: tuple[int, int] | None) -> int:
         """Tokens in a prompt of a picture of (width, height) px; a fixed family needs no size."""
-        return len(self.image(size or (1, 1)).ids)
+        return len(self.image(size).ids)
 
+    @abstractmethod
     def image(self, size: tuple[int, int]) -> ImageTokens:
         """The tokens of a picture of (width, height) px."""
-        raise NotImplementedError
 
+    @abstractmethod
     def pixels(self, pictures: Sequence[Image.Image]) -> dict[str, Tensor]:
         """What the model takes of pictures, as keyword arguments; those of several prompts are joined along axis 0."""
-        raise NotImplementedError
 
     def expand(self, ids: Sequence[int], images: Sequence[ImageTokens]) -> list[int]:
         """Ids of a prompt with every image token replaced by the tokens of its picture. Raises ValueError."""

@@ -74,6 +74,10 @@ class Llava15(Family):
         ids = (self.image_id,) * self.rows**2
         return ImageTokens(ids, areas.reshape(-1, 4), (self.rows, self.rows), size)
 
+    def num_image_tokens(self, size: tuple[int, int] | None = None) -> int:
+        """As many for every picture, without its areas: asked for each picture of a data set at the start."""
+        return self.rows**2
+
     def pixels(self, pictures: Sequence[Image.Image]) -> dict[str, Tensor]:
         """`pixel_values` (pictures, 3, side, side) float32."""
         if self.pad:
