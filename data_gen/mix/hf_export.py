@@ -70,7 +70,7 @@ def _row(record: dict[str, Any], pair: Preference, files: PictureFiles) -> dict[
         "images": pictures,
         "prompt": [{"role": "user", "content": parts(pair.prompt)}],
         "chosen": [{"role": "assistant", "content": parts(pair.chosen)}],
-        "rejected": [{"role": "assistant", "content": parts(pair.rejected)}],
+        "rejected": [{"role": "assistant", "content": parts(pair.rejected[0])}],
         "id": pair.id,
         "image_paths": list(pair.images),
         **{name: record.get(name) for name in TYPED},
