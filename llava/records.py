@@ -161,18 +161,31 @@ def name_of(path: str | Path, number: int, raw: Any) -> str:
 
 def read_records(path: str | Path, parse: Callable[[Any, str], Any]) -> list:
     """What `parse` makes of every record and its name. Raises DataError with a line for each that it refuses."""
-    records, problems = [], []
-    for number, raw in enumerate(read_json(path), 1):
-        where = name_of(path, number, raw)
-        try:
-            records.append(parse(raw, where))
-        except ValueError as error:
-            problems.append(f"{where}: {error}")
+    records, problems = parse_records(path, parse)
     if problems:
         raise DataError(problems)
     if not records:
         raise DataError([f"{path}: the file holds no record"])
     return records
+
+
+def parse_records(
+    path: str | Path, parse: Callable[[Any, str], Any], leave_out: frozenset[str] = frozenset()
+) -> tuple[list, list[str]]:
+    """(what `parse` makes of the records that it takes, a line for each that it refuses).
+
+    Records that `leave_out` names, by their id or as "record N", are not looked at.
+    """
+    records, problems = [], []
+    for number, raw in enumerate(read_json(path), 1):
+        where = name_of(path, number, raw)
+        if f"record {number}" in leave_out or (isinstance(raw, dict) and str(raw.get("id")) in leave_out):
+            continue
+        try:
+            records.append(parse(raw, where))
+        except ValueError as error:
+            problems.append(f"{where}: {error}")
+    return records, problems
 
 
 def parse_preference(raw: Any, where: str) -> Preference:

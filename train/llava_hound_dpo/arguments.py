@@ -114,6 +114,11 @@ class DataArguments:
     )  # fmt: skip
     model_max_length: int = flag("Tokens of prompt and longer answer, images included.", 4096)
     overlong: str = flag("Pairs above model_max_length: stop, or list and drop.", "error", choices=["error", "drop"])
+    bad_records: str = flag(
+        "Records that cannot be used: stop and say the first, or list and drop them all.", "error",
+        choices=["error", "drop"],
+    )  # fmt: skip
+    leave_out: str | None = flag("Ids of records to leave out, as scripts.doctor --fix_list writes them.", None)
     check_images: str = flag(
         "Before training: decode every picture, read its header, or only see that it is there.", "full",
         choices=["full", "header", "exists"],
