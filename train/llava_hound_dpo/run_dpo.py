@@ -22,8 +22,8 @@ from llava.run_folder import only_writer
 from train.llava_hound_dpo.arguments import DataArguments, LossArguments, ModelArguments, TrainArguments, parse
 from train.llava_hound_dpo.batches import BatchPlan, flags_for, make_plan
 from train.llava_hound_dpo.checkpoints import check_optim, is_finished, latest_checkpoint, mark_complete
+from train.llava_hound_dpo.costs import Zero
 from train.llava_hound_dpo.data import Pair, PairReader, describe, read_leave_out, split
-from train.llava_hound_dpo.memory import Zero
 from train.llava_hound_dpo.model import make_trainable, parameter_table, quantisation, refuse_quantised
 from train.llava_hound_dpo.plan import Inputs, plan, shape_of, world_size
 from train.llava_hound_dpo.reference import ReferenceCache, describe_reference
@@ -187,10 +187,9 @@ def load_policy(checkpoint: Checkpoint, model: ModelArguments, args: TrainArgume
 
 def precision(model: ModelArguments, args: TrainArguments) -> tuple[torch.dtype, torch.dtype]:
     """(dtype of the weights, dtype that they compute in)."""
-    reduced = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     # Without DeepSpeed's fp32 master copy, weights that are trained themselves must be fp32 (autocast reduces them).
     trains_base = not (model.lora_enable and model.freeze_mm_mlp_adapter) or args.fp16
-    return torch.float32 if trains_base and not args.deepspeed_file else reduced, reduced
+    return torch.float32 if trains_base and not args.deepspeed_file else args.dtype, args.dtype
 
 
 def build_trainer(policy, model, loss, args, inputs: Inputs, identity: dict[str, Any]) -> AttentionAwareDPOTrainer:
