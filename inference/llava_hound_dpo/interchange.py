@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         name, rest = command(argv, ("import", "export"), __doc__)
         (settings,) = parse((Import if name == "import" else Export,), __doc__, rest)
         if name == "export":
-            log.info("%d answers in %s", export(**asdict(settings)), settings.output)
+            log.info("%d answers in %s", export(settings), settings.output)
     if name == "import":
         import_command(settings)
 
@@ -157,22 +157,21 @@ def store(pictures: Sequence[Any], folder: Path, output: Path, number: int) -> l
 # ---- export
 
 
-def export(
-    to: str, answers: Path, questions: Path, output: Path, original: Path | None = None, task: str | None = None
-) -> int:
-    """Write the answers for the harness `to`, a name in SUFFIXES; returns how many.
+def export(settings: Export) -> int:
+    """Write the answers for a harness; returns how many.
 
     Raises DataError, ValueError, FileNotFoundError; also where a question of the test set has no answer, because the
     harnesses would leave it out of the denominator.
     """
-    if original and to != "vlmevalkit":
+    is_table, due, suffix = settings.to == "vlmevalkit", SUFFIXES[settings.to], settings.output.suffix
+    if settings.original and not is_table:
         raise ValueError("--original is for VLMEvalKit: lmms-eval's log needs none")
-    if output.suffix != SUFFIXES[to]:
-        raise ValueError(f"--output: {to} reads {SUFFIXES[to]} of ours, not {output.suffix or 'a file without suffix'}")
-    if to == "lmms_eval" and not task:
+    if suffix != due:
+        raise ValueError(f"--output: {settings.to} reads {due} of ours, not {suffix or 'a file without suffix'}")
+    if not is_table and not settings.task:
         raise ValueError("--task is missing: the log says which lmms-eval task it answers (blink_art_style)")
-    given = _matched(answers, questions)
-    write_text(output, _table(given, original) if to == "vlmevalkit" else _log(given, task))
+    given = _matched(settings.answers, settings.questions)
+    write_text(settings.output, _table(given, settings.original) if is_table else _log(given, settings.task))
     return len(given)
 
 
@@ -184,11 +183,8 @@ def _matched(answers: Path, questions: Path) -> Given:
     problems = [f"{q.where}: no answer in {answers}" for q in asked if q.id not in given]
     known = {question.id for question in asked}
     problems += [f"{a.where}: the question {id} is not in {questions}" for id, a in given.items() if id not in known]
-    problems += [
-        f"{q.where}: no `source_index`; export is for test sets that `import` made"
-        for q in asked
-        if "source_index" not in q.extra
-    ]
+    cure = "no `source_index`; export is for test sets that `import` made"
+    problems += [f"{question.where}: {cure}" for question in asked if "source_index" not in question.extra]
     if problems:
         more = f" (and {len(problems) - 1} more problems)" if len(problems) > 1 else ""
         raise ValueError(problems[0] + more) from DataError(problems)
@@ -248,17 +244,13 @@ def _log(given: Given, task: str) -> str:
         raise ValueError(
             "--questions holds several subsets, each a task of lmms-eval: import and export them one by one"
         )
-    logs = [
-        {"doc_id": question.extra["source_row"], "target": _target(question), "resps": [[answer.text]]}
-        for question, answer in given
-    ]
+    logs = []
+    for question, answer in given:
+        fields = question.extra.get("source_fields", {})
+        target = next((str(fields[name]) for name in TARGETS if name in fields), question.answer)
+        logs.append({"doc_id": question.extra["source_row"], "target": target, "resps": [[answer.text]]})
     args = {"model": "attention-aware-dpo", "model_args": "", "limit": None}
     return json.dumps({"args": args, "model_configs": {"task": task}, "logs": logs}, ensure_ascii=False) + "\n"
-
-
-def _target(question: Question) -> str:
-    fields = question.extra.get("source_fields", {})
-    return next((str(fields[name]) for name in TARGETS if name in fields), question.answer)
 
 
 if __name__ == "__main__":

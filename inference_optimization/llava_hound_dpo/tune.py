@@ -273,19 +273,19 @@ def markdown(rows: Sequence[tuple[str, AdaptViz, dict[str, Any]]]) -> str:
     """Table of (name, settings, `compare`) rows."""
     formats = list(rows[0][2]["by_format"])
     head = ["", "settings", "accuracy %", "mean of multi-image formats", *formats, "difference to plain", "fixed"]
-    lines = [[name, describe(settings.bands), *_cells(row)] for name, settings, row in rows]
+    lines = []
+    for name, settings, row in rows:
+        percent = {name: 100 * value for name, value in row.items() if isinstance(value, float)}
+        lines.append([
+            name,
+            describe(settings.bands),
+            "{accuracy:.1f} [{accuracy_low:.1f}, {accuracy_high:.1f}]".format_map(percent),
+            "{mean_of_formats:.1f} ({relative_gain:+.1f} %)".format_map(percent),
+            *(f"{100 * value:.1f}" for value in row["by_format"].values()),
+            "{difference:+.1f} [{low:+.1f}, {high:+.1f}]".format_map(percent),
+            *(f"{100 * row[name] / row['questions']:.1f} %" for name in ("fixed", "broken")),
+        ])  # fmt: skip
     return table([*head, "broken"], lines, left=2) + "\n"
-
-
-def _cells(row: dict[str, Any]) -> list[str]:
-    percent = {name: 100 * value for name, value in row.items() if isinstance(value, float)}
-    return [
-        "{accuracy:.1f} [{accuracy_low:.1f}, {accuracy_high:.1f}]".format_map(percent),
-        "{mean_of_formats:.1f} ({relative_gain:+.1f} %)".format_map(percent),
-        *(f"{100 * value:.1f}" for value in row["by_format"].values()),
-        "{difference:+.1f} [{low:+.1f}, {high:+.1f}]".format_map(percent),
-        *(f"{100 * row[name] / row['questions']:.1f} %" for name in ("fixed", "broken")),
-    ]
 
 
 def describe(bands: Bands) -> str:
