@@ -343,9 +343,14 @@ def _option_by_text(
     return stated.pop() if len(stated) == 1 and not stated & denied else None
 
 
+def same_text(text: str, options: Sequence[str]) -> list[int]:
+    """0-based options whose text this is, up to what `normalise` drops."""
+    return [number for number, option in enumerate(options) if normalise(option) == normalise(text)]
+
+
 def true_choice(answer: str, choices: Sequence[str]) -> int:
     """0-based option that the record's true answer is: the text of one, else its letter. Raises ValueError."""
-    same = [number for number, option in enumerate(choices) if normalise(option) == normalise(answer)]
+    same = same_text(answer, choices)
     letter = re.fullmatch(r"\W*([A-Za-z])\W*", answer)
     number = same[0] if len(same) == 1 else ord(letter[1].upper()) - ord("A") if letter and not same else -1
     if not 0 <= number < (len(choices) or NUM_LETTERS) or (choices and not choices[number]):
