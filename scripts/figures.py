@@ -22,7 +22,7 @@ from llava.command_line import flag, parse
 from llava.generation import batch_prompts, generate
 from llava.heatmap import draw_prompt
 from llava.image import ImageStore
-from llava.records import Prompt, parse_preference, read_answers, read_questions
+from llava.records import parse_preference, read_answers, read_questions
 from llava.regions import needs_sizes, prompt_regions, target_box, target_weights
 from llava.runtime import user_errors
 from llava.scaling import scale_scores
@@ -68,57 +68,58 @@ def main() -> None:
         print("look.png is left as it is: it needs --demo")
 
 
-def draw(seed: int, image_type: str, num_images: int | None = None) -> tuple[Prompt, list[Image.Image]]:
-    """A pair of the miniature world and its pictures."""
+def sample(family, seed: int, image_type: str, num_images: int | None = None):
+    """A pair of the miniature world: its record, its pictures, their image tokens, and the ids of its prompt."""
     rng = np.random.default_rng(seed)
     drawn = sample_prompt(rng, "test", image_type, num_images)
     pictures = drawn.pictures()
     names = [f"{number}.png" for number in range(len(pictures))]
-    return parse_preference({"image": names} | preference(drawn, rng), "a drawn pair"), pictures
-
-
-def packed(family) -> PackedRow:
-    """A real pair about three pictures as a row."""
-    record, pictures = draw(1, "sequence", 3)
+    record = parse_preference({"image": names} | preference(drawn, rng), "a drawn pair")
     images = [family.image(picture.size) for picture in pictures]
+    return record, pictures, images, family.expand(family.encode_prompt(record.prompt), images)
+
+
+def answered(model, family, pair, layers, **options):
+    """The batch of one prompt, and what the model says to it."""
+    record, pictures, images, prompt = pair
+    regions, pixels = [prompt_regions(record, images)], family.pixels(pictures)
+    batch = batch_prompts(family, [prompt], regions, pixels, [record.image_type], [True])
+    return batch, generate(model, family, batch, layers, **options)[0]
+
+
+def packed(family) -> tuple[PackedRow, list[str]]:
+    """A real pair about three pictures as a row, and a colour for what each of its tokens is."""
+    record, _, images, prompt = sample(family, 1, "sequence", 3)
     answers = [family.encode_answer(record.prompt, answer) for answer in (record.chosen, record.rejected)]
-    prompt = family.expand(family.encode_prompt(record.prompt), images)
-    return pack([EncodedPair(prompt, *answers, target_weights(record, images))], family.image_id)
-
-
-def colours(row: PackedRow) -> list[str]:
-    """What every token of a row is."""
-    (tree,) = row.trees
-    found = [TARGET if target else IMAGE if image else TEXT for target, image in row.regions[0].tolist()]
-    for (start, end), colour in zip(tree.branches, (CHOSEN, REJECTED), strict=True):
+    row = pack([EncodedPair(prompt, *answers, target_weights(record, images))], family.image_id)
+    found = colours(row.regions[0])
+    for (start, end), colour in zip(row.trees[0].branches, (CHOSEN, REJECTED), strict=True):
         found[start:end] = [colour] * (end - start)
-    return found
+    return row, found
 
 
-def visible(row: PackedRow) -> torch.Tensor:
-    """(S, S) whether a row sees a key, as `tree_attention` computes it."""
-    (tree,) = row.trees
-    length, first = row.input_ids.shape[1], tree.branches[0][1]
-    mask = torch.ones(length, length, dtype=torch.bool).tril()
-    mask[first:] = tree.mask
-    return mask
+def colours(regions: torch.Tensor) -> list[str]:
+    """What every token of a prompt is, by its weights (S, 2) in the target and in all images."""
+    return [TARGET if target else IMAGE if image else TEXT for target, image in regions.tolist()]
 
 
-def strip(axis, row: PackedRow, values, label: str) -> None:
+def strip(axis, values, colour: list[str], label: str = "") -> None:
     """A bar for every token, coloured by what it is."""
-    axis.bar(range(len(values)), values, color=colours(row), width=1.0)
+    axis.bar(range(len(values)), values, color=colour, width=1.0)
     axis.set_ylabel(label)
-    axis.set_xlim(-0.5, len(values) - 0.5)
 
 
 def draw_row(family):
     """The packed row: what its tokens are, their positions, who sees whom."""
-    row = packed(family)
+    row, colour = packed(family)
     figure, axes = plt.subplot_mosaic([["position"] * 2, ["mask", "end"]], figsize=(9, 5), height_ratios=(1, 3),
                                        layout="constrained")  # fmt: skip
-    strip(axes["position"], row, row.position_ids[0], "position")
-    shown = np.where(visible(row)[..., None], np.array([matplotlib.colors.to_rgb(c) for c in colours(row)]), 1.0)
-    length, last = len(shown), 16
+    strip(axes["position"], row.position_ids[0], colour, "position")
+    (tree,), length, last = row.trees, len(colour), 16
+    axes["position"].set_xlim(-0.5, length - 0.5)
+    visible = torch.ones(length, length, dtype=torch.bool).tril()
+    visible[tree.branches[0][1] :] = tree.mask  # as `tree_attention` computes it
+    shown = np.where(visible[..., None], np.array([matplotlib.colors.to_rgb(c) for c in colour]), 1.0)
     axes["mask"].imshow(shown, interpolation="nearest", aspect="auto")
     axes["mask"].set(xlabel="token looked at", ylabel="token that looks")
     axes["end"].imshow(shown[-last:, -last:], interpolation="nearest", aspect="auto",
@@ -129,20 +130,11 @@ def draw_row(family):
     return figure
 
 
-def batch_of(family, record: Prompt, pictures: list[Image.Image]):
-    """The batch of one prompt."""
-    images = [family.image(picture.size) for picture in pictures]
-    prompt = family.expand(family.encode_prompt(record.prompt), images)
-    regions = [prompt_regions(record, images)]
-    return batch_prompts(family, [prompt], regions, family.pixels(pictures), [record.image_type], [True])
-
-
 def draw_mass(model, family):
     """Region weights of a picture in a picture, the mass on each image token, and the masses by layer."""
-    record, (picture,) = draw(3, "pip")
-    batch, layers = batch_of(family, record, [picture]), range(model.config.text_config.num_hidden_layers)
-    (found,) = generate(model, family, batch, layers, max_new_tokens=8)
-    image = family.image(picture.size)
+    pair, layers = sample(family, 3, "pip"), range(model.config.text_config.num_hidden_layers)
+    record, (picture,), (image,), _ = pair
+    _, found = answered(model, family, pair, layers, max_new_tokens=8)
     weights, mass = (image.raster(values) for values in (target_weights(record, [image]), found.by_token))
     figure, axes = plt.subplots(1, 4, figsize=(10, 2.6), layout="constrained")
     axes[0].imshow(picture)
@@ -167,44 +159,40 @@ def draw_mass(model, family):
 
 def draw_steering(model, family, layer: int = 2, head: int = 0):
     """Scores of the last prompt row before and after scaling, and the attention that comes of them."""
-    record, pictures = draw(1, "sequence", 3)
     noted = []
 
     def note(scores, scale, heads=None):
         noted.append((scores, scale_scores(scores, scale, heads)))
         return noted[-1][1]
 
-    steer = AdaptViz(bands=Bands.fixed(1.5)).steer
+    pair, steer = sample(family, 1, "sequence", 3), AdaptViz(bands=Bands.fixed(1.5)).steer
     with patch.object(attention, "scale_scores", note):
-        (found,) = generate(model, family, batch_of(family, record, pictures), [layer], steer, max_new_tokens=1)
-    scores = [values[0, head, 0] for values in noted[layer]]
-    parts = batch_of(family, record, pictures).regions[0, :, :2]
-    colour = [TARGET if target else IMAGE if image else TEXT for target, image in parts.tolist()]
+        batch, found = answered(model, family, pair, [layer], steer=steer, max_new_tokens=1)
+    parts = batch.regions[0, :, :2]
     figure, axes = plt.subplots(2, 2, figsize=(9, 4), sharex=True, sharey="row", layout="constrained")
-    for column, (values, title) in enumerate(zip(scores, ("before", f"after, factor {found.factor:g}"), strict=True)):
-        masses = values.softmax(dim=-1)
+    for (above, below), values, title in zip(axes.T, noted[layer], ("before", f"after, factor {found.factor:g}"),
+                                             strict=True):  # fmt: skip
+        masses = values[0, head, 0].softmax(dim=-1)
         on = masses @ parts
-        axes[0, column].bar(range(len(values)), values, color=colour, width=1.0)
-        axes[1, column].bar(range(len(values)), masses, color=colour, width=1.0)
-        axes[0, column].set_title(title)
-        axes[1, column].set_title(f"target {on[0]:.2f} of {on[1]:.2f} on images: R = {on[0] / on[1]:.2f}", fontsize=9)
-        axes[1, column].set_xlabel("prompt token")
-    axes[0, 0].set_ylabel("score")
-    axes[1, 0].set_ylabel("attention")
+        strip(above, values[0, head, 0], colours(parts), "score" if title == "before" else "")
+        strip(below, masses, colours(parts), "attention" if title == "before" else "")
+        above.set_title(title)
+        below.set_title(f"target {on[0]:.2f} of {on[1]:.2f} on images: R = {on[0] / on[1]:.2f}", fontsize=9)
+        below.set_xlabel("prompt token")
     return figure
 
 
 def draw_loss(family):
     """A row and what is read off it, and the terms as the code computes them."""
-    row = packed(family)
+    row, colour = packed(family)
     figure, axes = plt.subplot_mosaic([["row"] * 2, ["dpo", "att"]], figsize=(8.4, 3.6), layout="constrained")
     top, left, right = (axes[name] for name in ("row", "dpo", "att"))
-    strip(top, row, [1] * row.input_ids.shape[1], "")
-    top.set(yticks=[], xticks=[], ylim=(0, 2.6))
+    length = len(colour)
+    strip(top, [1] * length, colour)
+    top.set(yticks=[], xticks=[], xlim=(-0.5, length - 0.5), ylim=(0, 2.6))
     top.spines[:].set_visible(False)
     spans = [*row.trees[0].branches, tuple(row.regions[0, :, 0].nonzero()[[0, -1], 0].tolist())]
     texts = ("log π(chosen)\n→ L_dpo, L_sft", "log π(rejected)\n→ L_dpo", "share R of the image attention\n→ L_att")
-    length = row.input_ids.shape[1]
     places = (length - 30, length - 4, sum(spans[2]) / 2)
     for (start, end), text, place in zip(spans, texts, places, strict=True):
         top.annotate(text, ((start + end) / 2, 1.0), (place, 1.6), ha="center", arrowprops={"arrowstyle": "<-"})
