@@ -1,7 +1,8 @@
 """The figures of README and docs, from real numbers: `python -m scripts.figures --output docs/figures`
 
-The miniature's base, and pictures drawn by seed: a packed pair with its mask, region weights and masses, scores of the
-last prompt row before and after scaling, the loss. With --demo also where its base and its trained model look.
+The miniature's base, and pictures drawn by seed: a packed pair with its mask and what the loss reads off it, region
+weights and masses, scores of the last prompt row before and after scaling. With --demo also where its base and its
+trained model look.
 """
 
 import sys
@@ -29,7 +30,6 @@ from llava.scaling import scale_scores
 from llava.settings import ModelSettings
 from scripts.miniature.make_data import preference
 from scripts.miniature.prompts import sample_prompt
-from train.llava_hound_dpo.losses import hinge_attention, log_attention, sigmoid_loss
 from train.llava_hound_dpo.packing import EncodedPair, PackedRow, pack
 
 BASE = Path(__file__).parent / "miniature/base"
@@ -56,7 +56,6 @@ def main() -> None:
     model, family = checkpoint.load().eval(), checkpoint.family
     own.output.mkdir(parents=True, exist_ok=True)
     figures = {"row": draw_row(family), "mass": draw_mass(model, family), "steering": draw_steering(model, family)}
-    figures["loss"] = draw_loss(family)
     if own.demo:
         figures["look"] = draw_look(own.demo)
     for name, figure in figures.items():
@@ -110,13 +109,21 @@ def strip(axis, values, colour: list[str], label: str = "") -> None:
 
 
 def draw_row(family):
-    """The packed row: what its tokens are, their positions, who sees whom."""
+    """The packed row: what its tokens are, their positions, what each term of the loss reads off it, who sees whom."""
     row, colour = packed(family)
-    figure, axes = plt.subplot_mosaic([["position"] * 2, ["mask", "end"]], figsize=(9, 5), height_ratios=(1, 3),
+    figure, axes = plt.subplot_mosaic([["position"] * 2, ["mask", "end"]], figsize=(9, 5.4), height_ratios=(2, 3),
                                        layout="constrained")  # fmt: skip
-    strip(axes["position"], row.position_ids[0], colour, "position")
     (tree,), length, last = row.trees, len(colour), 16
-    axes["position"].set_xlim(-0.5, length - 0.5)
+    highest = row.position_ids.max().item()
+    strip(axes["position"], row.position_ids[0], colour, "position")
+    axes["position"].set(xlim=(-0.5, length - 0.5), ylim=(0, 2.2 * highest))
+    spans = [*tree.branches, tuple(row.regions[0, :, 0].nonzero()[[0, -1], 0].tolist())]
+    texts = ("log π(chosen)\n→ L_dpo, L_sft", "log π(rejected)\n→ L_dpo", "share R of the image attention\n→ L_att")
+    places = (length - 30, length - 4, sum(spans[2]) / 2)
+    for (start, end), text, place in zip(spans, texts, places, strict=True):
+        middle = (start + end) // 2
+        axes["position"].annotate(text, (middle, row.position_ids[0, middle]), (place, 1.5 * highest), ha="center",
+                                  arrowprops={"arrowstyle": "<-"})  # fmt: skip
     visible = torch.ones(length, length, dtype=torch.bool).tril()
     visible[tree.branches[0][1] :] = tree.mask  # as `tree_attention` computes it
     shown = np.where(visible[..., None], np.array([matplotlib.colors.to_rgb(c) for c in colour]), 1.0)
@@ -179,31 +186,6 @@ def draw_steering(model, family, layer: int = 2, head: int = 0):
         above.set_title(title)
         below.set_title(f"target {on[0]:.2f} of {on[1]:.2f} on images: R = {on[0] / on[1]:.2f}", fontsize=9)
         below.set_xlabel("prompt token")
-    return figure
-
-
-def draw_loss(family):
-    """A row and what is read off it, and the terms as the code computes them."""
-    row, colour = packed(family)
-    figure, axes = plt.subplot_mosaic([["row"] * 2, ["dpo", "att"]], figsize=(8.4, 3.6), layout="constrained")
-    top, left, right = (axes[name] for name in ("row", "dpo", "att"))
-    length = len(colour)
-    strip(top, [1] * length, colour)
-    top.set(yticks=[], xticks=[], xlim=(-0.5, length - 0.5), ylim=(0, 2.6))
-    top.spines[:].set_visible(False)
-    spans = [*row.trees[0].branches, tuple(row.regions[0, :, 0].nonzero()[[0, -1], 0].tolist())]
-    texts = ("log π(chosen)\n→ L_dpo, L_sft", "log π(rejected)\n→ L_dpo", "share R of the image attention\n→ L_att")
-    places = (length - 30, length - 4, sum(spans[2]) / 2)
-    for (start, end), text, place in zip(spans, texts, places, strict=True):
-        top.annotate(text, ((start + end) / 2, 1.0), (place, 1.6), ha="center", arrowprops={"arrowstyle": "<-"})
-    x = torch.linspace(-30, 30, 121)
-    left.plot(x, sigmoid_loss(x, 0.1, 0.0), color=CHOSEN)
-    left.set(title="L_dpo", xlabel="z: margin over the reference, nats (β 0.1)")
-    x = torch.linspace(0.05, 1, 96)
-    right.plot(x, hinge_attention(x, 0.75), color=TARGET, label="hinge: max(0, 0.75 - R)")
-    right.plot(x, log_attention(x, 0.75), color=TARGET, linestyle=":", label="log: -log R")
-    right.set(title="L_att", xlabel="R", ylim=(0, 1.2))
-    right.legend(frameon=False)
     return figure
 
 
