@@ -47,26 +47,14 @@ class Draft:
     is_refused: bool  # asks about the picture after the last one instead
 
 
-@dataclass(frozen=True)
-class Made:
-    """A finished prompt, or None with the reason among `drops`."""
-
-    index: int
-    record: dict[str, Any] | None
-    drops: list[Drop]
-
-
-def make(recipe: Recipe, task: Task) -> Made:
-    """The prompt of a task; its pictures are on disk when this returns."""
+def make(recipe: Recipe, task: Task) -> tuple[dict[str, Any] | None, list[Drop]]:
+    """The record of a task, its pictures on disk, or None; and what could not be used for it."""
     draft, drops = draw(recipe, task), []
     try:
         found = members(recipe.sources, task.source, draft.num_images, draft.rng, drops, task.id)
-        drawn = put_together(task.image_type, draft.target, draft.num_images, found)
-        record = _record(recipe, draft, drawn)
+        return _record(recipe, draft, put_together(task.image_type, draft.target, draft.num_images, found)), drops
     except Unusable as error:
-        source = recipe.sources[task.source]
-        return Made(task.index, None, [*drops, Drop.of(error, source.id, source.where)])
-    return Made(task.index, record, drops)
+        return None, [*drops, Drop.of(error, recipe.sources[task.source])]
 
 
 def draw(recipe: Recipe, task: Task) -> Draft:
@@ -102,8 +90,7 @@ def _asked(recipe: Recipe, draft: Draft, drawn: Drawn) -> tuple[list[tuple[str, 
     """Questions and answers, and the number from 1 of the picture that each is about."""
     target = drawn.members[draft.target].source
     if draft.is_refused:
-        question = ask(numbered(draft.num_images), target.turns[0][0])
-        return [(question, refusal(draft.num_images))], []
+        return [(ask(numbered(draft.num_images), target.turns[0][0]), refusal(draft.num_images))], []
     if draft.task.image_type == "pip":
         return ask_all(target.turns, lambda: CENTRE_PHRASES[draft.rng.integers(len(CENTRE_PHRASES))]), []
     num_asking = recipe.num_asking[draft.num_images] if draft.task.image_type == "collage" else 1

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_gen.mix.card import describe, markdown
+from data_gen.mix.card import describe, readable
 from data_gen.mix.hf_export import export_pairs
 from data_gen.mix.hf_import import import_pairs
 from data_gen.mix.merge import Item, Merged, data_digest, merge
@@ -143,7 +143,7 @@ def _write(flags: MixFlags, merged: Merged, parts: dict[str, list[Item]], card: 
     for name, part in parts.items():
         write_records(flags.output / f"{name}.json", (item.record for item in part))
     write_text(flags.output / "data_card.json", json.dumps(card, indent=2) + "\n")
-    write_text(flags.output / "data_card.md", markdown(card, flags.title))
+    write_text(flags.output / "data_card.md", readable(card, flags.title))
 
 
 def _say(output: Path, card: dict[str, Any]) -> None:
