@@ -179,21 +179,23 @@ def copies_sequences(flags: Flags, shares: dict[str, float], sources: Sources) -
     has_embedded = any(table.is_embedded for table in sources.tables)
     if flags.sequence_pictures == "keep" and has_embedded and shares["sequence"]:
         raise ValueError("--sequence_pictures keep: pictures inside a table have no path to keep; use copy or auto")
-    return flags.sequence_pictures == "copy" or (
-        flags.sequence_pictures == "auto" and (flags.format == "mix" or has_embedded)
-    )
+    is_needed = flags.format == "mix" or has_embedded
+    return flags.sequence_pictures == "copy" or (flags.sequence_pictures == "auto" and is_needed)
 
 
 def fill(flags: Flags, output: Output, recipe: Recipe, planned: schedule.Schedule) -> None:
     """Make the prompts that are missing. Raises WorkerKilled."""
+    drops: list[Drop] = []
     output.begin()
     if output.num_done:
         logger.info("%d prompts found in %s: continuing", output.num_done, flags.output)
     with tqdm(total=len(planned), initial=output.num_done, desc="prompts", unit="prompt") as bar:
         for record, drops in ordered(make, recipe, planned.tasks(output.num_done), flags.num_workers):
-            heed(flags, drops)
+            if flags.strict and any(drop.is_bad for drop in drops):
+                break
             output.append(record, drops)
             bar.update()
+    heed(flags, drops)  # once the bar is gone
 
 
 def summarise(flags: Flags, counts: dict[str, Any]) -> int:

@@ -45,17 +45,16 @@ def members(
             break
         if sources.same_path(index, candidate):
             continue
+        num_vain += 1
         try:
             member = _member(sources, candidate)
         except Unusable as error:
             passed.append(Drop.of(error, sources[candidate], prompt))
-            num_vain += 1
             continue
-        if member.fingerprint in seen or member.fingerprint in forbidden:
-            num_vain += 1
-            continue
-        seen.add(member.fingerprint)
-        yield member
+        if member.fingerprint not in seen and member.fingerprint not in forbidden:
+            seen.add(member.fingerprint)
+            num_vain -= 1
+            yield member
     if len(seen) < count:
         few = f"{count} different pictures are needed, subset {first.source.subset} gave {len(seen)}"
         raise Unusable("too few pictures", few)

@@ -14,7 +14,7 @@ from data_gen.drops import Drop, Unusable
 from data_gen.gen_instruction.companions import Member, members
 from data_gen.gen_instruction.formats import Drawn, placeholders, put_together
 from data_gen.gen_instruction.output import PictureFolder
-from data_gen.gen_instruction.rewriting import CENTRE_PHRASES, ask, ask_all, conversation, numbered, refusal
+from data_gen.gen_instruction.rewriting import ask, centre_phrase, conversation, numbered, refusal
 from data_gen.gen_instruction.schedule import PROMPTS, Task
 from data_gen.pictures import encode
 from data_gen.sources import Sources
@@ -92,17 +92,13 @@ def _asked(recipe: Recipe, draft: Draft, drawn: Drawn) -> tuple[list[tuple[str, 
     if draft.is_refused:
         return [(ask(numbered(draft.num_images), target.turns[0][0]), refusal(draft.num_images))], []
     if draft.task.image_type == "pip":
-        return ask_all(target.turns, lambda: CENTRE_PHRASES[draft.rng.integers(len(CENTRE_PHRASES))]), []
+        return [(ask(centre_phrase(draft.rng), question), answer) for question, answer in target.turns], []
     num_asking = recipe.num_asking[draft.num_images] if draft.task.image_type == "collage" else 1
-    may_ask = [
-        position
-        for position, member in drawn.members.items()
-        if position == draft.target or not recipe.uncut[member.index]
-    ]
+    asks = [p for p, member in drawn.members.items() if p == draft.target or not recipe.uncut[member.index]]
     turns, turn_targets = [], []
-    for position in may_ask[:num_asking]:
+    for position in asks[:num_asking]:
         own = drawn.members[position].source.turns
-        turns += ask_all(own, lambda place=position: numbered(place))
+        turns += [(ask(numbered(position), question), answer) for question, answer in own]
         turn_targets += [position + 1] * len(own)
     return turns, turn_targets
 
@@ -117,11 +113,10 @@ def _images(recipe: Recipe, task: Task, drawn: Drawn) -> list[str]:
 
 def _stored(recipe: Recipe, member: Member) -> str:
     """Where a picture of a sequence is found; what other readers would see otherwise is copied as it is seen."""
-    path, picture, files = member.source.path, member.picture, recipe.sources.files
+    path, files = member.source.path, recipe.sources.files
     if not recipe.copies_sequences:
         return path
-    if not picture.is_plain:
-        return recipe.folder.write(path + ".png", encode(picture.pixels, "png"))
-    if recipe.sources.is_embedded(member.index):
-        return recipe.folder.write(path + picture.suffix, picture.data)
-    return recipe.folder.write(path, picture.data, files.path / path if files.kind == "folder" else None)
+    suffix, data = member.picture.file()
+    if not member.picture.is_plain or recipe.sources.is_embedded(member.index):
+        return recipe.folder.write(path + suffix, data)
+    return recipe.folder.write(path, data, files.path / path if files.kind == "folder" else None)

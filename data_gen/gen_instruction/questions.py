@@ -14,8 +14,8 @@ import numpy as np
 from data_gen.drops import Drop, Unusable
 from data_gen.gen_instruction.companions import Member, members
 from data_gen.gen_instruction.formats import Drawn, placeholders, put_together
-from data_gen.gen_instruction.rewriting import CENTRE_PHRASES, ask, numbered
-from data_gen.pictures import Picture, encode
+from data_gen.gen_instruction.rewriting import ask, centre_phrase, numbered
+from data_gen.pictures import encode
 from data_gen.sources import Source, Sources
 
 
@@ -76,9 +76,9 @@ class Maker:
         # Only now is it certain that there will be a question.
         self._targets.add(first.fingerprint)
         images = [_add(tar, f"{image_type}/{name}{end}", data) for end, data in self._files(drawn)]
-        question, answer = self._one_turn(first.source)
-        is_pip = image_type == "pip"
-        where = CENTRE_PHRASES[self.rng.integers(len(CENTRE_PHRASES))] if is_pip else numbered(target)
+        turns = first.source.turns  # of a conversation the first: later ones lean on it
+        question, answer = turns[0 if first.source.is_conversation else self.rng.integers(len(turns))]
+        where = centre_phrase(self.rng) if image_type == "pip" else numbered(target)
         others = [true_of(source, question) for source in drawn.sources if source is not first.source]
         others = [other for other in others if other not in (None, answer)]
         return {
@@ -97,20 +97,11 @@ class Maker:
         """Endings and bytes of the pictures to store."""
         if drawn.picture is not None:
             return [(f".{self.picture_format}", encode(drawn.picture, self.picture_format))]
-        files = [_file(drawn.members[position].picture) for position in range(len(drawn.members))]
+        files = [drawn.members[position].picture.file() for position in range(len(drawn.members))]
         return [(f"_{number}{end}", data) for number, (end, data) in enumerate(files, 1)]
-
-    def _one_turn(self, source: Source) -> tuple[str, str]:
-        """The first turn of a conversation, whose later ones lean on it; else any."""
-        return source.turns[0 if source.is_conversation else self.rng.integers(len(source.turns))]
 
 
 def true_of(source: Source, question: str) -> str | None:
     """What a record answers to the same question, None if it is not asked there."""
     wanted = question.casefold()
     return next((answer for asked, answer in source.turns if asked.casefold() == wanted), None)
-
-
-def _file(picture: Picture) -> tuple[str, bytes]:
-    """Suffix and bytes of a picture of its own: as it came, or redrawn where readers would see it otherwise."""
-    return (picture.suffix, picture.data) if picture.is_plain else (".png", encode(picture.pixels, "png"))

@@ -20,9 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from data_gen.mix.card import describe, readable
-from data_gen.mix.hf_export import export_pairs
-from data_gen.mix.hf_import import import_pairs
 from data_gen.mix.merge import Item, Merged, data_digest, merge
+from data_gen.mix.preferences import export_pairs, import_pairs
 from data_gen.mix.published import read_published, refuse_leaks, report
 from data_gen.mix.splitting import OVERLAPS, split
 from llava.checks import DEPTHS
