@@ -24,6 +24,10 @@ class Picture(NamedTuple):
     suffix: str  # of a file name for `data`: ".jpg"
     is_plain: bool  # every reader makes exactly `pixels` of `data`
 
+    def file(self) -> tuple[str, bytes]:
+        """Suffix and bytes to store: as it came, or redrawn where readers would see it otherwise."""
+        return (self.suffix, self.data) if self.is_plain else (".png", encode(self.pixels, "png"))
+
 
 class PictureFiles(ImageStore):
     """The pictures of a folder or archive, encoded."""
@@ -77,13 +81,13 @@ def fingerprint(picture: Image.Image) -> bytes:
 
 def _open(data: bytes, name: str) -> Image.Image:
     limit = Image.MAX_IMAGE_PIXELS or float("inf")
-    huge = f"{name} has more pixels than pillow's limit of {limit} (PIL.Image.MAX_IMAGE_PIXELS)"
     try:
         picture = Image.open(io.BytesIO(data))
+        if picture.width * picture.height > limit:
+            raise Image.DecompressionBombError
     except Image.DecompressionBombError as error:
+        huge = f"{name} has more pixels than pillow's limit of {limit} (PIL.Image.MAX_IMAGE_PIXELS)"
         raise Unusable("huge picture", huge) from error
     except DECODER_ERRORS as error:
         raise Unusable("not a picture", f"{name} is nothing that pillow can read") from error
-    if picture.width * picture.height > limit:
-        raise Unusable("huge picture", huge)
     return picture
