@@ -71,9 +71,10 @@ def _row(record: dict[str, Any], pair: Preference, files: PictureFiles) -> dict[
         pictures = [{"bytes": files.read(name), "path": PurePosixPath(name).name} for name in pair.images]
     except Unusable as error:
         raise ValueError(f"record {pair.id}: {error.detail}") from error
+    texts = {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected[0]}
     return {
         "images": pictures,
-        **{name: [{"role": ROLES[name], "content": parts(getattr(pair, name))}] for name in ROLES},
+        **{name: [{"role": ROLES[name], "content": parts(text)}] for name, text in texts.items()},
         "id": pair.id,
         "image_paths": list(pair.images),
         **{name: record.get(name) for name in TYPED},
