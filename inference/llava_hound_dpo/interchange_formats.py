@@ -20,8 +20,8 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 
 from llava import tables
+from llava.choices import same_text, true_choice
 from llava.records import IMAGE, PLACEHOLDER_OF_MIA_DPO, TARGET
-from llava.scorers import same_text, true_choice
 
 SUFFIXES = (".parquet", ".arrow", ".jsonl", ".json", ".tsv")
 DESCRIPTIONS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}  # not data
