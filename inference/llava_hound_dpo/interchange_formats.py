@@ -21,8 +21,8 @@ from PIL import Image, UnidentifiedImageError
 
 from llava import tables
 from llava.asked import TARGET
+from llava.choices import same_text, true_choice
 from llava.records import IMAGE, PLACEHOLDER_OF_MIA_DPO
-from llava.scorers import same_text, true_choice
 
 SUFFIXES = (".parquet", ".arrow", ".jsonl", ".json", ".tsv")
 DESCRIPTIONS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}  # not data

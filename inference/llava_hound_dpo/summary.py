@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from llava.choices import NUM_LETTERS, parse_choice
 from llava.records import FORMATS, Answer
-from llava.scorers import MISSING, NUM_LETTERS, RIGHT, UNPARSED, WRONG, Result, exact, parse_choice, resolve, score
+from llava.scorers import MISSING, RIGHT, UNPARSED, WRONG, Result, exact, resolve, score
 from llava.statistics import auc, mcnemar, paired_difference, score_interval
 
 DEALS = 30  # answers to other questions that are tried on each wrong answered one, for the chance of confusion
