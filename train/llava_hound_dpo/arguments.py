@@ -54,15 +54,6 @@ RANGES = {
     "tokens_per_batch": (0, None), "flop_utilization": (0, 1),
 }  # fmt: skip
 
-# What others call our flags.
-SYNONYMS = {
-    "lora_rank": "lora_r", "rank": "lora_r", "attention_lambda": "attention_weight", "lambda": "attention_weight",
-    "alpha": "dpo_alpha", "tau": "attention_threshold", "attention_tau": "attention_threshold",
-    "layers": "attention_layers", "heads": "attention_heads", "lr": "learning_rate", "epochs": "num_train_epochs",
-    "batch_size": "per_device_train_batch_size", "model": "model_name_or_path", "data": "data_path",
-    "images": "image_folder", "output": "output_dir",
-}  # fmt: skip
-
 
 @dataclass
 class ModelArguments:
@@ -241,4 +232,4 @@ def parse(argv: Sequence[str] | None = None) -> tuple[ModelArguments, DataArgume
     """The four groups of flags. Raises ValueError with a nearest name for an unknown flag."""
     groups = (ModelArguments, DataArguments, LossArguments, TrainArguments)
     usage = "run_dpo --model_name_or_path MODEL --data_path PAIRS --image_folder IMAGES --output_dir OUTPUT ..."
-    return command_line.parse(groups, "Attention-aware DPO and SFT of LLaVA-1.5.", argv, RETIRED, SYNONYMS, usage)
+    return command_line.parse(groups, "Attention-aware DPO and SFT of LLaVA-1.5.", argv, RETIRED, usage)
