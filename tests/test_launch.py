@@ -141,6 +141,7 @@ def check_shared(cache):
     assert len(parts) == 2 and all(parts) and len(keys) == len(set(keys)) == 24
 
 
+@pytest.mark.slow  # of any step, and on other numbers of processes: tests/test_going_on.py
 def test_killed_and_resumed_ends_with_the_same_weights(data_set, checkpoint, tmp_path, zero2):
     words = [*flags(data_set, checkpoint, tmp_path / "out"), "--gradient_accumulation_steps", "2"]
     command = torchrun(2, *words, "--deepspeed", "scripts/zero2.json")
