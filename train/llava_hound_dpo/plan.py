@@ -146,7 +146,7 @@ def cost(
     total, a_pair = epochs * epoch.total + filling, epoch.total / len(shapes)
     parts = ", ".join(f"{name} {flops / len(shapes) / TERA:.4g}" for name, flops in vars(epoch).items() if flops)
     rows = {
-        "tokens": f"{tokens:,} per epoch, {tokens / len(shapes):,.0f} a pair (packed rows: prompt once, both answers)",
+        "tokens": f"{tokens:,} per epoch, {tokens / len(shapes):,.0f} a pair (packed rows: prompt once, its answers)",
         "reference": {
             "none": "none: without DPO there is nothing to compare with",
             "cache": f"from a cache, filled before the first step with {_flops(filling)}",
