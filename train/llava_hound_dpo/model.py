@@ -72,9 +72,10 @@ def make_trainable(model, family: type[Family], arguments: ModelArguments, fp32_
         # Freezes, and keeps in fp32 what is not quantised. The Trainer turns checkpointing on, non-reentrant.
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     if arguments.lora_enable:
-        if model.name_or_path and Path(model.name_or_path).is_dir():  # what the adapter names as its base: found from any folder
+        if model.name_or_path and Path(model.name_or_path).is_dir():  # an adapter's base is found from any folder
             model.name_or_path = str(Path(model.name_or_path).resolve())
-        settings = (LoraConfig if arguments.bits == 16 else partial(QuantisedLora, bits=arguments.bits))(
+        kind = LoraConfig if arguments.bits == 16 else partial(QuantisedLora, bits=arguments.bits)
+        settings = kind(
             r=arguments.lora_r,
             lora_alpha=arguments.lora_alpha,
             lora_dropout=arguments.lora_dropout,
