@@ -30,6 +30,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from llava.attention import install
 from llava.families import Family, find_family
 from llava.families import llava15_original as original
+from llava.merging import merge
 from llava.run_folder import read_object
 from llava.weights import (
     ADAPTER_FILES,
@@ -185,6 +186,8 @@ class Checkpoint:
         if self.base is None:
             return model
         model, folder = self.base._with_adapters(model, is_exact, is_quantised), Path(self.path)
+        if isinstance(model, PeftModel):  # PEFT would put this adapter in the lower one's place
+            model, _ = merge(model)
         bits = read_object(folder / ADAPTER_CONFIG).get("bits", 16)
         if bits != 16 and not is_quantised:
             logger.warning(

@@ -126,7 +126,10 @@ class LlmJudge:
     store: ImageStore | None = None  # None: the judge sees no picture
 
     def verdicts(self, rows: Mapping[str, Sequence[Row]]) -> dict[str, list[Verdict]]:
-        """The verdict on each row. Raises DataError before the first request; EndpointError, with what is judged kept."""
+        """The verdict on each row.
+
+        Raises DataError before the first request; EndpointError, with what is judged kept.
+        """
         known = {question.id: question for question in read_questions(self.questions)} if self.questions else {}
         problems: list[str] = []
         tasks = {name: [self._task(row, known.get(row.asked.id), problems) for row in rows[name]] for name in rows}
