@@ -44,8 +44,7 @@ PUBLISHED = (
 )
 GB = 1e9
 SHARD_BYTES = 2 * 10**9  # of a written file, which is copied once while it is written
-# A processor of the torchvision backend resamples otherwise, by one or two of 255 steps; another padding or crop differs
-# by much more.
+# Between resampling by pillow and by torchvision: one or two of 255 steps. Another padding or crop is far beyond it.
 PIXELS_TOLERANCE = 0.06
 
 
@@ -136,10 +135,10 @@ def describe_memory(checkpoint: Checkpoint, dtype: torch.dtype) -> str:
     """What the merge will need, from the headers of the weights' files."""
     numbers = checkpoint.stored.total()
     weights = numbers * dtype.itemsize
-    file = min(weights, SHARD_BYTES)
+    file, precision = min(weights, SHARD_BYTES), str(dtype).removeprefix("torch.")
     return (
-        f"memory: {(weights + file) / GB:.3g} GB are needed ({numbers:,} numbers in {str(dtype).removeprefix('torch.')}, "
-        f"and {file / GB:.2g} GB for a file in the making), {psutil.virtual_memory().available / GB:.3g} GB are free"
+        f"memory: {(weights + file) / GB:.3g} GB are needed ({numbers:,} numbers in {precision}, {file / GB:.2g} GB for "
+        f"a file in the making), {psutil.virtual_memory().available / GB:.3g} GB are free"
     )
 
 
