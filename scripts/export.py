@@ -136,9 +136,10 @@ def describe_memory(checkpoint: Checkpoint, dtype: torch.dtype) -> str:
     numbers = checkpoint.stored.total()
     weights = numbers * dtype.itemsize
     file, precision = min(weights, SHARD_BYTES), str(dtype).removeprefix("torch.")
+    free = psutil.virtual_memory().available
     return (
-        f"memory: {(weights + file) / GB:.3g} GB are needed ({numbers:,} numbers in {precision}, {file / GB:.2g} GB for "
-        f"a file in the making), {psutil.virtual_memory().available / GB:.3g} GB are free"
+        f"memory: {(weights + file) / GB:.3g} GB are needed ({numbers:,} numbers in {precision}, {file / GB:.2g} GB "
+        f"for a file in the making), {free / GB:.3g} GB are free"
     )
 
 

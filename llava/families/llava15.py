@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -74,8 +75,6 @@ class Llava15(Family):
                 f"the image processor makes {self._crop or self._exact or resized} px pictures but the vision tower "
                 f"takes {side} x {side}: processor and model are of different checkpoints"
             )
-        # transformers' own processor for LLaVA with these settings: what leaves in a folder is what is fed here.
-        self._feeding = LlavaImageProcessorPil.from_dict(_settings(image_processor) | {"do_pad": pad})
 
     @classmethod
     def check_config(cls, config) -> None:
@@ -85,6 +84,13 @@ class Llava15(Family):
                 f"vision_feature_select_strategy is {config.vision_feature_select_strategy!r}; regions need the patch "
                 "tokens alone ('default'), as LLaVA-1.5 has them"
             )
+
+    @cached_property
+    def _feeding(self) -> LlavaImageProcessorPil:
+        """transformers' own for LLaVA with these settings: what leaves in a folder is what the model is fed here."""
+        settings = self.image_processor.to_dict() | {"do_pad": self.pad}
+        settings.pop("image_processor_type", None)
+        return LlavaImageProcessorPil.from_dict(settings)
 
     @classmethod
     def bare_name(cls, name: str) -> str:
@@ -189,8 +195,3 @@ def vicuna_v1(turns: Sequence[tuple[str, str | None]]) -> str:
             return text
         text += f" {answer}{END}"
     return text
-
-
-def _settings(image_processor) -> dict[str, Any]:
-    """An image processor's settings without its class."""
-    return {name: value for name, value in image_processor.to_dict().items() if name != "image_processor_type"}
