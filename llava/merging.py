@@ -44,6 +44,8 @@ def _merge_layer(layer: BaseTunerLayer, dtype: torch.dtype | None, rounding: Rou
     layer.merge()
     is_changed = base.weight != before
     base.to(dtype or own)
+    if before.is_meta:
+        return
     rounding.changed += int(is_changed.sum())
     rounding.lost += int((is_changed & (base.weight == before.to(base.weight.dtype))).sum())
 
