@@ -53,6 +53,26 @@ def test_the_tower_can_be_given(formats, tmp_path):
     torch.testing.assert_close(logits_of(folder, image_tower=str(moved)), expected, atol=0, rtol=0)
 
 
+@pytest.mark.parametrize("place", ["inside", "beside"])
+def test_a_tower_that_moved_with_its_checkpoint_is_found(formats, tmp_path, caplog, place):
+    folder = copied(formats.original, tmp_path)
+    tower = shutil.copytree(formats.tower, (folder if place == "inside" else tmp_path) / "clip-vit")
+    edit_config(folder, mm_vision_tower="/gone/place/clip-vit")
+    caplog.set_level("INFO")
+    torch.testing.assert_close(logits_of(folder), logits_of(formats.original), atol=0, rtol=0)
+    assert f"its vision tower /gone/place/clip-vit is not there, {tower} is taken" in caplog.text
+    edit_config(folder, mm_vision_tower=str(formats.tower))  # it is there: nothing else is taken
+    assert open_checkpoint(str(folder)).tower == str(formats.tower)
+
+
+@pytest.mark.parametrize(("said", "pad"), [("pad", True), ("square", False)])
+def test_the_padding_that_a_checkpoint_says_counts_unless_another_is_asked_for(formats, tmp_path, said, pad):
+    folder = copied(formats.original, tmp_path)
+    edit_config(folder, image_aspect_ratio=said)
+    assert open_checkpoint(str(folder)).family.pad == pad
+    assert open_checkpoint(str(folder), pad=not pad).family.pad != pad
+
+
 @pytest.mark.parametrize(
     ("name", "dialect"),
     [

@@ -172,15 +172,15 @@ def test_the_adapter_loads_in_plain_peft_with_the_same_logits(checkpoint, zero2)
     from transformers import LlavaForConditionalGeneration
 
     from llava.checkpoints import open_checkpoint
-    from scripts.export import example, logits
+    from scripts.export import drawn, first_logits
 
     plain = PeftModel.from_pretrained(LlavaForConditionalGeneration.from_pretrained(checkpoint), zero2).eval()
     opened = open_checkpoint(str(zero2))
     family, ours = opened.family, opened.load().eval()
-    probe = example(family)
+    asked = drawn(family)
     base = LlavaForConditionalGeneration.from_pretrained(checkpoint).eval()
-    assert (logits(plain, family, probe) - logits(base, family, probe)).abs().max() > 1e-4
-    torch.testing.assert_close(logits(ours, family, probe), logits(plain, family, probe), atol=1e-5, rtol=0)
+    assert (first_logits(plain, family, asked) - first_logits(base, family, asked)).abs().max() > 1e-4
+    torch.testing.assert_close(first_logits(ours, family, asked), first_logits(plain, family, asked), atol=1e-5, rtol=0)
 
 
 def test_other_pairs_per_step_are_refused_before_loading_with_the_flags_that_keep_them(data_set, checkpoint, zero2):

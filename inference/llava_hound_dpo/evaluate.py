@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from inference.llava_hound_dpo.judge_endpoint import KEY_VARIABLE, Endpoint
 from inference.llava_hound_dpo.llm_judge import LlmJudge, add_grades
 from inference.llava_hound_dpo.report import markdown, report
 from inference.llava_hound_dpo.summary import Asked, Row, compare, judge, summarize
 from llava.command_line import check_numbers, flag, parse
+from llava.endpoint import KEY_VARIABLE, Endpoint
 from llava.image import ImageStore
 from llava.records import Answer, DataError, Question, read_answers, read_questions, refuse_duplicates, texts
 from llava.runtime import setup_logging, user_errors, write_text

@@ -15,8 +15,9 @@ from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 from PIL import Image
 
-from inference.llava_hound_dpo.llm_judge import RUBRICS, WITHOUT, data_url
+from inference.llava_hound_dpo.llm_judge import RUBRICS, WITHOUT
 from inference.llava_hound_dpo.summary import Row, groupings, is_confused
+from llava.endpoint import data_url
 from llava.heatmap import draw_prompt
 from llava.image import ImageStore
 from llava.records import FORMATS, IMAGE, Answer, Question

@@ -4,12 +4,13 @@ Everything is translated into what transformers' LLaVA expects, so that nothing 
 """
 
 import json
+import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import torch
-from safetensors.torch import save_file
+from huggingface_hub import save_torch_state_dict
 from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 from transformers import (
@@ -23,9 +24,12 @@ from transformers import (
 )
 from transformers.convert_slow_tokenizer import generate_merges
 
+from llava.families.family import Family
 from llava.families.llava15 import END
 from llava.records import IMAGE
 from llava.weights import ADAPTER_FILES, first_names, local_folder, read_shard, read_tensors, tensor_names
+
+logger = logging.getLogger(__name__)
 
 TEXT_FIELDS = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
@@ -90,12 +94,20 @@ def translate_config(raw: Mapping, tower: str) -> LlavaConfig:
     )
 
 
-def tower_of(raw: Mapping, image_tower: str | None) -> str:
-    """Folder or hub name of the vision tower. Raises ValueError if neither the config nor a flag names one."""
+def tower_of(raw: Mapping, image_tower: str | None, folder: Path) -> str:
+    """Folder or hub name of the vision tower. Raises ValueError if neither the config nor a flag names one.
+
+    Where the named folder is gone, the one of its name in the checkpoint's folder, or beside it, is taken.
+    """
     tower = image_tower or raw.get("mm_vision_tower") or raw.get("mm_image_tower")
     if not tower:
         raise ValueError("config.json names no vision tower (`mm_vision_tower`): give --image_tower")
-    return tower
+    name = PurePosixPath(tower.replace("\\", "/")).name
+    near = [place for place in (folder / name, folder.parent / name) if (place / "config.json").is_file()]
+    if image_tower or not near or Path(tower).is_dir():
+        return tower
+    logger.info("%s: its vision tower %s is not there, %s is taken", folder, tower, near[0])
+    return str(near[0])
 
 
 def translate_name(name: str) -> str | None:
@@ -227,14 +239,14 @@ def _translated(path: Path, tensors: Mapping[str, torch.Tensor], bare: Callable[
     return found
 
 
-def write_checkpoint(model, image_processor, folder: Path, chain: Sequence[str]) -> None:
-    """Write a model in the original layout: one safetensors file, vision tower and its processor in `vision_tower/`.
+def write_checkpoint(model, family: Family, folder: Path, chain: Sequence[str]) -> None:
+    """Write a model in the original layout: safetensors in shards, vision tower and its processor in `vision_tower/`.
 
     `tokenizer.model` cannot be made from a fast tokenizer: it is copied from the first of `chain` that has one, a
     checkpoint and what it stands on. Raises FileNotFoundError if none has.
     """
     config, state = model.config, model.state_dict()
-    vocabulary = find_tokenizer_model(chain)
+    vocabulary, tower_folder = find_tokenizer_model(chain), folder.resolve() / "vision_tower"
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for name, tensor in state.items():
@@ -242,21 +254,22 @@ def write_checkpoint(model, image_processor, folder: Path, chain: Sequence[str])
         if theirs is None or "vision_tower" in theirs:
             continue
         is_vocabulary = theirs in ("model.embed_tokens.weight", "lm_head.weight")
-        tensors[theirs] = (tensor[: config.image_token_id] if is_vocabulary else tensor).clone()
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        tensors[theirs] = tensor[: config.image_token_id].clone() if is_vocabulary else tensor
+    save_torch_state_dict(tensors, folder)
     tower = CLIPVisionModel(config.vision_config).to(model.dtype)
     tower.load_state_dict(model.model.vision_tower.state_dict())
-    tower.save_pretrained(folder / "vision_tower")
-    image_processor.save_pretrained(folder / "vision_tower")
+    tower.save_pretrained(tower_folder)
+    family.image_processor.save_pretrained(tower_folder)
     text = config.text_config
     written = {name: getattr(text, name) for name in TEXT_FIELDS if hasattr(text, name)}
     written |= {"rope_theta": text.rope_parameters.get("rope_theta", 10000.0), "vocab_size": config.image_token_id}
     written |= {
         "architectures": ["LlavaLlamaForCausalLM"], "model_type": "llava", "pad_token_id": 0,
-        "torch_dtype": str(model.dtype).removeprefix("torch."), "mm_vision_tower": str(folder / "vision_tower"),
+        "torch_dtype": str(model.dtype).removeprefix("torch."), "mm_vision_tower": str(tower_folder),
         "mm_projector_type": "mlp2x_gelu", "mm_vision_select_layer": config.vision_feature_layer,
         "mm_vision_select_feature": "patch", "mm_hidden_size": config.vision_config.hidden_size,
-        "mm_use_im_start_end": False, "mm_use_im_patch_token": False, "image_aspect_ratio": "pad",
+        "mm_use_im_start_end": False, "mm_use_im_patch_token": False,
+        "image_aspect_ratio": "pad" if family.pad else "square",
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
     shutil.copy(vocabulary, folder / "tokenizer.model")

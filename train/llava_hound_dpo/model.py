@@ -1,5 +1,9 @@
 """The policy: a LLaVA with LoRA or with a trainable language model, and a table of what is trained."""
 
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
 import torch
 from accelerate import init_empty_weights
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
@@ -8,6 +12,13 @@ from transformers.utils import is_bitsandbytes_available
 
 from llava.families import Family, find_family
 from train.llava_hound_dpo.arguments import ModelArguments
+
+
+@dataclass
+class QuantisedLora(LoraConfig):
+    """LoRA that tells in its adapter_config.json on how many bits it was trained; plain peft passes over it."""
+
+    bits: int = 4
 
 
 def refuse_quantised(arguments: ModelArguments, zero_stage: int) -> None:
@@ -61,7 +72,10 @@ def make_trainable(model, family: type[Family], arguments: ModelArguments, fp32_
         # Freezes, and keeps in fp32 what is not quantised. The Trainer turns checkpointing on, non-reentrant.
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     if arguments.lora_enable:
-        settings = LoraConfig(
+        if model.name_or_path and Path(model.name_or_path).is_dir():  # an adapter's base is found from any folder
+            model.name_or_path = str(Path(model.name_or_path).resolve())
+        kind = LoraConfig if arguments.bits == 16 else partial(QuantisedLora, bits=arguments.bits)
+        settings = kind(
             r=arguments.lora_r,
             lora_alpha=arguments.lora_alpha,
             lora_dropout=arguments.lora_dropout,
