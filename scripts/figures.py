@@ -81,9 +81,9 @@ def packed(family) -> PackedRow:
     """A real pair about three pictures as a row."""
     record, pictures = draw(1, "sequence", 3)
     images = [family.image(picture.size) for picture in pictures]
-    answers = [family.encode_answer(record.prompt, answer) for answer in (record.chosen, record.rejected)]
+    chosen, *rejected = (family.encode_answer(record.prompt, text) for text in (record.chosen, *record.rejected))
     prompt = family.expand(family.encode_prompt(record.prompt), images)
-    return pack([EncodedPair(prompt, *answers, target_weights(record, images))], family.image_id)
+    return pack([EncodedPair(prompt, chosen, rejected, target_weights(record, images))], family.image_id)
 
 
 def colours(row: PackedRow) -> list[str]:

@@ -51,7 +51,7 @@ def example(model) -> tuple[EncodedPair, dict[str, torch.Tensor]]:
     pair = EncodedPair(
         prompt=[1, 11, *image, 12, *image, 13, 14],
         chosen=[21, 22, 23],
-        rejected=[31, 32],
+        rejected=[[31, 32]],
         target=torch.cat([torch.zeros(tokens), torch.ones(tokens)]),
     )
     pixels = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
@@ -112,7 +112,7 @@ def sign_of_term(model) -> str:
 def packing(model) -> str:
     """Log-probs of the rejected answer with and without a chosen one before it."""
     pair, pixels = example(model)
-    alone = EncodedPair(pair.prompt, pair.rejected, [], pair.target)
+    alone = EncodedPair(pair.prompt, pair.rejected[0], [], pair.target)
     with torch.no_grad():
         both = score(model, pack([pair], model.config.image_token_id), pixels).rejected
         single = score(model, pack([alone], model.config.image_token_id), pixels).chosen

@@ -53,17 +53,16 @@ def test_token_ids_of_a_pair(setting):
     (pair,) = setting.pairs(preference(num_images=3, target=2))
     tokenizer = setting.tokenizer
     assert pair.prompt.count(setting.image_token) == 3
-    assert (
-        tokenizer.decode(pair.chosen).strip() == "green</s>" and tokenizer.decode(pair.rejected).strip() == "blue</s>"
-    )
+    (rejected,) = pair.rejected
+    assert tokenizer.decode(pair.chosen).strip() == "green</s>" and tokenizer.decode(rejected).strip() == "blue</s>"
 
 
 def test_num_tokens_counts_images_and_the_longer_answer(setting):
     """By hand: the prompt with 36 tokens an image instead of one, and the longer of two answers."""
     (pair,) = setting.pairs(preference(chosen="red", rejected="a rather long green answer"))
-    assert len(pair.rejected) > len(pair.chosen)
+    assert len(pair.rejected[0]) > len(pair.chosen)
     text = len(pair.prompt) - 2
-    assert pair.num_tokens == text + 2 * 36 + len(pair.rejected)
+    assert pair.num_tokens == text + 2 * 36 + len(pair.rejected[0])
 
 
 class WithoutCapitals:
@@ -264,9 +263,9 @@ def test_batch(setting, needs_rejected):
     assert batch["pixels"]["pixel_values"].shape == (6, 3, 72, 72)
     assert [FORMATS[number] for number in batch["format"]] == ["sequence", "sequence", "single"]
     assert (row.input_ids == setting.image_token).sum() == 6 * TOKENS and row.num_pairs == 3
-    labels = [token for p in pairs for token in p.chosen + (p.rejected if needs_rejected else [])]
+    labels = [token for p in pairs for token in p.chosen + (p.rejected[0] if needs_rejected else [])]
     assert row.labels.tolist() == labels
-    assert row.branch.unique().tolist() == ([0, 1, 2, 3, 4, 5] if needs_rejected else [0, 2, 4])
+    assert row.branch.unique().tolist() == ([0, 1, 2, 3, 4, 5] if needs_rejected else [0, 1, 2])
 
 
 def test_dataset_length_and_order(setting):

@@ -86,7 +86,7 @@ def test_steps_per_epoch(pairs, per_device, accumulation, world, steps):
 def test_tokens_of_a_packed_row(with_rejected, tokens):
     """Prompt of 40 ids, two of them images of 576: 38 + 1152 = 1190. Branches repeat its last token and feed all but
     the last token of their answers, so an answer of n tokens takes n rows: 1189 + 4 (+ 10)."""
-    pair = Pair(SimpleNamespace(images=("a", "b")), [1] * 40, [1] * 4, [1] * 10, image_tokens=2 * 576)
+    pair = Pair(SimpleNamespace(images=("a", "b")), [1] * 40, [1] * 4, [[1] * 10], image_tokens=2 * 576)
     shape = shape_of(pair, with_rejected)
     assert shape.tokens == tokens and shape.images == 2 and shape.answers == tokens - 1189
 
@@ -152,7 +152,7 @@ def test_tokens_of_the_longest_batch(checkpoint, data, one_process):
         arguments, inputs = dry(checkpoint, data, **weights)
         long = inputs.train[2:]
         wanted = sum(len(p.prompt) - 1 + 35 * len(p.record.images) + answers * len(p.chosen) for p in long)
-        assert all(len(p.chosen) == len(p.rejected) for p in long)
+        assert all([len(p.chosen)] == [*map(len, p.rejected)] for p in long)
         assert f"({wanted:,} tokens)" in text_of(arguments, inputs)["memory"]
 
 

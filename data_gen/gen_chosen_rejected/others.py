@@ -11,7 +11,8 @@ from data_gen.gen_chosen_rejected.noise import Noise
 from data_gen.gen_chosen_rejected.rules import Candidate, num_pictures
 from data_gen.sources import parse_source, rng_of, source_paths
 from data_gen.tables import Table
-from llava.records import IMAGE, TARGET, Question, texts
+from llava.asked import TARGET
+from llava.records import IMAGE, Question, texts
 
 logger = logging.getLogger(__name__)
 Answers = dict[str, dict[str, str]]  # path of a source picture: question in small letters: answer

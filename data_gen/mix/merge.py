@@ -10,7 +10,8 @@ from typing import Any
 from data_gen.mix.pictures import Content, Names, look_at
 from data_gen.pictures import PictureFiles
 from data_gen.sources import source_paths
-from llava.records import TARGET, Preference, parse_preference, read_records
+from llava.asked import TARGET
+from llava.records import Preference, parse_preference, read_records
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def merge(paths: Sequence[str], folders: Sequence[str], source_folder: str | Non
         beside = _source_contents([pair for _, pair in pairs], files, sources)
         for raw, pair in pairs:
             own = [contents[name] for name in pair.images]
-            key = (pair.prompt, pair.chosen, pair.rejected, *(content.digest for content in own))
+            key = (pair.context, pair.prompt, pair.chosen, pair.rejected, *(content.digest for content in own))
             if key in seen:
                 merged.dropped["duplicate"] += 1
                 continue
@@ -106,7 +107,8 @@ def _item(
 
 def _written(raw: dict[str, Any], pair: Preference, name: str, images: list[str]) -> dict[str, Any]:
     """The record with its new names; format and target are written out, as readers might derive them otherwise."""
-    own = {"id": name, "image": images, "prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
+    rejected = pair.rejected[0] if len(pair.rejected) == 1 else list(pair.rejected)
+    own = {"id": name, "image": images, "prompt": pair.prompt, "chosen": pair.chosen, "rejected": rejected}
     derived = {"image_type": pair.image_type}
     if TARGET.search(pair.prompt) or pair.image_type == "pip":
         derived["target"] = pair.target + 1

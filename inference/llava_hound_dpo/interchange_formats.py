@@ -20,7 +20,8 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 
 from llava import tables
-from llava.records import IMAGE, PLACEHOLDER_OF_MIA_DPO, TARGET
+from llava.asked import TARGET
+from llava.records import IMAGE, PLACEHOLDER_OF_MIA_DPO
 from llava.scorers import normalise, true_choice
 
 SUFFIXES = (".parquet", ".arrow", ".jsonl", ".json", ".tsv")

@@ -67,7 +67,7 @@ def steps(own: Flags, folder: Path) -> tuple[str, list[str]]:
     lines = table([*columns, "loss, gradients: eager from ours", "without the term: TRL from ours"])
     for number, (title, shape, names) in enumerate(shapes):
         found, pairs = arrange(names, own.size, shape, folder / str(number))
-        tokens = sum(pair.prompt_tokens + len(pair.chosen) + len(pair.rejected) for pair in pairs.pairs)
+        tokens = sum(pair.prompt_tokens + len(pair.chosen) + sum(map(len, pair.rejected)) for pair in pairs.pairs)
         lines.append(row([title, tokens, *compare(found, tokens, names, own.repeats)]))
     return "Training step: time, median (lowest to highest) of paired runs", lines
 

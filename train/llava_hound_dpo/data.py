@@ -28,7 +28,7 @@ class Pair:
     record: Preference
     prompt: list[int]
     chosen: list[int]
-    rejected: list[int]
+    rejected: list[list[int]]
     image_tokens: int  # of all pictures together
 
     @property
@@ -38,8 +38,8 @@ class Pair:
 
     @property
     def num_tokens(self) -> int:
-        """Of the prompt and the longer answer: what must fit the model's context."""
-        return self.prompt_tokens + max(len(self.chosen), len(self.rejected))
+        """Of the prompt and the longest answer: what must fit the model's context."""
+        return self.prompt_tokens + max(map(len, (self.chosen, *self.rejected)))
 
 
 def tokenize(records: Sequence[Preference], family: Family, store: ImageStore | None) -> list[Pair]:
@@ -60,12 +60,13 @@ def tokenize(records: Sequence[Preference], family: Family, store: ImageStore | 
 
 def tokenize_one(record: Preference, family: Family, store: ImageStore | None) -> Pair:
     """Token ids of one record. Raises ValueError, OSError."""
-    prompt = family.encode_prompt(record.prompt)
-    chosen = family.encode_answer(record.prompt, record.chosen)
-    rejected = family.encode_answer(record.prompt, record.rejected)
+    prompt = family.encode_prompt(record.prompt, record.context)
+    chosen, *rejected = (
+        family.encode_answer(record.prompt, answer, record.context) for answer in (record.chosen, *record.rejected)
+    )
     if prompt.count(family.image_id) != len(record.images):
         raise ValueError(f"{prompt.count(family.image_id)} image tokens for {len(record.images)} images")
-    if chosen == rejected:
+    if chosen in rejected:
         raise ValueError("chosen and rejected are the same tokens")
     sizes = [None if family.fixed else store.size(name) for name in record.images]
     return Pair(record, prompt, chosen, rejected, sum(map(family.num_image_tokens, sizes)))

@@ -69,17 +69,17 @@ def _flops(forward: Callable[[], object]) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class PairShape:
-    """What of a pair's packed row decides its cost. `rejected` is 0 where the loss needs none."""
+    """What of a pair's packed row decides its cost. `rejected` is empty where the loss needs none."""
 
     shared: int  # tokens before the answers branch off, image tokens included: the prompt without its last
     chosen: int
-    rejected: int
+    rejected: tuple[int, ...]
     images: int
 
     @property
     def answers(self) -> int:
         """Rows whose logits are computed."""
-        return self.chosen + self.rejected
+        return self.chosen + sum(self.rejected)
 
     @property
     def tokens(self) -> int:
@@ -93,7 +93,7 @@ class PairShape:
     @property
     def attended_pairs(self) -> float:
         """(query, key) pairs of the packed row: of the shared prompt and of each answer's branch."""
-        return self.shared**2 / 2 + self.attended(self.chosen) + self.attended(self.rejected)
+        return self.shared**2 / 2 + sum(map(self.attended, (self.chosen, *self.rejected)))
 
 
 @dataclass(frozen=True)

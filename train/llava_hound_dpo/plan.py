@@ -51,8 +51,8 @@ def world_size() -> int:
 
 
 def shape_of(pair: Pair, with_rejected: bool) -> PairShape:
-    """A pair's packed row: prompt once, and both answers."""
-    rejected = len(pair.rejected) if with_rejected else 0
+    """A pair's packed row: prompt once, and its answers."""
+    rejected = tuple(map(len, pair.rejected)) if with_rejected else ()
     return PairShape(pair.prompt_tokens - 1, len(pair.chosen), rejected, len(pair.record.images))
 
 
