@@ -322,3 +322,11 @@ def test_a_damaged_picture_ends_an_export_and_leaves_nothing(records, tmp_path, 
     (tmp_path / "in/sub/b.png").write_bytes(png(2)[:60])
     said = refused(capsys, *records, "--to", "llama-factory", "--output", tmp_path / "out")
     assert "record two: sub/b.png is truncated or damaged" in said and not (tmp_path / "out").exists()
+
+
+def test_imported_pairs_can_be_mixed(records, tmp_path):
+    run("--pairs", tmp_path / "train.json", "--image_folder", tmp_path / "in", "--output", tmp_path / "set",
+        "--validation", 0)  # fmt: skip
+    longer = read_json(tmp_path / "set/train.json")
+    (longer,) = [record for record in longer if record["id"] == "longer"]
+    assert longer == RECORDS[1] and len(read_preferences(tmp_path / "set/train.json")) == len(RECORDS)
