@@ -76,8 +76,8 @@ def sample(family, seed: int, image_type: str, num_images: int | None = None):
 def packed(family) -> tuple[PackedRow, list[str]]:
     """A real pair about three pictures as a row, and a colour for what each of its tokens is."""
     record, _, images, prompt = sample(family, 1, "sequence", 3)
-    answers = [family.encode_answer(record.prompt, answer) for answer in (record.chosen, record.rejected)]
-    row = pack([EncodedPair(prompt, *answers, target_weights(record, images))], family.image_id)
+    chosen, *rejected = (family.encode_answer(record.prompt, text) for text in (record.chosen, *record.rejected))
+    row = pack([EncodedPair(prompt, chosen, rejected, target_weights(record, images))], family.image_id)
     found = [TARGET if target else IMAGE if image else TEXT for target, image in row.regions[0].tolist()]
     for (start, end), colour in zip(row.trees[0].branches, (CHOSEN, REJECTED), strict=True):
         found[start:end] = [colour] * (end - start)

@@ -51,7 +51,7 @@ def example(config) -> tuple[list[PackedRow], dict[str, torch.Tensor]]:
     prompt, chosen, rejected = [1, 11, *image, 12, *image, 13, 14], [21, 22, 23], [31, 32]
     rows = [
         pack([EncodedPair(prompt, *answers, target)], config.image_token_id)
-        for answers in ((chosen, rejected), (chosen, []), (rejected, []))
+        for answers in ((chosen, [rejected]), (chosen, []), (rejected, []))
     ]
     return rows, {"pixel_values": torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))}
 

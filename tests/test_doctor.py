@@ -81,7 +81,7 @@ RECORD_FAULTS = {
     "picture missing": (lambda record, images: record["image"].__setitem__(1, "no.png"), "no.png: no such picture"),
     "picture truncated": (truncate, "cut.png: truncated or damaged"),
     "not a picture": (not_a_picture, "text.png: not a picture"),
-    "image out of range": (fault(target=9), "Image9 does not exist"),
+    "image out of range": (fault(target=9), "`target` is 9, but the prompt names Image"),
     "empty chosen": (fault(chosen=" "), "`chosen` is empty"),
     "chosen equals rejected": (fault(chosen="red", rejected="red "), "nothing to prefer"),
     "stop string in the answer": (fault(chosen="red</s>"), "must not contain '</s>'"),

@@ -100,7 +100,7 @@ def build_pairs(folder: Path, shape: Shape, family: Llava15) -> PairDataset:
     (folder / "train.json").write_text(json.dumps(raw), encoding="utf-8")
     store = ImageStore(folder)
     pairs = tokenize(read_preferences(folder / "train.json"), family, store)
-    assert [(len(p.chosen), len(p.rejected)) for p in pairs] == [(shape.chosen, shape.rejected)] * shape.count
+    assert [(len(p.chosen), *map(len, p.rejected)) for p in pairs] == [(shape.chosen, shape.rejected)] * shape.count
     return PairDataset(pairs, store, family)
 
 

@@ -83,7 +83,7 @@ class PlainDPOTrainer(AttentionAwareDPOTrainer):
         """Mean DPO loss of a batch of pairs."""
         row, pictures = inputs["row"], self._pictures(inputs["pixels"])
         reference = self._reference(model, inputs, pictures, self.train_dataset)
-        z = self._margin(score(model, row, **pictures), reference)
+        z = self._margin(score(model, row, **pictures), reference, row)
         return PREFERENCE_LOSSES[self.settings.loss_type](z, self.settings.beta, 0.0).mean()
 
 
@@ -121,7 +121,7 @@ def build_trl(base, policy, pairs: PairDataset, folder: Path) -> TrainerStep:
             "images": [pairs.store.open(name) for name in record.images],
             "prompt": "<s>" + pairs.family.render([(record.prompt, None)]),
             "chosen": record.chosen + "</s>",
-            "rejected": record.rejected + "</s>",
+            "rejected": record.rejected[0] + "</s>",
         }
         for record in (pair.record for pair in pairs.pairs)
     ]

@@ -77,7 +77,7 @@ def compare(own: Flags, shape: Shape, names: Sequence[str], folder: Path) -> lis
             release()
     seconds = common.alternate(steps, own.repeats)
     median = statistics.median(seconds["ours"])
-    tokens = sum(pair.prompt_tokens + len(pair.chosen) + len(pair.rejected) for pair in pairs.pairs)
+    tokens = sum(pair.prompt_tokens + len(pair.chosen) + sum(map(len, pair.rejected)) for pair in pairs.pairs)
     cells = [tokens, f"{median:.2f}", f"{tokens / median:.0f}"]
     for first, second in (("trl", "ours"), ("eager", "ours"), ("ours", "plain")):
         missing = "out of memory" if {first, second} <= {*names} else "-"
