@@ -125,12 +125,16 @@ def command(argv: Sequence[str] | None, names: Sequence[str], description: str |
 
 
 def check_numbers(settings: Any, **ranges: tuple[float | None, float | None]) -> None:
-    """Raises ValueError for a number of a dataclass that is not finite, or outside of (least, most); None: no limit."""
+    """Raises ValueError for a number of a dataclass that is not finite, or outside of (least, most); None: no limit.
+
+    Of a list, for any of its numbers.
+    """
     for name, (least, most) in ranges.items():
-        value = getattr(settings, name)
-        if value is None:
-            continue
-        if not math.isfinite(value) or (least is not None and value < least) or (most is not None and value > most):
+        low, high = -math.inf if least is None else least, math.inf if most is None else most
+        found = getattr(settings, name)
+        for value in found if isinstance(found, list | tuple) else [found]:
+            if value is None or (low <= value <= high and abs(value) != math.inf):
+                continue
             limits = [f"at least {least}"] * (least is not None) + [f"at most {most}"] * (most is not None)
             raise ValueError(f"--{name} {value}: must be {' and '.join(limits) or 'a finite number'}")
 

@@ -162,12 +162,16 @@ def test_help_has_groups_descriptions_and_defaults(capsys):
     assert printed.index("files:") < printed.index("numbers:") and "pairs per batch (default: 8)" in printed
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1, 65])
-def test_numbers_outside_their_limits(value):
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), -1, 65, 10**400, [1, 2, 65], [float("nan")]])
+@pytest.mark.parametrize("most", [64, None])
+def test_numbers_outside_their_limits(value, most):
     numbers = Numbers()
     numbers.batch_size = value
+    if most is None and value in (65, 10**400, [1, 2, 65]):
+        check_numbers(numbers, batch_size=(0, None))
+        return
     with pytest.raises(ValueError, match="--batch_size"):
-        check_numbers(numbers, batch_size=(0, 64))
+        check_numbers(numbers, batch_size=(0, most))
 
 
 def test_no_number_is_no_error():
