@@ -9,7 +9,7 @@ import dataclasses
 import difflib
 import math
 import sys
-from argparse import SUPPRESS, Action, ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
+from argparse import SUPPRESS, Action, ArgumentDefaultsHelpFormatter, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -106,11 +106,17 @@ def parse(
     return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
 
 
-def check(groups: Sequence[type], argv: Sequence[str]) -> None:
-    """Raises ValueError for words that `parse` would not take; makes no dataclass of them, and so nothing happens."""
-    parser = Parser(groups, allow_abbrev=False)
+def check(groups: Sequence[type], argv: Sequence[str], only_parsed: Sequence[type] = ()) -> Namespace:
+    """Raises ValueError for words that `parse` would not take.
+
+    Dataclasses that do more when made than look at their fields are `only_parsed`: their fields are as given.
+    """
+    parser = Parser((*groups, *only_parsed), allow_abbrev=False)
     _check_names(argv, list(parser._option_string_actions), {})
-    parser.parse_args(argv)
+    found = parser.parse_args(argv)
+    for group in groups:
+        group(**{own.name: getattr(found, own.name) for own in dataclasses.fields(group) if own.init})
+    return found
 
 
 def command(argv: Sequence[str] | None, names: Sequence[str], description: str | None) -> tuple[str, list[str]]:
@@ -125,12 +131,16 @@ def command(argv: Sequence[str] | None, names: Sequence[str], description: str |
 
 
 def check_numbers(settings: Any, **ranges: tuple[float | None, float | None]) -> None:
-    """Raises ValueError for a number of a dataclass that is not finite, or outside of (least, most); None: no limit."""
+    """Raises ValueError for a number of a dataclass that is not finite, or outside of (least, most); None: no limit.
+
+    Of a list, for any of its numbers.
+    """
     for name, (least, most) in ranges.items():
-        value = getattr(settings, name)
-        if value is None:
-            continue
-        if not math.isfinite(value) or (least is not None and value < least) or (most is not None and value > most):
+        low, high = -math.inf if least is None else least, math.inf if most is None else most
+        found = getattr(settings, name)
+        for value in found if isinstance(found, list | tuple) else [found]:
+            if value is None or (low <= value <= high and abs(value) != math.inf):
+                continue
             limits = [f"at least {least}"] * (least is not None) + [f"at most {most}"] * (most is not None)
             raise ValueError(f"--{name} {value}: must be {' and '.join(limits) or 'a finite number'}")
 

@@ -58,29 +58,27 @@ def test_gradients_of_other_weights_are_not_compared():
         difference({"a": torch.ones(1)}, {"b": torch.ones(1)})
 
 
-@pytest.fixture
-def results(tmp_path, monkeypatch):
-    """Where a benchmark writes."""
-    monkeypatch.setattr(common, "RESULTS", tmp_path / "output/bench/RESULTS.md")
-    return common.RESULTS
+@pytest.mark.parametrize("publish", [False, True])
+def test_only_what_is_published_changes_a_tracked_file(tmp_path, monkeypatch, publish):
+    """Smaller than small, from any folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(common, "PUBLISHED", tmp_path / "tracked/RESULTS.md")
+    monkeypatch.setattr(training, "compare", lambda own, shape, names, folder: ["-"] * 8)
+    monkeypatch.setattr("sys.argv", ["training", "--images", "1", *["--publish"] * publish])
+    for _ in range(2):
+        training.main()
+    (written,) = tmp_path.rglob("*.md")
+    assert written.relative_to(tmp_path).parts[0] == ("tracked" if publish else "output")
+    assert written.read_text().count("\n## ") == 2
 
 
-def test_the_command_writes_its_table(results, monkeypatch):
+def test_the_command_writes_its_table(tmp_path, monkeypatch):
     """Smaller than small."""
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["training", "--size", "tiny", "--images", "1", "--repeats", "1"])
     training.main()
-    text = results.read_text()
+    text = common.RESULTS.read_text()
     assert text.count("\n## ") == 1 and "out of memory" not in text
     assert "`python -m scripts.bench.training --size tiny --repeats 1 --images 1`" in text
     rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| 1")]
     assert [len(row) for row in rows] == [9, 9] and [row.count("-") for row in rows] == [0, 4]
-
-
-def test_results_are_appended_where_git_does_not_keep_them(results, capsys):
-    for _ in range(2):
-        common.record("Title", "command", "| table |")
-    assert results.read_text().count("## Title") == 2 == capsys.readouterr().out.count("## Title")
-
-
-def test_no_benchmark_changes_a_tracked_file():
-    assert common.RESULTS.parts[0] == "output"
