@@ -25,7 +25,15 @@ from transformers.convert_slow_tokenizer import generate_merges
 
 from llava.families.llava15 import END
 from llava.records import IMAGE
-from llava.weights import ADAPTER_FILES, first_names, local_folder, read_shard, read_tensors, tensor_names
+from llava.weights import (
+    ADAPTER_FILES,
+    check_settings,
+    first_names,
+    local_folder,
+    read_shard,
+    read_tensors,
+    tensor_names,
+)
 
 TEXT_FIELDS = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
@@ -71,6 +79,7 @@ def translate_config(raw: Mapping, tower: str) -> LlavaConfig:
     feature = raw.get("mm_vision_select_feature", "patch")
     if feature != "patch":
         raise ValueError(f"mm_vision_select_feature {feature!r}: regions need the patch tokens alone ('patch')")
+    check_settings(local_folder(tower))
     vision = CLIPVisionConfig.from_pretrained(local_folder(tower))
     image_token = raw["vocab_size"]
     rows = -(-(image_token + 1) // VOCABULARY_STEP) * VOCABULARY_STEP

@@ -1,10 +1,11 @@
 """What a training process keeps in memory: bytes from shapes, to compare settings by, not a measurement."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import PretrainedConfig
+
+from llava.run_folder import read_object
 
 GIB = 1024**3
 # Bytes per quantised weight. nf4 keeps a constant per 64 weights in 8 bits, and one per 256 of these in 32 bits.
@@ -53,7 +54,7 @@ class Zero:
         """Of a config file; of none, no sharing at all."""
         if not file:
             return cls()
-        found = json.loads(Path(file).read_text(encoding="utf-8")).get("zero_optimization", {})
+        found = read_object(Path(file)).get("zero_optimization", {})
         parts = (found.get(f"offload_{part}", {}) for part in ("param", "optimizer"))
         offloads = (part.get("device", "none") != "none" for part in parts)
         return cls(found.get("stage", 0), *offloads, float(found.get("stage3_max_live_parameters", LIVE_PARAMETERS)))
