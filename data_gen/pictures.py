@@ -23,6 +23,10 @@ class Picture(NamedTuple):
     suffix: str  # of a file name for `data`: ".jpg"
     is_plain: bool  # every reader makes exactly `pixels` of `data`
 
+    def file(self) -> tuple[str, bytes]:
+        """Suffix and bytes to store: as it came, or redrawn where readers would see it otherwise."""
+        return (self.suffix, self.data) if self.is_plain else (".png", encode(self.pixels, "png"))
+
 
 class PictureFiles(ImageStore):
     """The pictures of a folder or archive, encoded."""
@@ -71,4 +75,3 @@ def fingerprint(picture: Image.Image) -> bytes:
     """
     sample = picture.resize(SAMPLE, Image.Resampling.NEAREST).tobytes()
     return hashlib.blake2b(sample, digest_size=16, key=b"%dx%d" % picture.size).digest()
-

@@ -107,7 +107,7 @@ def prepare(model: ModelSettings, settings: AnswerSettings, questions: str | Pat
 def encode_prompt(family: Family, question: Question) -> list[int]:
     """Token ids of a question's prompt, one image token per picture. Raises ValueError naming the record."""
     try:
-        return family.encode_prompt(question.prompt)
+        return family.encode_prompt(question.prompt, question.context)
     except ValueError as error:
         raise ValueError(f"{question.where}: {error}") from error
 
@@ -145,7 +145,10 @@ def spread(questions: Sequence[Question], count: int) -> frozenset[int]:
 def identify(job: Job) -> dict[str, Any]:
     """What decides the answers, so that those of another run are neither continued nor overwritten."""
     arguments = dataclasses.asdict(job.model) | dataclasses.asdict(job.settings)
-    asked = [(q.id, q.prompt, q.images, q.answer, q.target, q.target_box, q.grid, q.extra) for q in job.questions]
+    asked = [
+        (q.id, q.prompt, q.images, q.answer, q.target, q.target_box, q.grid, q.extra, *q.context)
+        for q in job.questions
+    ]
     content = hashlib.sha256(repr(asked).encode()).hexdigest()[:16]
     return {
         "arguments": {name: value for name, value in arguments.items() if name not in PROCESS_FLAGS},
@@ -311,6 +314,8 @@ def record(job: Job, number: int, given: Generated) -> dict[str, Any]:
         "target": question.target + 1 if has_target else None,
         "num_images": len(question.images) if question.grid is None else question.grid[0] * question.grid[1],
     }
+    if question.context:
+        own["context"] = [{"role": role, "content": text} for role, text in question.context]
     if number in job.mapped:
         images = [job.family.image(job.store.size(name)) for name in question.images]
         own["attention_map"] = attention_map(given.by_token, images)

@@ -86,6 +86,8 @@ class Checkpoint:
             else:
                 config = AutoConfig.from_pretrained(self.path, trust_remote_code=False)
             find_family(config.model_type).check_config(config)
+        except FileNotFoundError:  # of a vision tower
+            raise
         except Exception as error:  # whatever settings of strange types make transformers stumble over
             raise ValueError(f"{self.path}: {reason(error)}") from error
         return config

@@ -4,21 +4,18 @@ A record's `target` is 1-based in files and prompts ("Image1") and 0-based insid
 """
 
 import json
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from llava.asked import FORMATS, IMAGE, what_is_asked
 from llava.messages import one_line
-from llava.strict_json import loads
+from llava.strict_json import check_text, loads
 
-FORMATS = ("sequence", "collage", "pip", "single", "multi")
-TARGET = re.compile(r"In Image(\d+)")
-IMAGE = "<image>"  # stands in a prompt for each picture
 RESERVED = (IMAGE, "</s>")  # of no answer, whatever the model
 PLACEHOLDER_OF_MIA_DPO = "<image-placeholder>"
-KNOWN = {"id", "image", "prompt", "image_type", "target", "target_box", "grid"}
+KNOWN = {"id", "image", "prompt", "image_type", "target", "target_box", "grid", "context"}
 
 
 class DataError(ValueError):
@@ -38,20 +35,22 @@ class Prompt:
     where: str  # "train.json record 3 (id coco_41)", for messages
     id: str
     images: tuple[str, ...]  # paths below the image folder or archive
-    prompt: str  # one `<image>` per image
+    prompt: str  # with one `<image>` per image, those of earlier turns apart
     image_type: str  # one of FORMATS
     target: int | None  # 0-based image of a sequence or cell of a collage; None for multi; 0 otherwise
     target_box: tuple[float, float, float, float] | None  # x0, y0, x1, y1 in px of the stored image
     grid: tuple[int, int] | None  # rows, cols of a collage
     extra: dict[str, Any] = field(default_factory=dict, repr=False)  # unknown fields, passed on
+    context: tuple[tuple[str, str], ...] = ()  # (role, text) before the prompt: a system text, earlier turns in pairs
+    is_derived: bool = False  # whether the format follows from the prompt, because no field says it
 
 
 @dataclass(frozen=True)
 class Preference(Prompt):
-    """A prompt with a better (`chosen`) and a worse (`rejected`) answer."""
+    """A prompt with a better (`chosen`) and one or several worse (`rejected`) answers."""
 
     chosen: str = ""
-    rejected: str = ""
+    rejected: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -165,13 +164,7 @@ def name_of(path: str | Path, number: int, raw: Any) -> str:
 
 def read_records(path: str | Path, parse: Callable[[Any, str], Any]) -> list:
     """What `parse` makes of every record and its name. Raises DataError with a line for each that it refuses."""
-    records, problems = [], []
-    for number, raw in enumerate(read_json(path), 1):
-        where = name_of(path, number, raw)
-        try:
-            records.append(parse(raw, where))
-        except ValueError as error:
-            problems.append(f"{where}: {error}")
+    records, problems = parse_records(path, parse)
     if problems:
         raise DataError(problems)
     if not records:
@@ -179,15 +172,46 @@ def read_records(path: str | Path, parse: Callable[[Any, str], Any]) -> list:
     return records
 
 
+def parse_records(
+    path: str | Path, parse: Callable[[Any, str], Any], leave_out: frozenset[str] = frozenset()
+) -> tuple[list, list[str]]:
+    """(what `parse` makes of the records that it takes, a line for each that it refuses).
+
+    Records that `leave_out` names, by their id or as "record N", are not looked at.
+    """
+    records, problems = [], []
+    for number, raw in enumerate(read_json(path), 1):
+        where = name_of(path, number, raw)
+        if f"record {number}" in leave_out or (isinstance(raw, dict) and str(raw.get("id")) in leave_out):
+            continue
+        try:
+            records.append(parse(raw, where))
+        except ValueError as error:
+            problems.append(f"{where}: {error}")
+    return records, problems
+
+
 def parse_preference(raw: Any, where: str) -> Preference:
     """One preference pair. Raises ValueError saying what is wrong with it."""
     prompt = _parse_prompt(raw, where, KNOWN | {"chosen", "rejected"})
     if prompt["image_type"] == "multi":
         raise ValueError("a multi prompt refers to no single image, so it is for test sets only: name a `target`")
-    chosen, rejected = check_answer(_text(raw, "chosen")), check_answer(_text(raw, "rejected"))
-    if chosen.strip() == rejected.strip():
+    chosen, rejected = check_answer(_text(raw, "chosen")).strip(), _rejected(raw)
+    if chosen in rejected:
         raise ValueError("chosen and rejected are the same text: there is nothing to prefer")
-    return Preference(**prompt, chosen=chosen.strip(), rejected=rejected.strip())
+    return Preference(**prompt, chosen=chosen, rejected=rejected)
+
+
+def _rejected(raw: dict) -> tuple[str, ...]:
+    given = _required(raw, "rejected")
+    if not isinstance(given, list):
+        return (check_answer(_text(raw, "rejected")).strip(),)
+    answers = tuple(check_answer(text).strip() for text in texts(raw, "rejected") or ())
+    if not answers:
+        raise ValueError("`rejected` is empty")
+    if len(set(answers)) < len(answers):
+        raise ValueError("`rejected` must be a text, or a list of different texts")
+    return answers
 
 
 def parse_question(raw: Any, where: str) -> Question:
@@ -201,12 +225,12 @@ def _parse_prompt_of_any(raw: Any, where: str) -> Question:
 
 
 def _parse_instruction(raw: Any, where: str) -> Question:
-    if not isinstance(raw, dict):
-        raise ValueError(f"a record must be a JSON object, not {type(raw).__name__}")
+    _check_object(raw)
     is_refusal = raw.get("is_refusal", False)  # asks about a picture that is not there, on purpose
     flat = {**raw, **(_first_turn(raw) if "conversations" in raw else {}), **({"target": 1} if is_refusal else {})}
     known = KNOWN | {"answer", "conversations", "turn_targets"}
-    question = Question(**_parse_prompt(flat, where, known), answer=check_answer(_text(flat, "answer")).strip())
+    parsed = _parse_prompt(flat, where, known, names_nothing=is_refusal)
+    question = Question(**parsed, answer=check_answer(_text(flat, "answer")).strip())
     return replace(question, target=None) if is_refusal else question
 
 
@@ -220,8 +244,7 @@ def _first_turn(raw: dict) -> dict[str, Any]:
 
 
 def _parse_answer(raw: Any, where: str) -> Answer:
-    if not isinstance(raw, dict):
-        raise ValueError(f"a record must be a JSON object, not {type(raw).__name__}")
+    _check_object(raw)
     question_id, text = _required(raw, "question_id"), _required(raw, "text")
     if not isinstance(question_id, str | int) or not isinstance(text, str):
         raise ValueError("`question_id` must be text or a whole number, and `text` must be text")
@@ -272,14 +295,15 @@ def _shares(raw: dict, name: str) -> tuple[float, ...] | None:
     return tuple(float(v) for v in value)
 
 
-def _parse_prompt(raw: Any, where: str, known: set[str]) -> dict[str, Any]:
-    if not isinstance(raw, dict):
-        raise ValueError(f"a record must be a JSON object, not {type(raw).__name__}")
-    images = _images(raw)
+def _parse_prompt(raw: Any, where: str, known: set[str], names_nothing: bool = False) -> dict[str, Any]:
+    _check_object(raw)
+    images, context = _images(raw), _context(raw)
     prompt = _text(raw, "prompt").replace(PLACEHOLDER_OF_MIA_DPO, IMAGE)
-    if prompt.count(IMAGE) != len(images):
-        raise ValueError(f"the prompt has {prompt.count(IMAGE)} {IMAGE} but the record lists {len(images)} images")
-    image_type, target = _what_is_asked(raw, prompt, len(images))
+    asked = [*(text for role, text in context if role == "user"), prompt]
+    found = sum(text.count(IMAGE) for text in asked)
+    if found != len(images):
+        raise ValueError(f"the prompt has {found} {IMAGE} but the record lists {len(images)} images")
+    image_type, target = what_is_asked(raw, [""] if names_nothing else asked, len(images))
     return {
         "where": where,
         "id": str(raw.get("id", f"record_{where.rpartition(' ')[2]}")),  # by number, however the file's path is written
@@ -290,41 +314,27 @@ def _parse_prompt(raw: Any, where: str, known: set[str]) -> dict[str, Any]:
         "target_box": _box(raw),
         "grid": _grid(raw, target),
         "extra": {key: value for key, value in raw.items() if key not in known},
+        "context": context,
+        "is_derived": raw.get("image_type") is None,
     }
 
 
-def _what_is_asked(raw: dict, prompt: str, num_images: int) -> tuple[str, int | None]:
-    """Format and 0-based target: from the record's fields, else from the prompt (`In Image(\\d+)`).
-
-    `multi`, several images and no referred one, is never derived: a forgotten reference must not pass for it.
-    """
-    match = TARGET.search(prompt)
-    derived = ("sequence" if num_images > 1 else "collage") if match else "pip"
-    image_type = raw.get("image_type", derived)
-    if image_type not in FORMATS:
-        raise ValueError(f"image_type {image_type!r} is none of {', '.join(FORMATS)}")
-    if image_type == "multi":
-        return image_type, _no_target(raw, num_images)
-    if image_type != "sequence" and num_images != 1:
-        reason = "" if "image_type" in raw else " (no `In Image<k>` in the prompt, so it is read as pic-in-pic)"
-        raise ValueError(f"a {image_type} prompt has one image, this record lists {num_images}{reason}")
-    if image_type in ("pip", "single"):
-        return image_type, 0
-    target = raw.get("target", int(match[1]) if match else None)
-    if not isinstance(target, int) or isinstance(target, bool):
-        raise ValueError("which image is meant? Give `target` (1-based), or write `In Image<k>` in the prompt")
-    if target < 1 or (image_type == "sequence" and target > num_images):
-        limit = f"this record has Image1 to Image{num_images}" if image_type == "sequence" else "counting starts at 1"
-        raise ValueError(f"Image{target} does not exist: {limit}")
-    return image_type, target - 1
-
-
-def _no_target(raw: dict, num_images: int) -> None:
-    if num_images < 2:
-        raise ValueError("a multi prompt has several images, this record lists 1: its image_type is `single`")
-    given = [name for name in ("target", "target_box", "grid") if raw.get(name) is not None]
-    if given:
-        raise ValueError(f"a multi prompt refers to no image, but the record has `{given[0]}`: is it a sequence?")
+def _context(raw: dict) -> tuple[tuple[str, str], ...]:
+    """What is said before the prompt. Raises ValueError."""
+    given = raw.get("context") or []
+    if not isinstance(given, list) or not all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in given):
+        raise ValueError("`context` must be a list of messages, each with `role` and `content` (text)")
+    found = tuple((m.get("role"), m["content"].replace(PLACEHOLDER_OF_MIA_DPO, IMAGE).strip()) for m in given)
+    roles = [role for role, _ in found]
+    turns = roles[1:] if roles[:1] == ["system"] else roles
+    if turns != ["user", "assistant"] * (len(turns) // 2):
+        raise ValueError("`context` must be a system message, if any, then user and assistant in turns")
+    if not all(text for _, text in found):
+        raise ValueError("`context` has an empty message")
+    for role, text in found:
+        if role != "user":
+            check_answer(text)
+    return found
 
 
 def _images(raw: dict) -> tuple[str, ...]:
@@ -369,6 +379,12 @@ def _grid(raw: dict, target: int | None) -> tuple[int, int] | None:
     if target is not None and target >= grid[0] * grid[1]:
         raise ValueError(f"Image{target + 1} does not exist: the collage has {grid[0]} x {grid[1]} cells")
     return tuple(grid)
+
+
+def _check_object(raw: Any) -> None:
+    if not isinstance(raw, dict):
+        raise ValueError(f"a record must be a JSON object, not {type(raw).__name__}")
+    check_text(raw)
 
 
 def _is_number(value: Any) -> bool:

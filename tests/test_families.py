@@ -6,7 +6,7 @@ import pytest
 
 from llava.checkpoints import open_checkpoint
 from llava.families import find_family
-from llava.families.llava15 import Llava15, vicuna_v1
+from llava.families.llava15 import SYSTEM, Llava15, vicuna_v1
 from llava.records import check_answer
 
 ONE_OPEN = (
@@ -59,6 +59,18 @@ def test_text_of_one_and_two_turns(family, turns, text):
 def test_a_turn_after_an_open_one_is_refused(family):
     with pytest.raises(ValueError, match="turn 1 has no answer"):
         family.render([(FIRST, None), ("Are you sure?", "Yes.")])
+
+
+@pytest.mark.parametrize("system", [None, "Be brief."])
+def test_a_prompt_with_earlier_turns_is_the_rendered_conversation(family, system):
+    turns, own = [("user", FIRST), ("assistant", "It is red.")], [("system", system)] if system else []
+    text = TWO_OPEN if system is None else TWO_OPEN.replace(SYSTEM, system)
+    prompt = family.encode_prompt("Are you sure?", [*own, *turns])
+    assert prompt == family.tokenizer(text)["input_ids"]
+    whole = family.tokenizer(text + " Yes.</s>")["input_ids"]
+    assert prompt + family.encode_answer("Are you sure?", "Yes.", [*own, *turns]) == whole
+    with pytest.raises(ValueError, match="must not contain '</s>'"):
+        family.encode_prompt("Are you sure?", [("user", FIRST), ("assistant", "red</s>")])
 
 
 @pytest.mark.parametrize("answer", ["red</s>", "</s>", "see <image>", "<image>\n", "<s>red", "a <unk> thing"])

@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from data_gen.gen_instruction.rewriting import CENTRE_PHRASES, lower_first
-from llava.records import TARGET, read_questions
+from llava.asked import PIC_IN_PIC, TARGET
+from llava.records import read_questions
 from tests.single_images import colour, digest, generate, lines, record, save_pictures, turns, world, write
 
 ROOT = Path(__file__).parent.parent
@@ -52,6 +53,7 @@ def test_first_letter(text, expected):
 def test_centre_phrases_are_many_distinct_and_no_collage_words():
     assert 60 <= len(CENTRE_PHRASES) == len(set(CENTRE_PHRASES)) <= 100
     assert not any(TARGET.search(phrase) for phrase in CENTRE_PHRASES)
+    assert all(PIC_IN_PIC.match(f"{phrase}, what is it?") for phrase in CENTRE_PHRASES)
 
 
 def test_sequence_prompt_and_its_follow_up(monkeypatch, tmp_path):

@@ -5,6 +5,7 @@ import torch
 
 from llava.attention import Plan, Tree, install
 from tests.conftest import SIDE, tiny_model
+from train.llava_hound_dpo.losses import LossSettings, logits_margin, total_loss
 from train.llava_hound_dpo.packing import EncodedPair, pack
 from train.llava_hound_dpo.scoring import score
 
@@ -23,7 +24,7 @@ def make_pair(model, num_images, chosen, rejected, seed):
     prompt = [1, *words(5), *(token for _ in range(num_images) for token in [*image, *words(2)]), *words(4)]
     target = torch.rand(num_images * TOKENS_PER_IMAGE, generator=generator)
     pixels = torch.randn(num_images, 3, SIDE, SIDE, generator=generator)
-    return EncodedPair(prompt, words(chosen), words(rejected), target), pixels
+    return EncodedPair(prompt, words(chosen), [words(rejected)], target), pixels
 
 
 def pairs_of(model, seed=0):
@@ -54,7 +55,7 @@ def separate_scores(eager, pairs, pixels):
     for pair, own in zip(pairs, pixels, strict=True):
         logps, maps = separate(eager, pair.prompt, pair.chosen, own)
         chosen.append(logps.sum())
-        rejected.append(separate(eager, pair.prompt, pair.rejected, own)[0].sum())
+        rejected.append(separate(eager, pair.prompt, pair.rejected[0], own)[0].sum())
         is_image = torch.tensor(pair.prompt) == eager.config.image_token_id
         target = torch.zeros(len(pair.prompt)).masked_scatter(is_image, pair.target)
         masses.append(
@@ -112,6 +113,35 @@ def test_features_encoded_before_give_the_same_scores(model):
     a = score(model, row, pixels={"pixel_values": pixels}, layers=LAYERS)
     b = score(model, row, image_features=features, layers=LAYERS)
     assert torch.equal(a.chosen, b.chosen) and torch.equal(a.masses, b.masses)
+
+
+def test_several_rejected_answers_are_the_mean_of_separate_pairs(model):
+    """1/m Σ_j ℓ(z_j): loss, its parts and gradients of two pairs, one with three rejected answers."""
+    torch.manual_seed(0)
+    (first, one), (second, two) = make_pair(model, 2, 5, 6, 0), make_pair(model, 1, 3, 4, 1)
+    others = [[*torch.randint(20, 90, (length,)).tolist(), 2] for length in (2, 7)]
+    pairs = [EncodedPair(first.prompt, first.chosen, [*first.rejected, *others], first.target), second]
+    alone = [EncodedPair(p.prompt, p.chosen, [r], p.target) for p in pairs for r in p.rejected]
+    settings = LossSettings(dpo_alpha=1.0, gamma=0.5)
+
+    def loss_of(rows, own, reference):
+        row = pack(rows, model.config.image_token_id)
+        found = score(model, row, pixels={"pixel_values": own}, layers=LAYERS)
+        ratio = (found.masses[..., 0] / found.masses[..., 1]).mean(dim=0)
+        z = logits_margin(found.chosen[row.rejected_owner], found.rejected, *reference)
+        return total_loss(settings, found.chosen, found.chosen_tokens, ratio, z, row.rejected_owner)[1]["total"]
+
+    reference = torch.tensor([-9.0, -9.0, -9.0, -7.0]), torch.tensor([-11.0, -8.0, -10.0, -7.5])
+    together = loss_of(pairs, torch.cat([one, two]), reference)
+    apart = loss_of(alone, torch.cat([one, one, one, two]), reference)
+    apart = torch.stack([apart[:3].mean(), apart[3]])
+    torch.testing.assert_close(together, apart, atol=1e-5, rtol=1e-5)
+    weights = [p for p in model.parameters() if p.requires_grad]
+    ours, theirs = (torch.autograd.grad(loss.mean(), weights, allow_unused=True) for loss in (together, apart))
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, atol=3e-5, rtol=1e-4)
 
 
 def test_without_rejected_answers_the_chosen_ones_do_not_change(model):

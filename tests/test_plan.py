@@ -10,7 +10,7 @@ import torch
 
 from llava.families.llava15 import Llava15
 from tests.conftest import preference
-from tests.test_flops import config_7b  # noqa: F401  a fixture
+from tests.test_costs import config_7b  # noqa: F401  a fixture
 from train.llava_hound_dpo.arguments import DataArguments, LossArguments, ModelArguments, TrainArguments
 from train.llava_hound_dpo.batches import num_steps
 from train.llava_hound_dpo.data import Pair
@@ -86,7 +86,7 @@ def test_steps_per_epoch(pairs, per_device, accumulation, world, steps):
 def test_tokens_of_a_packed_row(with_rejected, tokens):
     """Prompt of 40 ids, two of them images of 576: 38 + 1152 = 1190. Branches repeat its last token and feed all but
     the last token of their answers, so an answer of n tokens takes n rows: 1189 + 4 (+ 10)."""
-    pair = Pair(SimpleNamespace(images=("a", "b")), [1] * 40, [1] * 4, [1] * 10, image_tokens=2 * 576)
+    pair = Pair(SimpleNamespace(images=("a", "b")), [1] * 40, [1] * 4, [[1] * 10], image_tokens=2 * 576)
     shape = shape_of(pair, with_rejected)
     assert shape.tokens == tokens and shape.images == 2 and shape.answers == tokens - 1189
 
@@ -135,7 +135,7 @@ def test_text_of_a_tiny_run(checkpoint, data, one_process):
     arguments, inputs = dry(checkpoint, data, eval_split=0.1)
     rows = text_of(arguments, inputs)
     assert rows["model"].endswith(checkpoint) and rows["output"].endswith("out")
-    assert rows["pairs"] == "pairs 18 to train on, 2 held out, 0 dropped as too long"
+    assert rows["pairs"] == "pairs 18 to train on, 2 held out, 0 dropped"
     assert rows["batch"] == "batch 6 pairs = 2 x 3 accumulated x 1 processes"
     assert rows["steps"] == "steps 3 per epoch, 12 in all"  # 9 micro-batches in threes, 4 epochs
     assert rows["loss"] == "loss 1 x (dpo + 0.9 x attention) + 0 x (sft + 0.9 x attention)"
@@ -152,7 +152,7 @@ def test_tokens_of_the_longest_batch(checkpoint, data, one_process):
         arguments, inputs = dry(checkpoint, data, **weights)
         long = inputs.train[2:]
         wanted = sum(len(p.prompt) - 1 + 35 * len(p.record.images) + answers * len(p.chosen) for p in long)
-        assert all(len(p.chosen) == len(p.rejected) for p in long)
+        assert all([len(p.chosen)] == [*map(len, p.rejected)] for p in long)
         assert f"({wanted:,} tokens)" in text_of(arguments, inputs)["memory"]
 
 
@@ -187,12 +187,11 @@ def test_the_reference_and_what_of_it_is_cached(checkpoint, data, one_process, t
     assert "none" in text_of(*dry(checkpoint, data, dpo_alpha=0.0, gamma=1.0))["reference"]
 
 
-def test_hours_and_money_of_a_run(checkpoint, data, one_process):
-    """Hours are those of `flops` for the steps that will be made; money only with a price."""
+def test_hours_of_a_run(checkpoint, data, one_process):
+    """They are those of `costs` for the steps that will be made."""
     data([preference(n) for n in range(6)])
-    rows = text_of(*dry(checkpoint, data, gpu_hour_price=3.0, flop_utilization=0.5))
-    assert "at 3 per GPU-hour" in rows["64"] and "50% of an A100" in rows["assumed"]
-    assert "per GPU-hour" not in text_of(*dry(checkpoint, data))["64"]
+    rows = text_of(*dry(checkpoint, data, flop_utilization=0.5))
+    assert "GPU-hours" in rows["64"] and "50% of an A100" in rows["assumed"]
     tokens = sum(shape_of(pair, True).tokens for pair in dry(checkpoint, data)[1].train)
     assert rows["tokens"].startswith(f"tokens {tokens:,} per epoch")
 

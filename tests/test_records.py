@@ -21,6 +21,15 @@ def one_image(prompt, **changes):
     return pair(image=["a.jpg"], prompt=f"<image>\n{prompt}", **changes)
 
 
+def unnamed(target):
+    """A sequence record whose prompt does not say which picture is meant."""
+    return pair(prompt=SEQUENCE.replace("In Image2", "There"), target=target)
+
+
+def turn(question, answer):
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
 @pytest.fixture
 def read(tmp_path):
     """Write records (or raw text or bytes) to train.json and read them as preferences."""
@@ -107,7 +116,7 @@ def test_missing_file_and_folder(tmp_path):
 def test_sequence_record(read):
     (record,) = read([pair()])
     assert (record.id, record.images, record.prompt) == ("coco_41", ("a.jpg", "b.jpg", "c.jpg"), SEQUENCE)
-    assert (record.chosen, record.rejected) == ("red", "blue")
+    assert (record.chosen, record.rejected, record.context) == ("red", ("blue",), ())
     assert (record.image_type, record.target) == ("sequence", 1)  # Image2, counted from 0
     assert record.target_box is None and record.grid is None and record.extra == {}
 
@@ -118,19 +127,31 @@ def test_sequence_record(read):
         (pair(), "sequence", 1),
         (one_image("In Image4, what is it?"), "collage", 3),
         (one_image("In the centre of the picture, what is it?"), "pip", 0),
-        (one_image("What do you see in image2?"), "pip", 0),  # lower case is no reference (reference.md A)
-        (pair(prompt=SEQUENCE + " In Image1 it is red."), "sequence", 1),  # the first reference counts
+        (one_image("In the centre, what is it?"), "pip", 0),
+        (one_image("In the subplot at the center, what is it?"), "pip", 0),
+        (one_image("In the picture placed on top, what is it?"), "pip", 0),
+        (one_image("What is it?", target_box=[1, 1, 2, 2]), "pip", 0),
+        (one_image("What is it?"), "single", 0),
+        (one_image("What is in the centre of the picture?"), "single", 0),
+        (one_image("In the middle of the road, what is there?"), "single", 0),
+        (one_image("Describe the picture, then say what is in the middle, please."), "single", 0),
+        (one_image("What do you see in image2?"), "collage", 1),
+        (one_image("In Image 3, what is it?"), "collage", 2),
+        (one_image("IN IMAGE\u00a012: what is it?"), "collage", 11),
+        (one_image("What is it?", grid=[2, 2], target=4), "collage", 3),
+        (pair(prompt=SEQUENCE + " In Image2 it is small."), "sequence", 1),
+        (pair(prompt=SEQUENCE + " In Image1 it is red.", target=1), "sequence", 0),
     ],
 )
 def test_format_and_target_follow_from_the_prompt(read, record, image_type, target):
     (found,) = read([record])
-    assert (found.image_type, found.target) == (image_type, target)
+    assert (found.image_type, found.target, found.is_derived) == (image_type, target, True)
 
 
 def test_own_fields_win_over_the_prompt(read):
     records = [
-        pair(target=3),
-        one_image("In Image4, what is it?", image_type="pip"),
+        pair(prompt="<image><image><image>What is it?", target=3),
+        one_image("What is it?", image_type="pip"),
         one_image("What is it?", image_type="collage", target=2, grid=[1, 3]),
         one_image("What is it?", image_type="single"),
     ]
@@ -158,7 +179,7 @@ def test_unknown_fields_are_kept(read):
 
 def test_answers_lose_their_outer_blanks(read):
     (record,) = read([pair(chosen=" red\n", rejected="\tblue ")])
-    assert (record.chosen, record.rejected) == ("red", "blue")
+    assert (record.chosen, record.rejected) == ("red", ("blue",))
 
 
 def test_questions(tmp_path):
@@ -191,7 +212,7 @@ def test_a_question_about_all_images_has_no_target(tmp_path):
     [
         (multi(target=1), "has `target`: is it a sequence?"),
         (multi(image="a.jpg", prompt="<image>What?"), "its image_type is `single`"),
-        ({name: value for name, value in multi().items() if name != "image_type"}, "read as pic-in-pic"),
+        ({name: value for name, value in multi().items() if name != "image_type"}, "which image is meant?"),
     ],
 )
 def test_a_question_about_all_images_says_so_and_names_none(tmp_path, record, reason):
@@ -209,6 +230,26 @@ def test_an_answer_about_all_images_has_no_target(tmp_path, target):
     assert read_answers(path)[0].target is None
 
 
+def test_several_rejected_answers(read):
+    assert read([pair(rejected=["blue", " green\n", "grey"])])[0].rejected == ("blue", "green", "grey")
+    assert read([pair(rejected=["blue"])])[0].rejected == ("blue",)
+
+
+def test_earlier_turns_come_before_the_prompt(read):
+    """Their pictures come first, and what they name is meant until the prompt names another."""
+    earlier = turn("Image1:<image>\nImage2:<image-placeholder>\nIn Image2, what is it?", "A car.")
+    system = {"role": "system", "content": "Be brief."}
+    same = pair(image=["a.jpg", "b.jpg"], prompt="Which colour?", context=[system, *earlier])
+    other = pair(image=["a.jpg", "b.jpg"], prompt="And in Image1?", context=earlier)
+    found, another = read([same, other])
+    assert found.context == (
+        ("system", "Be brief."), ("user", "Image1:<image>\nImage2:<image>\nIn Image2, what is it?"),
+        ("assistant", "A car."),
+    )  # fmt: skip
+    assert (found.image_type, found.target, found.prompt, found.extra) == ("sequence", 1, "Which colour?", {})
+    assert (another.image_type, another.target) == ("sequence", 0)
+
+
 # ---- what is refused
 
 BAD = {
@@ -219,10 +260,28 @@ BAD = {
     "no placeholder": (one_image("In Image1, what?") | {"prompt": "In Image1, what?"}, "0 <image>"),
     "Image0": (pair(prompt=SEQUENCE.replace("In Image2", "In Image0")), "Image0 does not exist"),
     "Image4 of 3": (pair(prompt=SEQUENCE.replace("In Image2", "In Image4")), "Image4 does not exist"),
-    "target 0": (pair(target=0), "Image0 does not exist"),
-    "target 4 of 3": (pair(target=4), "Image4 does not exist"),
-    "target is text": (pair(target="2"), "target"),
-    "target is true": (pair(target=True), "target"),
+    "target 0": (unnamed(0), "Image0 does not exist"),
+    "target 4 of 3": (unnamed(4), "Image4 does not exist"),
+    "target is text": (unnamed("2"), "`target` must be a whole number"),
+    "target is a list": (pair(target=[2]), "`target` must be a whole number"),
+    "target is true": (pair(target=True), "`target` must be a whole number"),
+    "target beside another name": (pair(target=1), "`target` is 1, but the prompt names Image2"),
+    "two names": (pair(prompt=SEQUENCE + " Not in image 3."), "names Image2 and Image3: which one is meant?"),
+    "neither of two names": (pair(prompt=SEQUENCE + " And in Image3?", target=1), "names Image2 and Image3"),
+    "a cell of a pic-in-pic": (one_image("In Image4, what?", image_type="pip"), "names Image4, but a pip prompt"),
+    "a cell of a single picture": (one_image("In Image2, what?", image_type="single"), "but a single prompt"),
+    "no rejected": (pair(rejected=[]), "`rejected` is empty"),
+    "rejected twice": (pair(rejected=["blue", " blue"]), "list of different texts"),
+    "chosen among the rejected": (pair(rejected=["blue", "red"]), "same text"),
+    "rejected holds a number": (pair(rejected=["blue", 3]), "list of texts"),
+    "context is text": (pair(context="hello"), "`context` must be a list"),
+    "context without roles": (pair(context=[{"content": "hello"}]), "user and assistant in turns"),
+    "context ends in a question": (pair(context=[{"role": "user", "content": "hello"}]), "in turns"),
+    "context with two system texts": (pair(context=[{"role": "system", "content": "a"}] * 2), "in turns"),
+    "context with an empty message": (pair(context=turn(" ", "b")), "empty message"),
+    "context with parts": (pair(context=[{"role": "user", "content": [{"type": "text"}]}]), "`context` must be"),
+    "context with a picture too many": (pair(context=turn("<image>hello", "b")), "4 <image> but the record lists 3"),
+    "context answers with a picture": (pair(context=turn("hello", "<image>")), "<image>"),
     "cell outside grid": (one_image("In Image7, what?", grid=[2, 3]), "Image7 does not exist"),
     "empty chosen": (pair(chosen=""), "`chosen` is empty"),
     "blank rejected": (pair(rejected=" \n"), "`rejected` is empty"),
@@ -267,7 +326,7 @@ def test_an_item_that_is_no_object(read, raw):
 
 
 def test_several_bad_records_are_counted_and_listed(read):
-    error = refusal(read, [pair(id="a", chosen=""), pair(id="b"), pair(id="c", image=3), pair(id="d", target=9)])
+    error = refusal(read, [pair(id="a", chosen=""), pair(id="b"), pair(id="c", image=3), pair(id="d", grid=3)])
     assert "record 1 (id a)" in str(error) and "2 more" in str(error)
     assert [re.search(r"record (\d) \(id (\w)\)", p).groups() for p in error.problems] == [
         ("1", "a"),

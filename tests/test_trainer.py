@@ -105,7 +105,7 @@ def test_dpo_loss_equals_trl(make_trainer, checkpoint, pairs, tmp_path, loss_typ
             "images": [Image.open(pairs.parent / "images" / name) for name in record.images],
             "prompt": "<s>" + vicuna_v1([(record.prompt, None)]),
             "chosen": record.chosen + "</s>",
-            "rejected": record.rejected + "</s>",
+            "rejected": record.rejected[0] + "</s>",
         }
         for record in records
     ]
@@ -189,7 +189,7 @@ def test_sft_recipe_computes_neither_rejected_nor_reference(make_trainer, monkey
     trainer = make_trainer("--dpo_alpha", "0", "--gamma", "1")
     monkeypatch.setattr(trainer, "_reference", None)  # calling it would raise
     batch = one_batch(trainer)
-    assert set((batch["row"].branch % 2).tolist()) == {0}
+    assert len(batch["row"].rejected) == 0 and len(batch["row"].chosen) == len(batch["row"].answer_tokens)
     trainer.model.train()
     loss, metrics = trainer.compute_loss(trainer.model, batch, return_outputs=True)
     assert loss.isfinite()

@@ -10,7 +10,8 @@ from typing import Any
 from data_gen.mix.pictures import Content, Names, look_at
 from data_gen.pictures import PictureFiles
 from data_gen.sources import source_paths
-from llava.records import TARGET, Preference, parse_preference, read_records
+from llava.asked import TARGET
+from llava.records import Preference, parse_preference, read_records
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,6 @@ class Item:
     """A pair with what tells whether it shares a picture with another one."""
 
     record: dict[str, Any]  # as it is written
-    number: int  # of its file
     pictures: frozenset[str]  # content of every picture, and paths of the source pictures
     subset: str  # of the picture that is asked about
     has_sources: bool
@@ -42,21 +42,21 @@ def merge(paths: Sequence[str], folders: Sequence[str], source_folder: str | Non
     sources = PictureFiles(source_folder) if source_folder else None
     merged = Merged([], Names())
     taken, seen = set(), set()
-    for number, (path, folder) in enumerate(zip(paths, folders, strict=True)):
+    for path, folder in zip(paths, folders, strict=True):
         files = opened[folder]
         pairs = read_records(path, _pair)
         contents = look_at(files, [(pair.images, pair.where) for _, pair in pairs])
         beside = _source_contents([pair for _, pair in pairs], files, sources)
         for raw, pair in pairs:
             own = [contents[name] for name in pair.images]
-            key = (pair.prompt, pair.chosen, pair.rejected, *(content.digest for content in own))
+            key = (pair.context, pair.prompt, pair.chosen, pair.rejected, *(content.digest for content in own))
             if key in seen:
                 merged.dropped["duplicate"] += 1
                 continue
             seen.add(key)
             names = [merged.names.of(name, content, files) for name, content in zip(pair.images, own, strict=True)]
             record = _written(raw, pair, unique(pair.id, taken), names)
-            merged.items.append(_item(record, pair, number, own, beside))
+            merged.items.append(_item(record, pair, own, beside))
     return merged
 
 
@@ -97,17 +97,18 @@ def _source_contents(
 
 
 def _item(
-    record: dict[str, Any], pair: Preference, number: int, own: Sequence[Content], beside: dict[str, Content]
+    record: dict[str, Any], pair: Preference, own: Sequence[Content], beside: dict[str, Content]
 ) -> Item:
     paths = source_paths(pair.extra)
     content = {content.fingerprint for content in own} | {beside[path].fingerprint for path in paths if path in beside}
     pictures = frozenset(content | {f"path {path}" for path in paths})
-    return Item(record, number, pictures, subset_of(pair), bool(paths))
+    return Item(record, pictures, subset_of(pair), bool(paths))
 
 
 def _written(raw: dict[str, Any], pair: Preference, name: str, images: list[str]) -> dict[str, Any]:
     """The record with its new names; format and target are written out, as readers might derive them otherwise."""
-    own = {"id": name, "image": images, "prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
+    rejected = pair.rejected[0] if len(pair.rejected) == 1 else list(pair.rejected)
+    own = {"id": name, "image": images, "prompt": pair.prompt, "chosen": pair.chosen, "rejected": rejected}
     derived = {"image_type": pair.image_type}
     if TARGET.search(pair.prompt) or pair.image_type == "pip":
         derived["target"] = pair.target + 1

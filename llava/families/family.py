@@ -18,6 +18,8 @@ from torch import Tensor
 
 from llava.records import IMAGE
 
+Context = Sequence[tuple[str, str]]  # (role, text) before a prompt, as of `records.Prompt`
+
 
 @dataclass(frozen=True, eq=False)
 class ImageTokens:
@@ -109,32 +111,40 @@ class Family(ABC):
     # ---- text
 
     @abstractmethod
-    def render(self, turns: Sequence[tuple[str, str | None]]) -> str:
-        """Text of a conversation of (prompt, answer); an answer of None ends it where the answer begins."""
+    def render(self, turns: Sequence[tuple[str, str | None]], system: str | None = None) -> str:
+        """Text of a conversation of (prompt, answer); an answer of None ends it where the answer begins.
 
-    def encode_prompt(self, prompt: str) -> list[int]:
-        """Token ids of a one-turn prompt up to where the answer begins, one image token per `<image>`.
-
-        Raises ValueError if the prompt holds another special token of the tokenizer.
+        `system` stands in place of what the family says first.
         """
-        self._checked(prompt.replace(IMAGE, "\n"), "a prompt")  # "" would join what stands around a picture
-        return self._tokens(prompt, None)
 
-    def encode_answer(self, prompt: str, answer: str) -> list[int]:
+    def encode_prompt(self, prompt: str, context: Context = ()) -> list[int]:
+        """Token ids of a prompt, after its `context`, up to where the answer begins, one image token per `<image>`.
+
+        Raises ValueError if a text holds another special token of the tokenizer.
+        """
+        for text in (*(text for _, text in context), prompt):
+            self._checked(text.replace(IMAGE, "\n"), "a prompt")  # "" would join what stands around a picture
+        return self._tokens(prompt, None, context)
+
+    def encode_answer(self, prompt: str, answer: str, context: Context = ()) -> list[int]:
         """Token ids of the answer as it stands behind the prompt, with the end token.
 
         Tokenised in context, because a tokenizer may merge across a boundary that is tokenised in two pieces. Raises
         ValueError if the answer changes the tokens of the prompt before it, or holds a special token.
         """
-        context, whole = self.encode_prompt(prompt), self._tokens(prompt, self._checked(answer, "an answer"))
-        if whole[: len(context)] != context:
+        before = self.encode_prompt(prompt, context)
+        whole = self._tokens(prompt, self._checked(answer, "an answer"), context)
+        if whole[: len(before)] != before:
             raise ValueError("the answer's first characters change the tokens of the prompt: trim its leading blanks")
         if whole[-1] != self.tokenizer.eos_token_id:
             raise ValueError(f"the tokenizer does not read {self.end} as its end token ({self.tokenizer.eos_token_id})")
-        return whole[len(context) :]
+        return whole[len(before) :]
 
-    def _tokens(self, prompt: str, answer: str | None) -> list[int]:
-        return self.tokenizer(self.render([(prompt, answer)]))["input_ids"]
+    def _tokens(self, prompt: str, answer: str | None, context: Context) -> list[int]:
+        system = next((text for role, text in context if role == "system"), None)
+        said = [text for role, text in context if role != "system"]
+        turns = [*zip(said[::2], said[1::2], strict=True), (prompt, answer)]
+        return self.tokenizer(self.render(turns, system))["input_ids"]
 
     def _checked(self, text: str, what: str) -> str:
         """The text itself: what the model would read as a token of its own is refused, never tokenised as such."""

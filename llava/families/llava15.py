@@ -57,9 +57,9 @@ class Llava15(Family):
             vision_feature_select_strategy="default", num_additional_image_tokens=1,
         )  # fmt: skip
 
-    def render(self, turns: Sequence[tuple[str, str | None]]) -> str:
+    def render(self, turns: Sequence[tuple[str, str | None]], system: str | None = None) -> str:
         """As `vicuna_v1`."""
-        return vicuna_v1(turns)
+        return vicuna_v1(turns, SYSTEM if system is None else system)
 
     def image(self, size: tuple[int, int]) -> ImageTokens:
         """A square grid of patches, row by row, over what padding, resizing and cropping leave of the picture."""
@@ -110,13 +110,13 @@ class Llava15(Family):
         return (self._shortest, longer) if width <= height else (longer, self._shortest)
 
 
-def vicuna_v1(turns: Sequence[tuple[str, str | None]]) -> str:
+def vicuna_v1(turns: Sequence[tuple[str, str | None]], system: str = SYSTEM) -> str:
     """Text of a conversation of (prompt, answer); an answer of None ends it at `ASSISTANT:`, ready to be continued.
 
     Source: the template LLaVA-1.5 was trained with (`--version v1`): a space between turns, `</s>` and no space after
     an answer. Raises ValueError if a turn follows an unanswered one.
     """
-    text = SYSTEM + " "
+    text = system + " "
     for number, (prompt, answer) in enumerate(turns):
         text += f"USER: {prompt} ASSISTANT:"
         if answer is None:

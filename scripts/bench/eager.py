@@ -23,7 +23,7 @@ def collate(items: Sequence[dict[str, Any]], image_token: int, pad: int = 0) -> 
     What the model takes, `labels` (2N, S), and `regions` (N, S, 2): weight of each token in the target and all images.
     """
     pairs = [item["pair"] for item in items]
-    rows = [(p.prompt, p.chosen) for p in pairs] + [(p.prompt, p.rejected) for p in pairs]
+    rows = [(p.prompt, p.chosen) for p in pairs] + [(p.prompt, rejected) for p in pairs for rejected in p.rejected]
     length = max(len(prompt) + len(answer) for prompt, answer in rows)
     input_ids = torch.full((len(rows), length), pad)
     mask, labels = torch.zeros_like(input_ids), torch.full_like(input_ids, IGNORED)

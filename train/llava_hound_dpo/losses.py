@@ -1,7 +1,9 @@
 """The losses, as pure functions of log-probs and attention ratios.
 
-N pairs in a batch, L probed layers. Every function returns one value per pair; `total_loss` takes their mean, so
-that a global batch has the same loss however it is split over micro-batches and processes.
+N pairs in a batch with M rejected answers, L probed layers. `total_loss` takes the mean over pairs, so that a global
+batch has the same loss however it is split over micro-batches and processes. A pair with several rejected answers has
+the mean of their preference losses, L_dpo = 1/m Σ_j ℓ(z_j) with z_j of the chosen and its j-th rejected answer: what m
+pairs of one rejected answer each have on average.
 """
 
 from collections.abc import Callable
@@ -14,35 +16,36 @@ from torch import Tensor
 
 
 def logits_margin(
-    chosen: Float[Tensor, " N"],
-    rejected: Float[Tensor, " N"],
-    reference_chosen: Float[Tensor, " N"],
-    reference_rejected: Float[Tensor, " N"],
-) -> Float[Tensor, " N"]:
+    chosen: Float[Tensor, " M"],
+    rejected: Float[Tensor, " M"],
+    reference_chosen: Float[Tensor, " M"],
+    reference_rejected: Float[Tensor, " M"],
+) -> Float[Tensor, " M"]:
     """z: how much more the policy prefers chosen to rejected than the reference does, in nats.
 
-    All four are log-probs of whole answers, summed over tokens including the end token.
+    All four are log-probs of whole answers, summed over tokens including the end token; a chosen answer stands once
+    for each of its rejected ones.
     """
     return (chosen - rejected) - (reference_chosen - reference_rejected)
 
 
-def sigmoid_loss(z: Float[Tensor, " N"], beta: float, smoothing: float) -> Float[Tensor, " N"]:
+def sigmoid_loss(z: Float[Tensor, " M"], beta: float, smoothing: float) -> Float[Tensor, " M"]:
     """DPO. Source: arXiv 2305.18290 eq. 7; with smoothing the conservative DPO of arXiv 2305.18290's authors."""
     return -(1 - smoothing) * F.logsigmoid(beta * z) - smoothing * F.logsigmoid(-beta * z)
 
 
-def robust_loss(z: Float[Tensor, " N"], beta: float, smoothing: float) -> Float[Tensor, " N"]:
+def robust_loss(z: Float[Tensor, " M"], beta: float, smoothing: float) -> Float[Tensor, " M"]:
     """Unbiased under a share `smoothing` of flipped labels. Source: arXiv 2403.00409 eq. 5."""
     flipped = smoothing * F.logsigmoid(-beta * z)
     return (-(1 - smoothing) * F.logsigmoid(beta * z) + flipped) / (1 - 2 * smoothing)
 
 
-def hinge_loss(z: Float[Tensor, " N"], beta: float, smoothing: float) -> Float[Tensor, " N"]:
+def hinge_loss(z: Float[Tensor, " M"], beta: float, smoothing: float) -> Float[Tensor, " M"]:
     """max(0, 1 - βz). Source: SLiC, arXiv 2305.10425 eq. 7, with the reference inside z as in arXiv 2309.06657."""
     return torch.relu(1 - beta * z)
 
 
-def ipo_loss(z: Float[Tensor, " N"], beta: float, smoothing: float) -> Float[Tensor, " N"]:
+def ipo_loss(z: Float[Tensor, " M"], beta: float, smoothing: float) -> Float[Tensor, " M"]:
     """(z - 1/(2β))², for z of log-probs averaged over tokens. Source: arXiv 2310.12036 eq. 17."""
     return (z - 1 / (2 * beta)) ** 2
 
@@ -54,6 +57,12 @@ PREFERENCE_LOSSES: dict[str, Callable] = {
     "ipo": ipo_loss,
 }
 SMOOTHED = ("sigmoid", "robust")  # the others do not know label smoothing
+
+
+def mean_by_pair(values: Float[Tensor, " M"], owner: Tensor, num_pairs: int) -> Float[Tensor, " N"]:
+    """Mean of what each pair's rejected answers have; `owner` (M,) is their pair's number."""
+    none = values.new_zeros(num_pairs)
+    return none.index_add(0, owner, values) / none.index_add(0, owner, torch.ones_like(values))
 
 
 def hinge_attention(ratio: Float[Tensor, " N"], threshold: float) -> Float[Tensor, " N"]:
@@ -98,12 +107,13 @@ def total_loss(
     chosen: Float[Tensor, " N"],
     chosen_tokens: Float[Tensor, " N"],
     ratio: Float[Tensor, " N"],
-    z: Float[Tensor, " N"] | None,
+    z: Float[Tensor, " M"] | None,
+    owner: Tensor | None = None,
 ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, " N"]]]:
     """Mean total loss of a batch, and its parts per pair (`dpo`, `sft`, `attention`, `total`).
 
     `chosen` are log-probs of the chosen answers, `chosen_tokens` their lengths, `ratio` the attention ratios R and
-    `z` the margins of `logits_margin` (None where `dpo_alpha` is 0).
+    `z` the margins of `logits_margin` (None where `dpo_alpha` is 0) of rejected answers whose pairs are `owner` (M,).
     """
     sft = -chosen / chosen_tokens
     attention = ATTENTION_LOSSES[settings.attention_loss](ratio, settings.attention_threshold)
@@ -111,6 +121,8 @@ def total_loss(
     total = settings.gamma * (sft + settings.attention_weight * attention)
     if settings.needs_rejected:
         preference = PREFERENCE_LOSSES[settings.loss_type](z, settings.beta, settings.label_smoothing)
+        if owner is not None:
+            preference = mean_by_pair(preference, owner, len(chosen))
         parts["dpo"] = preference
         total = total + settings.dpo_alpha * (preference + settings.attention_weight * attention)
     parts["total"] = total

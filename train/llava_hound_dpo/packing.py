@@ -1,7 +1,7 @@
 """How pairs become one packed row: the prompt once, its answers as branches.
 
-Letters in tensor names: S tokens of a packed row, T kept rows (one per answer token), R regions (0 = target, 1 = all
-image tokens).
+Letters in tensor names: S tokens of a packed row, T kept rows (one per answer token), A answers, M of them rejected,
+R regions (0 = target, 1 = all image tokens).
 """
 
 from collections.abc import Sequence
@@ -15,20 +15,20 @@ from llava.attention import Tree
 
 @dataclass(frozen=True)
 class EncodedPair:
-    """Token ids of one pair: the prompt with its image tokens, and answers that end in `</s>`.
+    """Token ids of one pair: the prompt with its image tokens, and answers that end in the family's end token.
 
     `rejected` is empty when the loss does not need it. `target` has a weight for every image token of the prompt.
     """
 
     prompt: list[int]
     chosen: list[int]
-    rejected: list[int]
+    rejected: Sequence[list[int]]
     target: Tensor
 
 
 @dataclass(frozen=True, eq=False)
 class PackedRow:
-    """Several pairs in one row without padding, each `[prompt | chosen | rejected]`, and what to read off it.
+    """Several pairs in one row without padding, each `[prompt | chosen | rejected ...]`, and what to read off it.
 
     The last prompt token opens every answer's branch, so that each kept row predicts exactly one answer token and
     the last answer token is never fed. Positions restart after the prompt.
@@ -38,7 +38,12 @@ class PackedRow:
     position_ids: Tensor  # (1, S)
     keep: Tensor  # (1, S) bool, rows whose logits are wanted
     labels: Tensor  # (T,) the token each kept row predicts
-    branch: Tensor  # (T,) answer number: 2n is pair n's chosen, 2n + 1 its rejected
+    branch: Tensor  # (T,) number of the answer in the row
+    answer_tokens: Tensor  # (A,) length of each answer
+    chosen: Tensor  # (N,) number of each pair's chosen answer
+    chosen_owner: Tensor  # (T_chosen,) pair number of each row that predicts a token of a chosen answer
+    rejected: Tensor  # (M,) numbers of the rejected answers
+    rejected_owner: Tensor  # (M,) pair number of each
     regions: Tensor  # (1, S, R) weight of each token in the target and in all images
     trees: tuple[Tree, ...]
     num_pairs: int
@@ -46,20 +51,15 @@ class PackedRow:
     def to(self, device, non_blocking: bool = False) -> "PackedRow":
         """The same row on another device."""
         moved = {
-            name: getattr(self, name).to(device, non_blocking=non_blocking)
-            for name in ("input_ids", "position_ids", "keep", "labels", "branch", "regions")
-        }
+            name: value.to(device, non_blocking=non_blocking)
+            for name, value in vars(self).items() if isinstance(value, Tensor)
+        }  # fmt: skip
         return replace(self, **moved, trees=tuple(tree.to(device, non_blocking) for tree in self.trees))
-
-    @property
-    def chosen_owner(self) -> Tensor:
-        """(T_chosen,) pair number of each row that predicts a token of a chosen answer."""
-        return self.branch[self.branch % 2 == 0] // 2
 
 
 def pack(pairs: Sequence[EncodedPair], image_token: int) -> PackedRow:
     """One row of all pairs; equal to separate forwards of every answer to rounding."""
-    ids, positions, keep, labels, branch, trees = [], [], [], [], [], []
+    ids, positions, keep, labels, lengths, chosen, rejected, trees = [], [], [], [], [], [], [], []
     for number, pair in enumerate(pairs):
         start = len(ids)
         shared, last = pair.prompt[:-1], pair.prompt[-1]
@@ -67,13 +67,15 @@ def pack(pairs: Sequence[EncodedPair], image_token: int) -> PackedRow:
         positions += range(len(shared))
         keep += [False] * len(shared)
         spans = []
-        for side, answer in enumerate(answer for answer in (pair.chosen, pair.rejected) if answer):
+        for answer in (pair.chosen, *pair.rejected):
             spans.append((len(ids), len(ids) + len(answer)))
             ids += [last, *answer[:-1]]
             positions += range(len(shared), len(shared) + len(answer))
             keep += [True] * len(answer)
             labels += answer
-            branch += [2 * number + side] * len(answer)
+        chosen.append(len(lengths))
+        rejected += [(chosen[-1] + 1 + other, number) for other in range(len(pair.rejected))]
+        lengths += [stop - begin for begin, stop in spans]
         trees.append(Tree.of((start, start + len(shared)), tuple(spans)))
     input_ids = torch.tensor([ids])
     is_image = input_ids == image_token
@@ -85,7 +87,12 @@ def pack(pairs: Sequence[EncodedPair], image_token: int) -> PackedRow:
         position_ids=torch.tensor([positions]),
         keep=torch.tensor([keep]),
         labels=torch.tensor(labels),
-        branch=torch.tensor(branch),
+        branch=torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)),
+        answer_tokens=torch.tensor(lengths),
+        chosen=torch.tensor(chosen),
+        chosen_owner=torch.arange(len(pairs)).repeat_interleave(torch.tensor(lengths)[chosen]),
+        rejected=torch.tensor([answer for answer, _ in rejected], dtype=torch.long),
+        rejected_owner=torch.tensor([number for _, number in rejected], dtype=torch.long),
         regions=regions,
         trees=tuple(trees),
         num_pairs=len(pairs),

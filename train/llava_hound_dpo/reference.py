@@ -28,7 +28,7 @@ from train.llava_hound_dpo.data import Pair
 
 logger = logging.getLogger(__name__)
 
-LAYOUT_VERSION = 2  # raise it when `packing.pack` or the template changes what a pair's log-probs are
+LAYOUT_VERSION = 3  # raise it when `packing.pack` or the template changes what a pair's log-probs are
 HEADER = "reference.json"  # what the log-probs beside it were made from
 PARTS = "part-*.jsonl"
 
@@ -81,10 +81,11 @@ class ReferenceCache:
             raise DataError(problems)
 
     def append(self, pairs: Sequence[Pair], chosen: Tensor, rejected: Tensor) -> None:
-        """Add log-probs. Raises FloatingPointError naming a pair whose log-probs are not finite."""
+        """Add log-probs (N,) and (M,). Raises FloatingPointError naming a pair whose log-probs are not finite."""
         entries = []
-        for pair, c, r in zip(pairs, chosen.tolist(), rejected.tolist(), strict=True):
-            if not (math.isfinite(c) and math.isfinite(r)):
+        of_pairs = rejected.cpu().split([len(pair.rejected) for pair in pairs])
+        for pair, c, r in zip(pairs, chosen.tolist(), (own.tolist() for own in of_pairs), strict=True):
+            if not all(map(math.isfinite, (c, *r))):
                 raise FloatingPointError(f"the reference log-probs of {pair.record.where} are not finite: {c}, {r}")
             entries.append({**self._identify(pair), "chosen": c, "rejected": r})
         if not (self.folder / HEADER).is_file():
@@ -104,13 +105,12 @@ class ReferenceCache:
         self._remember(gather_object(self._own))
 
     def lookup(self, pairs: Sequence[Pair], device) -> tuple[Tensor, Tensor]:
-        """(chosen, rejected) log-probs of pairs. Raises DataError like `require`."""
+        """(chosen (N,), rejected (M,)) log-probs of pairs. Raises DataError like `require`."""
         found = [self._known.get(self._identify(pair)["key"]) for pair in pairs]
         if None in found:
             self.require(pairs)
-        values = [(entry["chosen"], entry["rejected"]) for entry in found]
-        chosen, rejected = torch.tensor(values, device=device).unbind(dim=-1)
-        return chosen, rejected
+        chosen = torch.tensor([entry["chosen"] for entry in found], device=device)
+        return chosen, torch.tensor([value for entry in found for value in entry["rejected"]], device=device)
 
     def status(self, pairs: Sequence[Pair]) -> str:
         """How many of the pairs are there, and why others are not, in words."""
@@ -162,7 +162,7 @@ def _read_part(path: Path) -> list[dict]:
     try:
         for entry in Log(path):
             whole = [isinstance(entry[name], str) for name in ("key", "id", "text")]
-            if not all([*whole, math.isfinite(entry["chosen"]), math.isfinite(entry["rejected"])]):
+            if not all([*whole, *map(math.isfinite, (entry["chosen"], *entry["rejected"]))]):
                 raise ValueError("not whole")
             entries.append(entry)
     except (ValueError, KeyError, TypeError) as error:

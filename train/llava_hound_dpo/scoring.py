@@ -14,12 +14,12 @@ from train.llava_hound_dpo.packing import PackedRow
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """What one model says of a row of N pairs. `rejected` is None where the row holds no rejected answers."""
+    """What one model says of a row of N pairs with M rejected answers; None where the row holds none of these."""
 
     chosen: Float[Tensor, " N"]  # log-probs summed over answer tokens, nats
-    rejected: Float[Tensor, " N"] | None
+    rejected: Float[Tensor, " M"] | None
     chosen_tokens: Float[Tensor, " N"]
-    rejected_tokens: Float[Tensor, " N"] | None
+    rejected_tokens: Float[Tensor, " M"] | None
     masses: Float[Tensor, "L N 2"] | None  # mean attention mass on (target, all images) per probed layer
 
     @property
@@ -58,14 +58,14 @@ def score(
         plan=Plan(row.trees, probe),
     )
     logps = token_logps(outputs.logits, row.labels)
-    sums = logps.new_zeros(2 * row.num_pairs).index_add(0, row.branch, logps)
-    tokens = torch.bincount(row.branch, minlength=2 * row.num_pairs).to(logps.dtype)
-    has_rejected = bool((row.branch % 2).any())
+    tokens = row.answer_tokens.to(logps.dtype)
+    sums = torch.zeros_like(tokens).index_add(0, row.branch, logps)
+    has_rejected = len(row.rejected) > 0
     return Scores(
-        chosen=sums[0::2],
-        rejected=sums[1::2] if has_rejected else None,
-        chosen_tokens=tokens[0::2],
-        rejected_tokens=tokens[1::2] if has_rejected else None,
+        chosen=sums[row.chosen],
+        rejected=sums[row.rejected] if has_rejected else None,
+        chosen_tokens=tokens[row.chosen],
+        rejected_tokens=tokens[row.rejected] if has_rejected else None,
         masses=_masses(outputs.attentions, row, layers, heads) if layers else None,
     )
 

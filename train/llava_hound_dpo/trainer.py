@@ -24,7 +24,8 @@ from llava.runtime import is_main_process
 from train.llava_hound_dpo import checkpoints
 from train.llava_hound_dpo.batches import BatchPlan, RowLoader
 from train.llava_hound_dpo.data import PairCollator, PairDataset
-from train.llava_hound_dpo.losses import LossSettings, logits_margin, total_loss
+from train.llava_hound_dpo.losses import LossSettings, logits_margin, mean_by_pair, total_loss
+from train.llava_hound_dpo.packing import PackedRow
 from train.llava_hound_dpo.progress import StepLines, WatchChosen
 from train.llava_hound_dpo.reference import ReferenceCache
 from train.llava_hound_dpo.scoring import Scores, score
@@ -88,13 +89,15 @@ class AttentionAwareDPOTrainer(Trainer):
         reference = self._reference(model, inputs, pictures, dataset) if self.settings.needs_rejected else None
         policy = score(model, row, **pictures, layers=self.layers, heads=self.heads)
         ratio = mean_over_layers(attention_ratio(policy.masses), self.heads)
-        z = self._margin(policy, reference) if reference else None
-        loss, parts = total_loss(self.settings, policy.chosen, policy.chosen_tokens, ratio, z)
+        z = self._margin(policy, reference, row) if reference else None
+        loss, parts = total_loss(
+            self.settings, policy.chosen, policy.chosen_tokens, ratio, z, row.rejected_owner if reference else None
+        )
         if not torch.isfinite(parts["total"]).all():
             bad = inputs["index"][~torch.isfinite(parts["total"])].tolist()
             names = ", ".join(dataset.pairs[i].record.where for i in bad)
             raise FloatingPointError(f"the loss is not finite at step {self.state.global_step + 1}: {names}")
-        metrics = self._metrics(parts, policy, reference, ratio, inputs["format"])
+        metrics = self._metrics(parts, policy, reference, ratio, inputs["format"], row)
         step_pairs = inputs.get("step_pairs")
         if step_pairs is not None:
             share = torch.where(step_pairs > 0, self.batches.rows_per_step / step_pairs, 0)
@@ -224,8 +227,8 @@ class AttentionAwareDPOTrainer(Trainer):
             row = inputs["row"]
             pairs = [dataset.pairs[index] for index in inputs["index"].tolist()]
             chosen, rejected = self.reference.lookup(pairs, row.labels.device)
-            tokens = torch.bincount(row.branch, minlength=2 * row.num_pairs).to(chosen.dtype)
-            return Scores(chosen, rejected, tokens[0::2], tokens[1::2], None)
+            tokens = row.answer_tokens.to(chosen.dtype)
+            return Scores(chosen, rejected, tokens[row.chosen], tokens[row.rejected], None)
         with torch.no_grad(), self._adapter_off(model):
             return score(model, inputs["row"], **pictures)
 
@@ -234,13 +237,18 @@ class AttentionAwareDPOTrainer(Trainer):
         model = self.accelerator.unwrap_model(model)
         return model.disable_adapter() if isinstance(model, PeftModel) else nullcontext()
 
-    def _margin(self, policy: Scores, reference: Scores) -> Tensor:
+    def _margin(self, policy: Scores, reference: Scores, row: PackedRow) -> Tensor:
+        """(M,) z of every rejected answer."""
+        of = row.rejected_owner
         if self.settings.averages_logps:
-            return logits_margin(*policy.per_token, *reference.per_token)
-        return logits_margin(policy.chosen, policy.rejected, reference.chosen, reference.rejected)
+            (chosen, rejected), (ref_chosen, ref_rejected) = policy.per_token, reference.per_token
+            return logits_margin(chosen[of], rejected, ref_chosen[of], ref_rejected)
+        return logits_margin(policy.chosen[of], policy.rejected, reference.chosen[of], reference.rejected)
 
-    def _metrics(self, parts: dict, policy: Scores, reference: Scores | None, ratio: Tensor, formats: Tensor) -> Tensor:
-        """(N, metrics) matrix of one batch, NaN where a metric does not apply to a pair."""
+    def _metrics(
+        self, parts: dict, policy: Scores, reference: Scores | None, ratio: Tensor, formats: Tensor, row: PackedRow
+    ) -> Tensor:
+        """(N, metrics) matrix of one batch, NaN where a metric does not apply to a pair; of rejected answers means."""
         found = {f"losses/{name}": value for name, value in parts.items()}
         found |= {f"attention/ratio_{name}": ratio.where(formats == n, math.nan) for n, name in enumerate(FORMATS)}
         found |= {
@@ -249,14 +257,15 @@ class AttentionAwareDPOTrainer(Trainer):
             "attention/image_mass": mean_over_layers(policy.masses[..., 1], self.heads),
         }
         if reference is not None:
+            mean = partial(mean_by_pair, owner=row.rejected_owner, num_pairs=row.num_pairs)
             chosen = self.settings.beta * (policy.chosen - reference.chosen)
             rejected = self.settings.beta * (policy.rejected - reference.rejected)
             found |= {
                 "rewards/chosen": chosen,
-                "rewards/rejected": rejected,
-                "rewards/margins": chosen - rejected,
-                "rewards/accuracies": (chosen > rejected).float(),
-                "logps/rejected": policy.rejected,
+                "rewards/rejected": mean(rejected),
+                "rewards/margins": chosen - mean(rejected),
+                "rewards/accuracies": mean((chosen[row.rejected_owner] > rejected).float()),
+                "logps/rejected": mean(policy.rejected),
             }
         absent = torch.full_like(ratio, math.nan)
         return torch.stack([found.get(name, absent).detach().float() for name in METRICS], dim=1)
