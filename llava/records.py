@@ -3,15 +3,14 @@
 A record's `target` is 1-based in files and prompts ("Image1") and 0-based inside; it is converted here, once.
 """
 
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from llava.asked import FORMATS, IMAGE, what_is_asked
 from llava.messages import one_line
-from llava.strict_json import check_text, loads
+from llava.strict_json import check_text, read_json
 
 RESERVED = (IMAGE, "</s>")  # of no answer, whatever the model
 PLACEHOLDER_OF_MIA_DPO = "<image-placeholder>"
@@ -119,41 +118,6 @@ def refuse_duplicates(found: list[tuple[str, str]]) -> None:
     ]
     if twice:
         raise DataError(twice)
-
-
-def read_json(path: str | Path) -> list[Any]:
-    """Items of a JSON array, or of a JSONL file, told apart by content; a BOM is ignored.
-
-    Raises FileNotFoundError, or DataError with line and column where the file is not JSON.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError([f"{path}: not UTF-8 text (byte {error.start}); is it an archive or a picture?"]) from error
-    if not text.strip():
-        raise DataError([f"{path}: the file is empty"])
-    if text.lstrip().startswith("["):
-        return _json_value(path, text)
-    return list(_json_lines(path, text))
-
-
-def _json_lines(path: Path, text: str) -> Iterator[Any]:
-    for number, line in enumerate(text.split("\n"), 1):  # splitlines would also cut inside strings, at U+2028
-        if line.strip():
-            yield _json_value(path, line, number)
-
-
-def _json_value(path: Path, text: str, first_line: int = 1) -> Any:
-    try:
-        return loads(text)
-    except json.JSONDecodeError as error:
-        place = f"line {first_line + error.lineno - 1}, column {error.colno}"
-        raise DataError([f"{path}: broken JSON at {place}: {error.msg}"]) from error
-    except ValueError as error:
-        raise DataError([f"{path}: broken JSON from line {first_line} on: {error}"]) from error
 
 
 def name_of(path: str | Path, number: int, raw: Any) -> str:
