@@ -28,6 +28,7 @@ from llava.records import IMAGE
 from llava.weights import (
     ADAPTER_FILES,
     check_settings,
+    first_line,
     first_names,
     local_folder,
     read_shard,
@@ -170,7 +171,10 @@ def build_tokenizer(folder: Path, image_token: int) -> PreTrainedTokenizerFast:
     path = folder / "tokenizer.model"
     if not path.is_file():
         raise FileNotFoundError(f"{folder}: no tokenizer.model; an original LLaVA checkpoint has one")
-    pieces = SentencePieceProcessor(model_file=str(path))
+    try:
+        pieces = SentencePieceProcessor(model_file=str(path))
+    except RuntimeError as error:
+        raise ValueError(f"{path}: cannot be read by sentencepiece ({first_line(error)})") from error
     names = [pieces.id_to_piece(i) for i in range(pieces.get_piece_size())]
     if len(names) != image_token:
         raise ValueError(f"{path}: {len(names)} pieces, but the model's vocabulary has {image_token} rows")
