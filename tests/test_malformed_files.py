@@ -332,7 +332,7 @@ CASES = {
        for name, (changes, line) in ANSWERS.items()},
     **{f"{command}: an id of {name}": (record(file, id=id, target=9), command, "record 2 .*the prompt names Image2")
        for name, id in IDS.items() for file, command in (("train.json", "mix"), ("test.json", "evaluate"))},
-    **{f"{command}: picture, {name}": (put("images/green.png", content), command, rf"record 1 (?=.*green\.png).*({line})")
+    **{f"{command}: picture, {name}": (put("images/green.png", content), command, rf"record 1 (?=.*green).*({line})")
        for name, (content, line) in PICTURES.items() for command in ("train", "answer", "mix")},
     **{f"{command}: archive, {name}": (spoil, command, line, "--image_folder", "@images.zip")
        for name, (spoil, line) in ARCHIVES.items() for command in ("train", "answer")},
