@@ -117,7 +117,9 @@ class Sources(Sequence[Source]):
                     first_drop = first_drop or drop
                     report(drop)
         if not self._records:
-            raise ValueError(f"none of {self.num_read} source records is usable. The first: {first_drop}")
+            where = ", ".join(str(table.path) for table in self.tables)
+            first = f". The first: {first_drop}" if first_drop else ""
+            raise ValueError(f"{where}: none of {self.num_read} source records is usable{first}")
 
     def _path_hash(self, index: int) -> int:
         """The same for records of one subset about one file."""

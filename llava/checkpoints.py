@@ -35,10 +35,14 @@ from llava.run_folder import read_object
 from llava.weights import (
     ADAPTER_FILES,
     account,
+    check_numbers,
+    check_settings,
+    check_shards,
     digest,
     first_line,
     local_folder,
     read_tensors,
+    reason,
     refuse,
     stored_numbers,
 )
@@ -89,8 +93,10 @@ class Checkpoint:
             else:
                 config = AutoConfig.from_pretrained(self.path, trust_remote_code=False)
             find_family(config.model_type).check_config(config)
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{self.path}: {first_line(error)}") from error
+        except FileNotFoundError:  # of a vision tower
+            raise
+        except Exception as error:  # whatever settings of strange types make transformers stumble over
+            raise ValueError(f"{self.path}: {reason(error)}") from error
         return config
 
     @property
@@ -119,8 +125,8 @@ class Checkpoint:
                 # With torchvision installed the default backend would resample otherwise.
                 image_processor = AutoImageProcessor.from_pretrained(place, backend="pil", trust_remote_code=False)
                 settings = ProcessorMixin.get_processor_dict(place)[0]
-            except (OSError, ValueError) as error:
-                raise FileNotFoundError(f"{place}: no processor to load ({first_line(error)})") from error
+            except Exception as error:  # as above
+                raise FileNotFoundError(f"{place}: no processor to load ({reason(error)})") from error
         try:
             family = find_family(self.config.model_type)(self.config, tokenizer, image_processor, pad)
         except ValueError as error:
@@ -169,6 +175,8 @@ class Checkpoint:
         # Mis-shaped tensors are refused below, by name.
         settings = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True, **more}
         model_class = find_family(self.config.model_type).model_class
+        if Path(self.path).is_dir():
+            check_shards(Path(self.path))
         try:
             if self.dialect == ORIGINAL:
                 state = original.read_state(local_folder(self.path), self.config, self.tower)
@@ -180,6 +188,7 @@ class Checkpoint:
         except (OSError, SafetensorError) as error:
             raise FileNotFoundError(f"{self.path}: the weights cannot be read ({first_line(error)})") from error
         refuse(self.path, *(report.get(kind, ()) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")))
+        check_numbers(self.path, dict(model.named_parameters()))
         return model
 
     def _with_adapters(self, model, is_exact: bool = False, is_quantised: bool = False):
@@ -216,6 +225,7 @@ def _open(
     if not Path(path).exists() and HUB_NAME.fullmatch(path) and find_adapter_config_file(path):
         path = str(local_folder(path))
     folder = Path(path)
+    check_settings(folder)
     if not (folder / ADAPTER_CONFIG).is_file():
         raw = _read_config(path)
         if raw.get("model_type") == "llava" and "text_config" not in raw and "hidden_size" not in raw:

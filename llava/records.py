@@ -3,15 +3,14 @@
 A record's `target` is 1-based in files and prompts ("Image1") and 0-based inside; it is converted here, once.
 """
 
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from llava.asked import FORMATS, IMAGE, what_is_asked
 from llava.messages import one_line
-from llava.strict_json import loads
+from llava.strict_json import check_text, read_json
 
 RESERVED = (IMAGE, "</s>")  # of no answer, whatever the model
 PLACEHOLDER_OF_MIA_DPO = "<image-placeholder>"
@@ -121,41 +120,6 @@ def refuse_duplicates(found: list[tuple[str, str]]) -> None:
         raise DataError(twice)
 
 
-def read_json(path: str | Path) -> list[Any]:
-    """Items of a JSON array, or of a JSONL file, told apart by content; a BOM is ignored.
-
-    Raises FileNotFoundError, or DataError with line and column where the file is not JSON.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError([f"{path}: not UTF-8 text (byte {error.start}); is it an archive or a picture?"]) from error
-    if not text.strip():
-        raise DataError([f"{path}: the file is empty"])
-    if text.lstrip().startswith("["):
-        return _json_value(path, text)
-    return list(_json_lines(path, text))
-
-
-def _json_lines(path: Path, text: str) -> Iterator[Any]:
-    for number, line in enumerate(text.split("\n"), 1):  # splitlines would also cut inside strings, at U+2028
-        if line.strip():
-            yield _json_value(path, line, number)
-
-
-def _json_value(path: Path, text: str, first_line: int = 1) -> Any:
-    try:
-        return loads(text)
-    except json.JSONDecodeError as error:
-        place = f"line {first_line + error.lineno - 1}, column {error.colno}"
-        raise DataError([f"{path}: broken JSON at {place}: {error.msg}"]) from error
-    except ValueError as error:
-        raise DataError([f"{path}: broken JSON from line {first_line} on: {error}"]) from error
-
-
 def name_of(path: str | Path, number: int, raw: Any) -> str:
     """How messages name a record: file, number from 1, id if it has one."""
     key = next((key for key in ("id", "question_id") if isinstance(raw, dict) and key in raw), None)
@@ -225,8 +189,7 @@ def _parse_prompt_of_any(raw: Any, where: str) -> Question:
 
 
 def _parse_instruction(raw: Any, where: str) -> Question:
-    if not isinstance(raw, dict):
-        raise ValueError(f"a record must be a JSON object, not {type(raw).__name__}")
+    _check_object(raw)
     is_refusal = raw.get("is_refusal", False)  # asks about a picture that is not there, on purpose
     flat = {**raw, **(_first_turn(raw) if "conversations" in raw else {}), **({"target": 1} if is_refusal else {})}
     known = KNOWN | {"answer", "conversations", "turn_targets"}
@@ -245,8 +208,7 @@ def _first_turn(raw: dict) -> dict[str, Any]:
 
 
 def _parse_answer(raw: Any, where: str) -> Answer:
-    if not isinstance(raw, dict):
-        raise ValueError(f"a record must be a JSON object, not {type(raw).__name__}")
+    _check_object(raw)
     question_id, text = _required(raw, "question_id"), _required(raw, "text")
     if not isinstance(question_id, str | int) or not isinstance(text, str):
         raise ValueError("`question_id` must be text or a whole number, and `text` must be text")
@@ -298,8 +260,7 @@ def _shares(raw: dict, name: str) -> tuple[float, ...] | None:
 
 
 def _parse_prompt(raw: Any, where: str, known: set[str], names_nothing: bool = False) -> dict[str, Any]:
-    if not isinstance(raw, dict):
-        raise ValueError(f"a record must be a JSON object, not {type(raw).__name__}")
+    _check_object(raw)
     images, context = _images(raw), _context(raw)
     prompt = _text(raw, "prompt").replace(PLACEHOLDER_OF_MIA_DPO, IMAGE)
     asked = [*(text for role, text in context if role == "user"), prompt]
@@ -384,8 +345,14 @@ def _grid(raw: dict, target: int | None) -> tuple[int, int] | None:
     return tuple(grid)
 
 
+def _check_object(raw: Any) -> None:
+    if not isinstance(raw, dict):
+        raise ValueError(f"a record must be a JSON object, not {type(raw).__name__}")
+    check_text(raw)
+
+
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
 
 
 def _is_count(value: Any) -> bool:

@@ -2,22 +2,24 @@
 
 One row at a time, whatever the file's size; nothing is downloaded and nothing cached. The JSON and CSV readers of
 `datasets` would load an array whole, guess one type for a column (ids that are numbers here and texts there), take
-"N/A" for an absent cell and end at the first broken line.
+"N/A" for an absent cell and end at the first broken line; ijson takes memory that grows with the square of nesting.
 """
 
 import csv
+import json
+import re
 import sys
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-import ijson
-
-from llava.strict_json import loads
+from llava.strict_json import loads, value_at
 
 BATCH = 16  # rows of parquet and Arrow in memory: a row may hold tens of pictures
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 BOM = b"\xef\xbb\xbf"
+CHUNK = 1 << 20  # characters of an array in memory, or its longest element
+SPACES = re.compile(r"\s*")
 
 
 def is_arrow(path: Path) -> bool:
@@ -113,14 +115,28 @@ def _lines(path: Path) -> Iterator[Any]:
 
 
 def _array(path: Path) -> Iterator[Any]:
-    with path.open("rb") as file:
-        if file.read(len(BOM)) != BOM:
-            file.seek(0)
-        num_read = 0
-        try:
-            for item in ijson.items(file, "item", use_float=True):
-                yield item
-                num_read += 1
-        except (ijson.JSONError, RecursionError) as error:
-            why = " ".join(str(error).split())
-            raise ValueError(f"{path}: broken JSON some way after record {num_read} ({why})") from error
+    num_read, place = 0, 1  # behind the bracket
+    with path.open(encoding="utf-8-sig") as file:
+        text = file.read(CHUNK).lstrip()
+        is_over = text[1:].lstrip().startswith("]")
+        while not is_over:
+            try:
+                value, end = _element(text, place)
+            except ValueError as error:
+                is_cut = isinstance(error, json.JSONDecodeError)
+                more = file.read(max(CHUNK, len(text) - place)) if is_cut else ""
+                if not more:
+                    raise ValueError(f"{path}: broken JSON some way after record {num_read} ({error})") from error
+                text, place = text[place:] + more, 0
+                continue
+            yield value
+            num_read, place, is_over = num_read + 1, end + 1, text[end] == "]"
+
+
+def _element(text: str, start: int) -> tuple[Any, int]:
+    """An element of an array, and the place of what comes after it."""
+    value, end = value_at(text, SPACES.match(text, start).end())
+    end = SPACES.match(text, end).end()
+    if text[end : end + 1] not in (",", "]"):
+        raise json.JSONDecodeError("Expecting ',' or ']'", text, end)
+    return value, end

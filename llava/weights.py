@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from llava.run_folder import read_object
@@ -19,6 +19,20 @@ ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 UNREAD = ("*.msgpack", "*.h5", "*.onnx", "checkpoint-*/*")  # of a hub's repository; the last: of a training
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # in a header
 SAMPLED_BYTES = 1 << 20
+# What transformers and peft read beside the tensors, as they like.
+SETTINGS = (
+    "config", "generation_config", "adapter_config", "processor_config", "preprocessor_config", "tokenizer",
+    "tokenizer_config", "special_tokens_map", "added_tokens", "chat_template",
+)  # fmt: skip
+LEGACY = b"\x80\x02\x8a\x0a"  # how torch's files began before they were zip archives
+NO_WEIGHTS = {b"version https://git-lfs": "a git-lfs pointer (git lfs pull)", b"<": "a web page"}
+
+
+def check_settings(folder: Path) -> None:
+    """Raises ValueError naming a file of settings that holds no JSON object."""
+    for path in (folder / f"{name}.json" for name in SETTINGS):
+        if path.is_file():
+            read_object(path)
 
 
 def local_folder(path: str) -> Path:
@@ -40,6 +54,7 @@ def read_tensors(folder: Path, names: Sequence[str] = WHOLE_FILES) -> dict[str, 
 def tensor_names(folder: Path, names: Sequence[str] = WHOLE_FILES) -> list[str]:
     """Names of all tensors of a folder, without reading their numbers. Raises FileNotFoundError."""
     found: list[str] = []
+    check_shards(folder, names)
     for shard in _shards(folder, names):
         if shard.suffix == ".safetensors" and shard.is_file():
             with safe_open(shard, framework="pt") as file:
@@ -68,21 +83,62 @@ def _shards(folder: Path, names: Sequence[str]) -> list[Path]:
         index = folder / f"{name}.index.json"
         if index.is_file():
             weight_map = read_object(index).get("weight_map")
-            if not isinstance(weight_map, dict):
-                raise ValueError(f"{index}: it has no `weight_map`")
-            return [folder / shard for shard in sorted(set(weight_map.values()))]
+            if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+                raise ValueError(f"{index}: it has no `weight_map` of names of files by tensor")
+            shards = sorted(set(weight_map.values()))
+            if outside := [shard for shard in shards if Path(shard).name != shard or "\\" in shard]:
+                raise ValueError(f"{index}: the shard {outside[0]} must lie beside it")
+            return [folder / shard for shard in shards]
         if (folder / name).is_file():
             return [folder / name]
     raise FileNotFoundError(f"{folder}: no weights ({' or '.join(names)}, or an index of shards)")
 
 
 def read_shard(path: Path) -> dict[str, torch.Tensor]:
-    """Tensors of one file. `.bin` files are unpickled with `weights_only=True`: an untrusted one cannot run code."""
+    """Tensors of one file. `.bin` files are unpickled with `weights_only=True`: an untrusted one cannot run code.
+
+    Raises ValueError naming a file that holds none, FileNotFoundError.
+    """
+    start = _start(path)
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=not start.startswith(LEGACY))
+    except Exception as error:  # of torch, pickle, zipfile and safetensors
+        raise ValueError(f"{path}: cannot be read as tensors ({first_line(error)}); get the file again") from error
+    if not isinstance(found, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in found.values()):
+        raise ValueError(f"{path}: holds something else than tensors by name")
+    return found
+
+
+def check_shards(folder: Path, names: Sequence[str] = WHOLE_FILES) -> None:
+    """Raises ValueError or FileNotFoundError naming a file of weights that is missing or cut off, or is none."""
+    for path in _shards(folder, names):
+        _start(path)
+        try:
+            if path.suffix == ".safetensors":
+                safe_open(path, framework="pt")
+        except SafetensorError as error:
+            raise ValueError(f"{path}: cannot be read as tensors ({first_line(error)}); get the file again") from error
+
+
+def check_numbers(where: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raises ValueError naming the tensors that hold NaN or infinity, which would answer nothing."""
+    real = {name: t for name, t in tensors.items() if t.is_floating_point() and not t.is_meta and t.numel()}
+    if wrong := [name for name, t in real.items() if not torch.isfinite(torch.sum(t, dtype=torch.float32))]:
+        raise ValueError(f"{where}: no numbers (NaN or infinity) in tensors: {first_names(wrong)}")
+
+
+def _start(path: Path) -> bytes:
+    """The first bytes of a file of weights. Raises ValueError for what takes its place, FileNotFoundError."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: the index names this shard, but it is not there")
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    with path.open("rb") as file:
+        start = file.read(64)
+    what = next((what for sign, what in NO_WEIGHTS.items() if start.lstrip().startswith(sign)), "")
+    if what or not start:
+        raise ValueError(f"{path}: {what or 'an empty file'} in place of the weights; get the file again")
+    return start
 
 
 def account(where: str, wanted: Mapping[str, torch.Size], given: Mapping[str, torch.Size]) -> None:
@@ -117,6 +173,12 @@ def first_names(names: Iterable[str]) -> str:
 def first_line(error: Exception) -> str:
     """What an error says, in a line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+def reason(error: Exception) -> str:
+    """What an error says in a line, with its kind where that is not of bad input."""
+    kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
+    return kind + first_line(error)
 
 
 def digest(paths: Sequence[str]) -> str:

@@ -252,7 +252,7 @@ def test_bad_fields_are_named(write, change, message):
     ],
 )
 def test_bad_files_are_named(write, content, message):
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(ValueError, match=message):
         read_answers(write("a.jsonl", content))
 
 

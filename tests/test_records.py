@@ -45,8 +45,8 @@ def read(tmp_path):
     return run
 
 
-def refusal(read, content) -> DataError:
-    with pytest.raises(DataError) as caught:
+def refusal(read, content) -> ValueError:
+    with pytest.raises(ValueError) as caught:
         read(content)
     return caught.value
 

@@ -1,6 +1,5 @@
 """What a data set holds and where it comes from: data_card.json for programs, data_card.md for readers."""
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 import jinja2
 
 from data_gen.mix.merge import Item
+from llava.run_folder import read_object
 
 NOT_STATED = "not stated"
 
@@ -67,7 +67,7 @@ def _selection(pairs: Path) -> dict[str, Any]:
 
 def _run_json(folder: Path) -> dict[str, Any]:
     path = folder / "run.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_object(path) if path.is_file() else {}
 
 
 def readable(card: dict[str, Any], title: str) -> str:

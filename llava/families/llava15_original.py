@@ -27,7 +27,16 @@ from transformers.convert_slow_tokenizer import generate_merges
 from llava.families.family import Family
 from llava.families.llava15 import END
 from llava.records import IMAGE
-from llava.weights import ADAPTER_FILES, first_names, local_folder, read_shard, read_tensors, tensor_names
+from llava.weights import (
+    ADAPTER_FILES,
+    check_settings,
+    first_line,
+    first_names,
+    local_folder,
+    read_shard,
+    read_tensors,
+    tensor_names,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +84,7 @@ def translate_config(raw: Mapping, tower: str) -> LlavaConfig:
     feature = raw.get("mm_vision_select_feature", "patch")
     if feature != "patch":
         raise ValueError(f"mm_vision_select_feature {feature!r}: regions need the patch tokens alone ('patch')")
+    check_settings(local_folder(tower))
     vision = CLIPVisionConfig.from_pretrained(local_folder(tower))
     image_token = raw["vocab_size"]
     rows = -(-(image_token + 1) // VOCABULARY_STEP) * VOCABULARY_STEP
@@ -173,7 +183,10 @@ def build_tokenizer(folder: Path, image_token: int) -> PreTrainedTokenizerFast:
     path = folder / "tokenizer.model"
     if not path.is_file():
         raise FileNotFoundError(f"{folder}: no tokenizer.model; an original LLaVA checkpoint has one")
-    pieces = SentencePieceProcessor(model_file=str(path))
+    try:
+        pieces = SentencePieceProcessor(model_file=str(path))
+    except RuntimeError as error:
+        raise ValueError(f"{path}: cannot be read by sentencepiece ({first_line(error)})") from error
     names = [pieces.id_to_piece(i) for i in range(pieces.get_piece_size())]
     if len(names) != image_token:
         raise ValueError(f"{path}: {len(names)} pieces, but the model's vocabulary has {image_token} rows")

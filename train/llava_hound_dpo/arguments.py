@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 from llava import command_line
 from llava.command_line import check_numbers, flag
 from llava.heads import TOP
+from llava.run_folder import read_object
 from train.llava_hound_dpo.losses import ATTENTION_LOSSES, PREFERENCE_LOSSES, SMOOTHED, LossSettings
 
 NO_GAIN = "the study found no gain; last commit with it b4cba4d"
@@ -200,6 +201,8 @@ class TrainArguments(TrainingArguments):
             self.deepspeed = None
         elif not Path(self.deepspeed).is_file():
             raise FileNotFoundError(f"--deepspeed {self.deepspeed}: no such file; scripts/zero2.json is one")
+        else:
+            read_object(Path(self.deepspeed))  # here, as libraries do not name it
         self.deepspeed_file = self.deepspeed
         if self.dry_run:
             self.deepspeed = None  # planning needs no process group
