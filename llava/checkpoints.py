@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from peft import (
-    LoraConfig,
     PeftConfig,
     PeftModel,
     get_peft_model,
@@ -315,10 +314,9 @@ def _load_original_lora(model, folder: Path, family: type[Family], is_exact: boo
     with torch.no_grad():
         for name, tensor in trained.items():
             own[name].copy_(tensor)
-    settings = read_object(folder / ADAPTER_CONFIG)
-    modules = sorted({name.rsplit(".lora_", 1)[0] for name in lora})
-    config = LoraConfig(r=settings["r"], lora_alpha=settings["lora_alpha"], lora_dropout=0.0, target_modules=modules)
-    adapted = get_peft_model(model, config, autocast_adapter_dtype=is_exact)
+    settings = original.translate_settings(read_object(folder / ADAPTER_CONFIG))
+    settings["target_modules"] = sorted({name.rsplit(".lora_", 1)[0] for name in lora})
+    adapted = get_peft_model(model, PeftConfig.from_peft_type(**settings), autocast_adapter_dtype=is_exact)
     wanted = {n: p for n, p in adapted.named_parameters() if ".lora_" in n}
     given = {f"base_model.model.{name.replace('.weight', '.default.weight')}": tensor for name, tensor in lora.items()}
     account(str(folder), _shapes(wanted), _shapes(given))

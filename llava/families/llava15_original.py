@@ -5,6 +5,7 @@ Everything is translated into what transformers' LLaVA expects, so that nothing 
 
 import json
 import logging
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -43,7 +44,7 @@ logger = logging.getLogger(__name__)
 TEXT_FIELDS = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "rms_norm_eps", "max_position_embeddings", "rope_theta", "rope_scaling", "hidden_act", "initializer_range",
-    "attention_bias", "tie_word_embeddings", "bos_token_id", "eos_token_id",
+    "rope_parameters", "attention_bias", "mlp_bias", "head_dim", "tie_word_embeddings", "bos_token_id", "eos_token_id",
 )  # fmt: skip
 # Original name to ours; the first prefix that fits wins. None: a buffer that is computed, not loaded.
 PREFIXES = (
@@ -55,6 +56,12 @@ PREFIXES = (
     ("model.norm.", "model.language_model.norm."),
     ("lm_head.", "lm_head."),
 )
+LAYERS = re.compile(r"^(\^?)model\\?\.layers")  # as patterns of modules begin
+# Settings with which the original code computes something else than LLaVA-1.5: only these values are read rightly.
+ONLY = {
+    "mm_projector_type": ("mlp2x_gelu",), "mm_vision_select_feature": ("patch",), "mm_use_im_start_end": (False,),
+    "mm_patch_merge_type": ("flat",), "image_aspect_ratio": ("pad", "square", None),
+}  # fmt: skip
 COMPUTED = (".rotary_emb.inv_freq", ".position_ids")
 VOCABULARY_STEP = 64  # rows are padded to a multiple of this above the image token, as in llava-hf
 NON_LORA = "non_lora_trainables.bin"
@@ -78,12 +85,9 @@ def translate_config(raw: Mapping, tower: str) -> LlavaConfig:
 
     Raises ValueError for a projector or feature choice that LLaVA-1.5 does not have.
     """
-    projector = raw.get("mm_projector_type", "linear")
-    if projector != "mlp2x_gelu":
-        raise ValueError(f"mm_projector_type {projector!r}: LLaVA-1.5 has 'mlp2x_gelu' (LLaVA-1.0 is not supported)")
-    feature = raw.get("mm_vision_select_feature", "patch")
-    if feature != "patch":
-        raise ValueError(f"mm_vision_select_feature {feature!r}: regions need the patch tokens alone ('patch')")
+    for name, value in ({"mm_projector_type": "linear"} | dict(raw)).items():
+        if name in ONLY and value not in ONLY[name]:
+            raise ValueError(f"{name} {value!r}: LLaVA-1.5 has {ONLY[name][0]!r}; no other LLaVA is read here")
     check_settings(local_folder(tower))
     vision = CLIPVisionConfig.from_pretrained(local_folder(tower))
     image_token = raw["vocab_size"]
@@ -227,6 +231,15 @@ def translate_lora(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, tor
     trained = read_shard(folder / NON_LORA) if (folder / NON_LORA).is_file() else {}
     lora = read_tensors(folder, ADAPTER_FILES)
     return _translated(folder, lora, _without_wrappers), _translated(folder / NON_LORA, trained, _without_wrappers)
+
+
+def translate_settings(settings: Mapping) -> dict:
+    """adapter_config.json with our names of the modules that have a rank or scale of their own; the rest is PEFT's."""
+    renamed = {
+        name: {LAYERS.sub(r"\1model.language_model.layers", key): value for key, value in settings[name].items()}
+        for name in ("rank_pattern", "alpha_pattern") if settings.get(name)
+    }  # fmt: skip
+    return {**settings, **renamed}
 
 
 def _without_wrappers(name: str) -> str:
