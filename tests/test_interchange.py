@@ -41,6 +41,7 @@ EXPECTED = {
     "blink": (BLINK, {
         "id": "val_Art_Style_1", "prompt": "<image>\n<image>\n<image>\n" + BLINK["prompt"] + "\n" + CLOSING,
         "answer": "B", "choices": ["the second image", "the third image"], "image_type": "multi",
+        "category": "Art_Style",
     }),
     "mantis_eval": (MANTIS, {
         "id": "mantis_1", "prompt": f"<image><image> Are both red?\n(A) Yes\n(B) No\n{CLOSING}", "answer": "B",

@@ -7,7 +7,7 @@ import itertools
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -108,11 +108,14 @@ def evaluate(
 
     Raises DataError, ValueError, FileNotFoundError.
     """
-    by_name = dict(zip(_names(paths), judged(paths, questions, scorer), strict=True))
+    given, asked = read(paths, questions)
+    by_name = dict(zip(_names(paths), _judged(given, asked, scorer), strict=True))
     files = dict(zip(by_name, paths, strict=True))
     scores = {
         "scorer": scorer,
         "questions": str(questions) if questions else None,
+        "without_answer": [question.id for question in asked if not question.answer],
+        "tuned_on": [question.id for question in asked if is_tuned_on(question.id, given)],
         "answers": {name: {"file": str(files[name]), **summarize(rows)} for name, rows in by_name.items()},
         "comparisons": [
             {"first": first, "second": second, **compare(by_name[first], by_name[second])}
@@ -125,7 +128,18 @@ def evaluate(
 
 
 def judged(paths: Sequence[Path], questions: Path | None, scorer: str) -> list[list[Row]]:
-    """For each file a row for every question, in one order: of the test set, else of first appearance in the files."""
+    """For each file a row for every question that has a right answer, in one order. Raises as `read`."""
+    return _judged(*read(paths, questions), scorer)
+
+
+Given = list[dict[str, Answer]]  # of each file, by the question's id
+
+
+def read(paths: Sequence[Path], questions: Path | None) -> tuple[Given, list[Asked]]:
+    """The answers of each file, and what was asked, in the order of the test set, else of appearance in the files.
+
+    Raises DataError, FileNotFoundError; ValueError where no question has a right answer.
+    """
     files = [read_answers(path) for path in paths]
     asked = _asked_of_test_set(questions) if questions else {}
     problems = []
@@ -133,12 +147,28 @@ def judged(paths: Sequence[Path], questions: Path | None, scorer: str) -> list[l
         if questions and answer.question_id not in asked:
             problems.append(f"{answer.where}: the question {answer.question_id} is not in {questions}")
             continue
-        known = asked.setdefault(answer.question_id, _asked_of_answer(answer))
+        own = _asked_of_answer(answer)
+        known = asked.setdefault(answer.question_id, own)
         problems += [f"{answer.where}: {difference}" for difference in _differences(answer, known)]
+        if known.num_regions is None:  # a collage without its grid, which was read off the picture
+            asked[answer.question_id] = replace(known, num_regions=own.num_regions)
     if problems:
         raise DataError(problems)
-    given = [{answer.question_id: answer for answer in answers} for answers in files]
-    return [[judge(question, found.get(question.id), scorer) for question in asked.values()] for found in given]
+    if not any(question.answer for question in asked.values()):
+        raise ValueError(f"{questions or paths[0]}: no question has a right answer (`answer`): nothing can be scored")
+    return [{answer.question_id: answer for answer in answers} for answers in files], list(asked.values())
+
+
+def is_tuned_on(id: str, given: Given) -> bool:
+    """Whether any file's AdaptViz was chosen on the question: then no file is scored on it."""
+    return any(id in own and own[id].extra.get("is_tuned_on") is True for own in given)
+
+
+def _judged(given: Given, asked: Sequence[Asked], scorer: str) -> list[list[Row]]:
+    scored = [question for question in asked if question.answer and not is_tuned_on(question.id, given)]
+    if not scored:
+        raise ValueError("AdaptViz was tuned on every question that has a right answer: score it on others")
+    return [[judge(question, found.get(question.id), scorer) for question in scored] for found in given]
 
 
 def _differences(answer: Answer, known: Asked) -> list[str]:
@@ -173,7 +203,9 @@ def _asked(record: Question | Answer, id: str, counted: int, *options: tuple[str
     image_type = record.image_type
     is_unknown = image_type == "collage" and counted == 1
     regions = None if is_unknown else {"pip": 2, "single": 1}.get(image_type, counted)
-    return Asked(id, record.where, record.answer, image_type, record.target, regions, *options)
+    category = record.extra.get("category", record.extra.get("subtask", record.extra.get("sub_task")))
+    category = category if isinstance(category, str) and category.strip() else None
+    return Asked(id, record.where, record.answer, image_type, record.target, regions, *options, category)
 
 
 def _names(paths: Sequence[Path]) -> list[str]:

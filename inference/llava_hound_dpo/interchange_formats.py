@@ -34,6 +34,7 @@ ABSENT = ("", "nan", "NaN", "N/A")  # of an option or a picture; "None" may be a
 WRITTEN_LISTS = {"image", "image_path", "images", "image_list", "options", "choices"}
 PLACEHOLDER = re.compile(rf"<image[ _-]?(\d+)>|{IMAGE}|{PLACEHOLDER_OF_MIA_DPO}")
 OWN_LABEL = r"\s*(?:\({0}\)|{0}[.:)])\s*"
+CATEGORIES = ("category", "sub_task", "subtask", "task", "subset")  # columns that name a part of the set
 MIRB_INSTRUCTIONS = {
     **dict.fromkeys(("analogy", "attribute", "plot_code", "visual_chain", "sightseeing"), "Answer with a single word."),
     **dict.fromkeys(("codeu", "food", "image_jigsaw"), "Answer with the option symbol."),
@@ -195,7 +196,9 @@ def record_of(source: str, row: dict[str, Any]) -> tuple[dict[str, Any], tuple[A
         question += "" if columns.is_complete else f"\n{CLOSING}"
     prompt, shown = prompt_of(question, len(images))
     choices = {"choices": [option or None for option in options]} if options else {}
-    record = {"id": index, "image": shown, "prompt": prompt, "answer": answer, **choices}
+    part = next((str(row[name]) for name in CATEGORIES if not _is_absent(row.get(name))), None)
+    category = {"category": part} if part else {}
+    record = {"id": index, "image": shown, "prompt": prompt, "answer": answer, **choices, **category}
     return record | region_of(prompt, len(shown)), images
 
 
