@@ -6,6 +6,7 @@ with `--format original` the layout of liuhaotian/llava-v1.5. The result is load
 
 import logging
 import sys
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,9 +20,11 @@ from llava.command_line import flag, parse
 from llava.families import Family
 from llava.families.llava15 import SYSTEM
 from llava.families.llava15_original import write_checkpoint
+from llava.run_folder import only_writer
 from llava.runtime import setup_logging, stop, user_errors
 
 logger = logging.getLogger("scripts.export")
+_held = ExitStack()  # the lock of this run
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CLIP = "clip_vision_model"
@@ -66,6 +69,7 @@ def main() -> None:
     setup_logging()
     with user_errors():
         (own,) = parse((ExportSettings,), __doc__)
+        _held.enter_context(only_writer(own.output))
         checkpoint = open_checkpoint(own.model_name_or_path, own.base_model, own.image_tower)
         family, model = checkpoint.family, checkpoint.load(torch.float32).eval()
     probe = example(family)
