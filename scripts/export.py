@@ -9,6 +9,7 @@ import json
 import logging
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -29,10 +30,11 @@ from llava.families.llava15_original import write_checkpoint
 from llava.image import ImageStore
 from llava.merging import in_float32, merge
 from llava.records import Question, read_prompts
-from llava.run_folder import read_object
+from llava.run_folder import only_writer, read_object
 from llava.runtime import setup_logging, stop, user_errors
 
 logger = logging.getLogger("scripts.export")
+_held = ExitStack()  # the lock of this run
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CLIP = "clip_vision_model"
@@ -86,6 +88,7 @@ def main() -> None:
     setup_logging()
     with user_errors():
         (own,) = parse((ExportSettings,), __doc__)
+        _held.enter_context(only_writer(own.output))
         checkpoint = open_checkpoint(own.model_name_or_path, own.base_model, own.image_tower)
         asked = prompts(own, checkpoint)
         export(checkpoint, own.output, own.dtype, own.format, asked)

@@ -7,6 +7,7 @@ import itertools
 import json
 import logging
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from llava.command_line import check_numbers, flag, parse
 from llava.endpoint import KEY_VARIABLE, Endpoint
 from llava.image import ImageStore
 from llava.records import Answer, DataError, Question, read_answers, read_questions, refuse_duplicates, texts
+from llava.run_folder import only_writer
 from llava.runtime import setup_logging, user_errors, write_text
 from llava.scorers import SCORERS
 
@@ -83,11 +85,12 @@ class JudgeFlags:
 def main(argv: Sequence[str] | None = None) -> None:
     """Reads, scores, writes scores.json, scores.md and report.html, and logs the table."""
     setup_logging()
-    with user_errors():
+    with ExitStack() as stack, user_errors():
         settings, judge_flags = parse((Evaluation, JudgeFlags), __doc__, argv)
         settings.check()
         store = ImageStore(settings.image_folder) if settings.image_folder else None
         llm = judge_flags.judge(settings)
+        stack.enter_context(only_writer(settings.output / "scores"))
         try:
             scores, rows = evaluate(settings.answers, settings.questions, settings.scorer, llm)
             questions = read_questions(settings.questions) if settings.questions and store else ()
