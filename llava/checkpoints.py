@@ -164,8 +164,7 @@ class Checkpoint:
 
     def check_tensors(self) -> int:
         """Number of tensors, each accounted for by name and shape, their numbers unread. Raises like `load`."""
-        model = self.root._load_whole(torch.float32, device_map="meta")
-        return len(self._with_adapters(model, is_quantised=True).state_dict())
+        return len(self._with_adapters(self.root._load_whole(torch.float32, device_map="meta")).state_dict())
 
     def __str__(self) -> str:
         return f"{self.path} ({self.dialect})" + (f" on {self.base}" if self.base else "")

@@ -44,6 +44,7 @@ PUBLISHED = (
     ("model.vision_tower.", "vision_tower.vision_model."),
     ("model.multi_modal_projector.", "multi_modal_projector."),
 )
+SERVED_TEMPLATE = "chat_template_with_bos.jinja"  # for servers that add no start token to a template's text, as vLLM
 GB = 1e9
 SHARD_BYTES = 2 * 10**9  # of a written file, which is copied once while it is written
 # Between resampling by pillow and by torchvision: one or two of 255 steps. Another padding or crop is far beyond it.
@@ -248,6 +249,7 @@ def write(model, family: Family, folder: Path) -> None:
     # Where transformers 4, and servers on it, look for the pictures' settings.
     pictures = processor.image_processor.to_dict() | {"processor_class": type(processor).__name__}
     (folder / "preprocessor_config.json").write_text(json.dumps(pictures, indent=2) + "\n", encoding="utf-8")
+    (folder / SERVED_TEMPLATE).write_text("{{ bos_token }}" + processor.chat_template, encoding="utf-8")
     model.config.architectures, model.config.dtype = [type(model).__name__], model.dtype
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)

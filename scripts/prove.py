@@ -33,9 +33,8 @@ from scripts.export import DTYPES, Asked, asked_of, export, plain_inputs, turns_
 logger = logging.getLogger("scripts.prove")
 
 SERVER = Words("the server", "--endpoint", "--endpoint_model", "--endpoint_key_env")
-# Greedy whatever the folder's generation_config says, as here; and the start token, which vLLM leaves to templates.
 FEW = 8  # prompts that a new export is compared on, before all of them are
-GREEDY = {"top_p": 1.0, "repetition_penalty": 1.0, "add_special_tokens": True}
+GREEDY = {"top_p": 1.0, "repetition_penalty": 1.0}  # whatever the folder's generation_config says, as here
 
 
 @dataclass(kw_only=True)

@@ -329,6 +329,21 @@ def test_a_base_whose_processor_miscounts_is_named_and_its_export_counts_right(
     assert model.generate(**inputs, max_new_tokens=1).shape[1] == inputs["input_ids"].shape[1] + 1
 
 
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_servers_that_leave_the_start_token_to_the_template_have_one_that_writes_it(plain, tmp_path, prompt):
+    """vLLM renders the text, and tokenises it without special tokens; a picture is one token then."""
+    processor, family = plain
+    scripts.export.write(open_checkpoint(BASE).load(), family, tmp_path / "out")
+    template = (tmp_path / "out" / "chat_template_with_bos.jinja").read_text()
+    messages = messages_of([("user", prompt)], range(prompt.count("<image>")), lambda number: {"type": "image"})
+    text = processor.tokenizer.apply_chat_template(
+        messages, chat_template=template, add_generation_prompt=True, tokenize=False
+    )
+    assert processor.tokenizer(text, add_special_tokens=False)["input_ids"] == family.encode_prompt(prompt)
+    # vLLM keeps the order of parts only where it finds a loop over a message's own content.
+    assert "for part in message['content']" in template
+
+
 def test_a_base_that_counts_right_is_not_named(formats, caplog):
     assert open_checkpoint(str(formats.llava_hf)).family and "processor counts" not in caplog.text
 

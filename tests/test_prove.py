@@ -73,9 +73,8 @@ def server(exported):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    words = ["serve", str(exported), "--device", "cpu", "--dtype", "float32", "--host", "127.0.0.1"]
-    words += ["--port", f"{port}"]
-    command = [str(Path(sys.executable).parent / "transformers"), *words]
+    command = [str(Path(sys.executable).parent / "transformers"), "serve", str(exported), "--device", "cpu"]
+    command += ["--dtype", "float32", "--host", "127.0.0.1", "--port", str(port)]
     job = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         for _ in range(600):
