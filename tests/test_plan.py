@@ -10,7 +10,7 @@ import torch
 
 from llava.families.llava15 import Llava15
 from tests.conftest import preference
-from tests.test_flops import config_7b  # noqa: F401  a fixture
+from tests.test_costs import config_7b  # noqa: F401  a fixture
 from train.llava_hound_dpo.arguments import DataArguments, LossArguments, ModelArguments, TrainArguments
 from train.llava_hound_dpo.batches import num_steps
 from train.llava_hound_dpo.data import Pair
@@ -135,7 +135,7 @@ def test_text_of_a_tiny_run(checkpoint, data, one_process):
     arguments, inputs = dry(checkpoint, data, eval_split=0.1)
     rows = text_of(arguments, inputs)
     assert rows["model"].endswith(checkpoint) and rows["output"].endswith("out")
-    assert rows["pairs"] == "pairs 18 to train on, 2 held out, 0 dropped as too long"
+    assert rows["pairs"] == "pairs 18 to train on, 2 held out, 0 dropped"
     assert rows["batch"] == "batch 6 pairs = 2 x 3 accumulated x 1 processes"
     assert rows["steps"] == "steps 3 per epoch, 12 in all"  # 9 micro-batches in threes, 4 epochs
     assert rows["loss"] == "loss 1 x (dpo + 0.9 x attention) + 0 x (sft + 0.9 x attention)"
@@ -187,12 +187,11 @@ def test_the_reference_and_what_of_it_is_cached(checkpoint, data, one_process, t
     assert "none" in text_of(*dry(checkpoint, data, dpo_alpha=0.0, gamma=1.0))["reference"]
 
 
-def test_hours_and_money_of_a_run(checkpoint, data, one_process):
-    """Hours are those of `flops` for the steps that will be made; money only with a price."""
+def test_hours_of_a_run(checkpoint, data, one_process):
+    """They are those of `costs` for the steps that will be made."""
     data([preference(n) for n in range(6)])
-    rows = text_of(*dry(checkpoint, data, gpu_hour_price=3.0, flop_utilization=0.5))
-    assert "at 3 per GPU-hour" in rows["64"] and "50% of an A100" in rows["assumed"]
-    assert "per GPU-hour" not in text_of(*dry(checkpoint, data))["64"]
+    rows = text_of(*dry(checkpoint, data, flop_utilization=0.5))
+    assert "GPU-hours" in rows["64"] and "50% of an A100" in rows["assumed"]
     tokens = sum(shape_of(pair, True).tokens for pair in dry(checkpoint, data)[1].train)
     assert rows["tokens"].startswith(f"tokens {tokens:,} per epoch")
 

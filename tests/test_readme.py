@@ -22,7 +22,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 EACH_PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 TRAINING = "train.llava_hound_dpo.run_dpo"
 ANSWERING = "inference.llava_hound_dpo.run_inference"
-GONE = {"attention_carry", "attention_warmup_share", "attention_schedule"}  # docs say that they are
+GONE = {"attention_carry", "attention_warmup_share", "attention_schedule", "gpu_hour_price"}  # docs say that they are
 OF_OTHERS = {"ntasks-per-node", "kill-on-bad-exit", "repo-type", "local-dir", "wait", "help"}  # srun, hf, sbatch
 SCRIPTS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
 

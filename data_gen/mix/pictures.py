@@ -118,7 +118,7 @@ class Names:
             target.parent.mkdir(parents=True, exist_ok=True)
             temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
             try:
-                os.link((files.path / there).resolve(), temporary)
-            except OSError:  # an archive, another file system, or one without links
+                os.link(files.file(there).resolve(), temporary)
+            except (AttributeError, OSError):  # an archive, another file system, or one without links
                 temporary.write_bytes(files.read(there))
             temporary.replace(target)

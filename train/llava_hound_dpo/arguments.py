@@ -34,6 +34,7 @@ RETIRED = {
     "double_quant": "always on with --bits 4",
     "quant_type": "always nf4 with --bits 4",
     "tok_beta": "it had no effect",
+    "gpu_hour_price": "multiply the plan's GPU-hours",
     "attention_carry": f"heads by what they carry: {NO_GAIN}",
     "attention_warmup_share": f"warm-up of λ: {NO_GAIN}",
     "attention_schedule": f"decay of λ: {NO_GAIN}",
@@ -50,16 +51,7 @@ RANGES = {
     "learning_rate": (0, None), "weight_decay": (0, None), "max_grad_norm": (0, None), "mm_projector_lr": (0, None),
     "num_train_epochs": (0, 10_000), "max_steps": (-1, 10_000_000), "per_device_train_batch_size": (1, 10_000),
     "per_device_eval_batch_size": (1, 10_000), "gradient_accumulation_steps": (1, 1_000_000),
-    "tokens_per_batch": (0, None), "flop_utilization": (0, 1), "gpu_hour_price": (0, None),
-}  # fmt: skip
-
-# What others call our flags.
-SYNONYMS = {
-    "lora_rank": "lora_r", "rank": "lora_r", "attention_lambda": "attention_weight", "lambda": "attention_weight",
-    "alpha": "dpo_alpha", "tau": "attention_threshold", "attention_tau": "attention_threshold",
-    "layers": "attention_layers", "heads": "attention_heads", "lr": "learning_rate", "epochs": "num_train_epochs",
-    "batch_size": "per_device_train_batch_size", "model": "model_name_or_path", "data": "data_path",
-    "images": "image_folder", "output": "output_dir",
+    "tokens_per_batch": (0, None), "flop_utilization": (0, 1),
 }  # fmt: skip
 
 
@@ -114,6 +106,11 @@ class DataArguments:
     )  # fmt: skip
     model_max_length: int = flag("Tokens of prompt and longer answer, images included.", 4096)
     overlong: str = flag("Pairs above model_max_length: stop, or list and drop.", "error", choices=["error", "drop"])
+    bad_records: str = flag(
+        "Records that cannot be used: stop and say the first, or list and drop them all.", "error",
+        choices=["error", "drop"],
+    )  # fmt: skip
+    leave_out: str | None = flag("Ids of records to leave out, as scripts.doctor --fix_list writes them.", None)
     check_images: str = flag(
         "Before training: decode every picture, read its header, or only see that it is there.", "full",
         choices=["full", "header", "exists"],
@@ -187,7 +184,6 @@ class TrainArguments(TrainingArguments):
     )  # fmt: skip
     mm_projector_lr: float | None = flag("Learning rate of the projector, if trained; default: learning_rate.", None)
     flop_utilization: float = flag("Share (0..1) of a GPU's peak that the plan assumes; nothing else reads it.", 0.4)
-    gpu_hour_price: float | None = flag("Price of a GPU-hour, for the plan; nothing else reads it.", None)
     remove_unused_columns: bool = flag("Must stay False: batches are packed rows.", False)
     logging_steps: float = flag("Log every so many optimiser steps.", 1)
     logging_nan_inf_filter: bool = flag("Off: a non-finite loss ends the run.", False)
@@ -218,6 +214,11 @@ class TrainArguments(TrainingArguments):
                 "leave it out of the checkpointing arguments"
             )
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the model computes in."""
+        return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else torch.float32
+
     def accumulate(self, rows: int) -> None:
         """Make so many passes per process and step, also in DeepSpeed's config, which was made from the flags."""
         self.gradient_accumulation_steps = rows
@@ -231,4 +232,4 @@ def parse(argv: Sequence[str] | None = None) -> tuple[ModelArguments, DataArgume
     """The four groups of flags. Raises ValueError with a nearest name for an unknown flag."""
     groups = (ModelArguments, DataArguments, LossArguments, TrainArguments)
     usage = "run_dpo --model_name_or_path MODEL --data_path PAIRS --image_folder IMAGES --output_dir OUTPUT ..."
-    return command_line.parse(groups, "Attention-aware DPO and SFT of LLaVA-1.5.", argv, RETIRED, SYNONYMS, usage)
+    return command_line.parse(groups, "Attention-aware DPO and SFT of LLaVA-1.5.", argv, RETIRED, usage)

@@ -12,9 +12,20 @@ from llava.heads import Heads
 from llava.image import ImageStore
 from train.llava_hound_dpo.arguments import LossArguments, ModelArguments, TrainArguments
 from train.llava_hound_dpo.batches import BatchPlan
+from train.llava_hound_dpo.costs import (
+    A100_PEAK,
+    ForwardFlops,
+    Memory,
+    PairShape,
+    Recipe,
+    Zero,
+    count,
+    estimate_memory,
+    filling_flops,
+    hours,
+    work,
+)  # fmt: skip
 from train.llava_hound_dpo.data import Pair, PairDataset, describe
-from train.llava_hound_dpo.flops import A100_PEAK, ForwardFlops, PairShape, Recipe, count, filling_flops, hours, work
-from train.llava_hound_dpo.memory import Memory, Zero, estimate_memory
 from train.llava_hound_dpo.model import build_on_meta, count_parameters, parameter_table
 from train.llava_hound_dpo.reference import ReferenceCache
 
@@ -33,7 +44,8 @@ class Inputs:
     heads: Heads | None  # of these layers; None: all
     train: list[Pair]
     evaluation: list[Pair]
-    dropped: list[Pair]
+    dropped: list[str]  # a line each
+    leave_out: frozenset[str]  # names of records that were not looked at
     batches: BatchPlan  # of the training pairs
     reference: ReferenceCache | None = None  # None: computed at every step, or not needed
 
@@ -59,14 +71,13 @@ def shape_of(pair: Pair, with_rejected: bool) -> PairShape:
 def plan(model: ModelArguments, loss: LossArguments, args: TrainArguments, inputs: Inputs) -> str:
     """The text of the plan."""
     config, batches, zero = inputs.checkpoint.config, inputs.batches, Zero.read(args.deepspeed_file)
-    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
-    policy, costs = build_on_meta(config, model).to(dtype), count(config)
+    policy, costs = build_on_meta(config, model).to(args.dtype), count(config)
     shapes = [shape_of(pair, loss.dpo_alpha > 0) for pair in inputs.train]
     longest = sorted(shapes, key=lambda shape: shape.tokens)[-args.per_device_train_batch_size :]
     tokens = args.tokens_per_batch or sum(shape.tokens for shape in longest)  # a row holds so many at most
     memory = partial(
         estimate_memory, config, *count_parameters(policy), costs.token / 2, tokens,
-        sum(shape.answers for shape in longest), dtype.itemsize, zero,
+        sum(shape.answers for shape in longest), args.dtype.itemsize, zero,
         checkpointing=bool(args.activation_checkpointing), bits=model.bits,
     )  # fmt: skip
     recipe = Recipe(
@@ -84,7 +95,7 @@ def plan(model: ModelArguments, loss: LossArguments, args: TrainArguments, input
         **cost(
             costs, shapes, recipe, memory, epochs=batches.total_steps / batches.steps_per_epoch,
             batch=batches.pairs_per_step, per_device=args.per_device_train_batch_size,
-            utilization=args.flop_utilization, price=args.gpu_hour_price,
+            utilization=args.flop_utilization,
         ),
         "output": args.output_dir,
     }  # fmt: skip
@@ -101,8 +112,10 @@ def _what(model: ModelArguments, loss: LossArguments, args: TrainArguments, inpu
     lengths, split = counts["tokens"], (len(inputs.train), len(inputs.evaluation), len(inputs.dropped))
     return {
         "trained": model.trained,
-        "pairs": "{:,} to train on, {:,} held out, {:,} dropped as too long".format(*split),
-        "formats": _counts(counts["by_format"]),
+        "pairs": "{:,} to train on, {:,} held out, {:,} dropped".format(*split)
+        + (f", {len(inputs.leave_out):,} named by --leave_out" if inputs.leave_out else "")
+        + (f"; {counts['several_rejected']:,} with several rejected answers" if counts["several_rejected"] else ""),
+        "formats": f"{_counts(counts['by_format'])} ({counts['derived_formats']:,} derived from prompts)",
         "images": f"{_counts(counts['by_images'])} (images: pairs), {_per_image(inputs.train)} tokens each",
         "tokens/pair": f"{lengths['min']:,} to {lengths['max']:,}, median {lengths['median']:,} (longer answer)",
         "loss": f"{loss.dpo_alpha:g} x (dpo + {weight}) + {loss.gamma:g} x (sft + {weight})",
@@ -121,9 +134,9 @@ def _per_image(pairs: Sequence[Pair]) -> str:
 
 def cost(
     costs: ForwardFlops, shapes: Sequence[PairShape], recipe: Recipe, memory: Callable[[int], Memory],
-    epochs: float, batch: int, per_device: int, utilization: float, price: float | None = None,
+    epochs: float, batch: int, per_device: int, utilization: float,
 ) -> dict[str, str]:  # fmt: skip
-    """Rows of the plan on tokens, FLOPs, hours, memory and, with a price, money. Formulas in `flops` and `memory`.
+    """Rows of the plan on tokens, FLOPs, hours and memory. Formulas in `costs`.
 
     `shapes` are the pairs of an epoch, `memory` is the estimate for a number of processes, and `batch` are the pairs
     of an optimiser step over all of them.
@@ -146,8 +159,7 @@ def cost(
     }
     for gpus in CLUSTERS:
         taken = hours(total, gpus, utilization)
-        money = f", {taken * gpus * price:,.2f} at {price:g} per GPU-hour" if price is not None else ""
-        spent = f"{_hours(taken, 3)} hours, {_hours(taken * gpus, 4)} GPU-hours{money}, {memory(gpus).short()} each"
+        spent = f"{_hours(taken, 3)} hours, {_hours(taken * gpus, 4)} GPU-hours, {memory(gpus).short()} each"
         accumulation, rest = divmod(batch, per_device * gpus)
         share = f"--gradient_accumulation_steps {accumulation} keeps the batch"
         if rest:
