@@ -322,10 +322,12 @@ def test_other_trainers_see_pictures_as_they_are_seen_here(records, tmp_path, to
     assert not seen.getexif() and np.array_equal(np.asarray(seen), np.asarray(wanted))
 
 
-def test_a_path_in_a_record_does_not_lead_out_of_what_is_exported(records, tmp_path):
-    (tmp_path / "train.json").write_text(json.dumps([PAIR | {"image": ["../in/a.png"]}]))
-    run(*records, "--to", "ms-swift", "--output", tmp_path / "out")
-    assert lines(tmp_path / "out/pairs.jsonl")[0]["images"] == ["images/in/a.png"]
+@pytest.mark.parametrize("name", ["../out.png", "..\\out.png", "/etc/passwd"])
+def test_a_record_does_not_export_what_lies_elsewhere(records, tmp_path, capsys, name):
+    (tmp_path / "out.png").write_bytes(png())
+    (tmp_path / "train.json").write_text(json.dumps([PAIR | {"image": [name]}]))
+    assert "no " in refused(capsys, *records, "--to", "ms-swift", "--output", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_damaged_picture_ends_an_export_and_leaves_nothing(records, tmp_path, capsys):
