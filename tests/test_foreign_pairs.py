@@ -232,6 +232,14 @@ def test_pictures_are_found_by_absolute_paths_in_their_folder_and_in_archives(im
     assert record["image"] == ["sub/b.png"] and (tmp_path / "back/images/sub/b.png").read_bytes() == png(2)
 
 
+@pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_names_are_found_in_whatever_form_their_letters_are(imported, tmp_path, forms):
+    named, there = (unicodedata.normalize(form, "é.png") for form in forms)
+    (tmp_path / there).write_bytes(png(2))
+    _, (record,) = imported([SWIFT | {"images": [named], "more": "text", "rejected_number": 1}])
+    assert record["image"] == ["é.png"] and (record["more"], record["rejected_number"]) == ("text", 1)
+
+
 def test_names_inside_tables_stay_in_the_folder_and_in_one_form(imported, tmp_path):
     """A path that leads out, one of another system, one without a suffix; one name composed and decomposed."""
     names = ["../../out.png", "a\\b.png", "bare", "é.png", unicodedata.normalize("NFD", "é.png"), None]

@@ -83,7 +83,7 @@ class _Importer:
         except (LookupError, TypeError, AttributeError) as error:
             raise Unusable("no pair", f"of no known format ({type(error).__name__}: {error})") from error
         record["image"] = [self.folder.put(*picture) for picture in stored]
-        is_branch = record.pop(BRANCH, 0) and row.get(MORE) and self.records
+        is_branch = _is_ours(row) and record.pop(BRANCH, 0) and self.records
         if not (is_branch and _joined(self.records[-1], record)):
             self.formats[said] += 1
             self.records.append(record)
@@ -118,6 +118,7 @@ def _record(row: Row, name: str) -> tuple[dict[str, Any], list[tuple[Any, str | 
     record = {"id": _id(row, name), "image": [], "prompt": prompt, "chosen": _answer(said.chosen)}
     rejected = [_answer(content) for content in said.rejected]
     record["rejected"] = rejected[0] if len(rejected) == 1 else rejected
+    more = json.loads(row.pop(MORE)) if _is_ours(row) else {}
     names, beside = row.pop("image_paths", None), [listed(row.get(key)) for key in ("images", "image", "image_path")]
     pictures = inside or next(filter(None, beside), [])
     row.pop("images", None)
@@ -129,10 +130,14 @@ def _record(row: Row, name: str) -> tuple[dict[str, Any], list[tuple[Any, str | 
     _place(before, record, len(pictures))
     if before:
         record["context"] = [{"role": role, "content": text} for role, text in before]
-    more = json.loads(row.pop(MORE, None) or "{}")
     own = {key: _plain(value) for key, value in row.items() if value is not None and key not in record}
     numbered = [f"{name}_{number}" for number in range(1, len(pictures) + 1)]
     return record | own | more, list(zip(pictures, names, numbered, strict=True)), said.format
+
+
+def _is_ours(row: Row) -> bool:
+    """Whether `export` made the row."""
+    return bool(row.get("image_paths") and row.get(MORE))
 
 
 def _turns(messages: Messages, pictures: list[Any]) -> list[tuple[str, str]]:
