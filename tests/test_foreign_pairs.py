@@ -56,6 +56,9 @@ PLAIN = {
     "ms-swift, messages": {
         "messages": [*ONE, said("assistant", CHOSEN)], "rejected_messages": [*ONE, said("assistant", REJECTED)]},
     "ms-swift, query": {"query": f"<image>\n{QUESTION}", "response": CHOSEN, "rejected_response": REJECTED},
+    "ms-swift, turns": {
+        "system": "", "conversation": [{"human": QUESTION, "assistant": CHOSEN}], "rejected_response": REJECTED},
+    "ms-swift, alpaca": {"instruction": QUESTION, "input": "", "output": CHOSEN, "rejected_response": REJECTED},
     "rlaif-v": {"question": QUESTION, **BOTH},
 }  # fmt: skip
 PAIR = {"id": "7", "image": ["a.png"], "prompt": f"<image>\n{QUESTION}", **BOTH}
@@ -105,16 +108,12 @@ def imported(tmp_path):
     return write_and_import
 
 
-def of(record, wanted):
-    return {name: record.get(name) for name in (*wanted, "context")}
-
-
 @pytest.mark.parametrize("file", ["pairs.json", "pairs.jsonl", "pairs.parquet"])
 @pytest.mark.parametrize("form", PLAIN)
 def test_every_form_gives_the_same_pair(imported, tmp_path, form, file):
     own = {"image": {"bytes": png(), "path": "a.png"}} if file.endswith("parquet") else {"images": ["a.png"]}
     code, (record,) = imported([PLAIN[form] | own | {"idx": "7", "score": 0.5}], file)
-    assert code in (0, None) and of(record, PAIR) == PAIR | {"context": None} and record["score"] == 0.5
+    assert code == 0 and record == PAIR | {"idx": "7", "score": 0.5}
     (pair,) = read_preferences(tmp_path / "back/train.json")
     assert (pair.image_type, pair.target, pair.rejected) == ("single", 0, (REJECTED,))
     assert (tmp_path / "back/images/a.png").read_bytes() == png()
@@ -123,7 +122,7 @@ def test_every_form_gives_the_same_pair(imported, tmp_path, form, file):
 @pytest.mark.parametrize("form", LONGER)
 def test_earlier_turns_become_the_context(imported, form):
     code, (record,) = imported([LONGER[form] | {"images": "a.png", "id": 7}])
-    assert not code and of(record, PAIR_LONGER) == PAIR_LONGER
+    assert code == 0 and record == PAIR_LONGER
     assert parse_preference(record, "").context[1] == ("user", f"<image>\n{FIRST}")
 
 
@@ -210,6 +209,17 @@ def test_a_file_without_any_pair_is_refused(imported, tmp_path, capsys):
 # ---- pictures and their names
 
 
+def test_empty_system_messages_say_nothing_and_a_path_may_stand_beside(imported):
+    """As some exports of these projects have them; and RLAIF-V's rows without the picture itself."""
+    rows = [
+        SWIFT | {"messages": [said("system", ""), *ONE, said("assistant", CHOSEN)]},
+        {"question": QUESTION, **BOTH, "image": None, "image_path": "./a.png"},
+    ]
+    _, records = imported(rows)
+    assert [record["image"] for record in records] == [["a.png"], ["a.png"]]
+    assert not any("context" in record for record in records) and records[1]["image_path"] == "./a.png"
+
+
 def test_pictures_are_found_by_absolute_paths_in_their_folder_and_in_archives(imported, tmp_path):
     import zipfile
 
@@ -220,6 +230,14 @@ def test_pictures_are_found_by_absolute_paths_in_their_folder_and_in_archives(im
     (tmp_path / "back").rename(tmp_path / "first")
     _, (record,) = imported([SWIFT | {"images": ["sub/b.png"]}], "c.json", "--image_folder", tmp_path / "pictures.zip")
     assert record["image"] == ["sub/b.png"] and (tmp_path / "back/images/sub/b.png").read_bytes() == png(2)
+
+
+@pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_names_are_found_in_whatever_form_their_letters_are(imported, tmp_path, forms):
+    named, there = (unicodedata.normalize(form, "é.png") for form in forms)
+    (tmp_path / there).write_bytes(png(2))
+    _, (record,) = imported([SWIFT | {"images": [named], "more": "text", "rejected_number": 1}])
+    assert record["image"] == ["é.png"] and (record["more"], record["rejected_number"]) == ("text", 1)
 
 
 def test_names_inside_tables_stay_in_the_folder_and_in_one_form(imported, tmp_path):
@@ -312,10 +330,12 @@ def test_other_trainers_see_pictures_as_they_are_seen_here(records, tmp_path, to
     assert not seen.getexif() and np.array_equal(np.asarray(seen), np.asarray(wanted))
 
 
-def test_a_path_in_a_record_does_not_lead_out_of_what_is_exported(records, tmp_path):
-    (tmp_path / "train.json").write_text(json.dumps([PAIR | {"image": ["../in/a.png"]}]))
-    run(*records, "--to", "ms-swift", "--output", tmp_path / "out")
-    assert lines(tmp_path / "out/pairs.jsonl")[0]["images"] == ["images/in/a.png"]
+@pytest.mark.parametrize("name", ["../out.png", "..\\out.png", "/etc/passwd"])
+def test_a_record_does_not_export_what_lies_elsewhere(records, tmp_path, capsys, name):
+    (tmp_path / "out.png").write_bytes(png())
+    (tmp_path / "train.json").write_text(json.dumps([PAIR | {"image": [name]}]))
+    assert "no " in refused(capsys, *records, "--to", "ms-swift", "--output", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_damaged_picture_ends_an_export_and_leaves_nothing(records, tmp_path, capsys):

@@ -77,7 +77,7 @@ class ExportFlags:
 class ImportFlags:
     """The command line of `import`."""
 
-    path: list[str] = flag("JSON, JSONL, .parquet, folder of these or of save_to_disk; several are put together")
+    path: list[str] = flag("JSON, JSONL, CSV, parquet, folder of parquet or of save_to_disk; several are put together")
     image_folder: str | None = flag(
         "folder, .zip or .tar of pictures that are named only; without it the folder of the file", None
     )

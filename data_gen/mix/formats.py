@@ -41,7 +41,7 @@ def take(row: Row) -> Conversation:
     """
     for reason, columns in NOT_KEPT.items():
         for name in columns:
-            if row.pop(name, None) not in (None, "", [], {}):
+            if row.pop(name, None) not in (None, "", "[]", [], {}):
                 raise Unusable(reason, f"the row has `{name}`", is_bad=False)
     there = {name for name, value in row.items() if value is not None}
     if not there.intersection(REJECTED):
@@ -98,7 +98,8 @@ def _trl(row: Row) -> tuple[Messages, Any, list[Any]]:
 
 
 def _rlaif_v(row: Row) -> tuple[Messages, Any, list[Any]]:
-    return _trl(row | {"prompt": row.pop("question"), "chosen": row.pop("chosen"), "rejected": row.pop("rejected")})
+    row["prompt"] = row.pop("question")
+    return _trl(row)
 
 
 def _sharegpt(row: Row) -> tuple[Messages, Any, list[Any]]:
@@ -107,9 +108,11 @@ def _sharegpt(row: Row) -> tuple[Messages, Any, list[Any]]:
 
 
 def _alpaca(row: Row) -> tuple[Messages, Any, list[Any]]:
+    chosen = next(name for name in ("chosen", "output") if row.get(name) is not None)
+    rejected = next(name for name in REJECTED if row.get(name) is not None)
     question = "\n".join(filter(None, (row.pop("instruction"), row.pop("input", None))))
     messages = [*_history(row.pop("history", None)), *_user(question)]
-    return messages, _one(_bare(row.pop("chosen"))), _bare(row.pop("rejected"))
+    return messages, _one(_bare(row.pop(chosen))), _bare(row.pop(rejected))
 
 
 def _swift(row: Row) -> tuple[Messages, Any, list[Any]]:
@@ -123,6 +126,11 @@ def _swift(row: Row) -> tuple[Messages, Any, list[Any]]:
     if other and other != head:
         raise ValueError("`messages` and `rejected_messages` must differ in the last answer only")
     return head, _one(chosen), rejected
+
+
+def _swift_turns(row: Row) -> tuple[Messages, Any, list[Any]]:
+    row["messages"] = _history([turn["human"], turn["assistant"]] for turn in row.pop("conversation"))
+    return _swift(row)
 
 
 def _swift_query(row: Row) -> tuple[Messages, Any, list[Any]]:
@@ -140,6 +148,8 @@ FORMATS: list[tuple[str, set[str], Callable[[Row], tuple[Messages, Any, list[Any
     ("ms-swift", {"messages", "rejected_response"}, _swift),
     ("ms-swift", {"messages", "rejected_messages"}, _swift),
     ("ms-swift", {"query", "response", "rejected_response"}, _swift_query),
+    ("ms-swift", {"conversation", "rejected_response"}, _swift_turns),
+    ("ms-swift", {"instruction", "output", "rejected_response"}, _alpaca),
     ("TRL", {"chosen", "rejected"}, _trl),
 ]
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
 
+from tqdm import tqdm
+
 from data_gen.drops import Drop, Unusable
 from data_gen.mix.exporting import BRANCH, MORE
 from data_gen.mix.formats import Messages, Row, listed, take, text_of
@@ -30,7 +32,7 @@ def import_pairs(paths: Sequence[str], image_folder: str | None, output: Path) -
     importer, drops, num_rows = _Importer(Folder(output / "images")), [], 0
     for table in (table for path in paths for table in _tables(Path(path))):
         importer.files = files or PictureFiles(table if table.is_dir() else table.parent)
-        for number, row in enumerate(read_rows(table), 1):
+        for number, row in enumerate(tqdm(read_rows(table), desc=table.name, unit="row", disable=None), 1):
             num_rows += 1
             try:
                 importer.add(row, f"row_{num_rows}")
@@ -38,7 +40,8 @@ def import_pairs(paths: Sequence[str], image_folder: str | None, output: Path) -
                 id, where = _id(row, f"row_{num_rows}"), f"{table} row {number}"
                 drops.append(Drop(id, where, error.reason, error.detail, error.is_bad))
     if not importer.records:
-        raise ValueError(f"none of {num_rows} rows is a pair. {f'The first: {drops[0]}' if drops else paths[0]}")
+        first = f". The first: {drops[0]}" if drops else ""
+        raise ValueError(f"{', '.join(paths)}: none of {num_rows} rows is a pair{first}")
     counts = {
         "rows": num_rows, "pairs": len(importer.records), "formats": importer.formats,
         "dropped": Counter(drop.reason for drop in drops), "bad": sum(drop.is_bad for drop in drops),
@@ -80,7 +83,7 @@ class _Importer:
         except (LookupError, TypeError, AttributeError) as error:
             raise Unusable("no pair", f"of no known format ({type(error).__name__}: {error})") from error
         record["image"] = [self.folder.put(*picture) for picture in stored]
-        is_branch = record.pop(BRANCH, 0) and row.get(MORE) and self.records
+        is_branch = _is_ours(row) and record.pop(BRANCH, 0) and self.records
         if not (is_branch and _joined(self.records[-1], record)):
             self.formats[said] += 1
             self.records.append(record)
@@ -112,11 +115,13 @@ def _record(row: Row, name: str) -> tuple[dict[str, Any], list[tuple[Any, str | 
     *before, (role, prompt) = _turns(said.messages, inside) or [(None, "")]
     if role != "user":
         raise ValueError("the messages before the answers must end with one of the user")
-    record = {"id": _id(row, name), "prompt": prompt, "chosen": _answer(said.chosen)}
+    record = {"id": _id(row, name), "image": [], "prompt": prompt, "chosen": _answer(said.chosen)}
     rejected = [_answer(content) for content in said.rejected]
     record["rejected"] = rejected[0] if len(rejected) == 1 else rejected
-    beside, names = listed(row.pop("images", None)) or listed(row.pop("image", None)), row.pop("image_paths", None)
-    pictures = inside or beside
+    more = json.loads(row.pop(MORE)) if _is_ours(row) else {}
+    names, beside = row.pop("image_paths", None), [listed(row.get(key)) for key in ("images", "image", "image_path")]
+    pictures = inside or next(filter(None, beside), [])
+    row.pop("images", None)
     if not pictures:
         raise Unusable("no picture", "the row has none, and training needs one", is_bad=False)
     names = names or [None] * len(pictures)
@@ -125,14 +130,20 @@ def _record(row: Row, name: str) -> tuple[dict[str, Any], list[tuple[Any, str | 
     _place(before, record, len(pictures))
     if before:
         record["context"] = [{"role": role, "content": text} for role, text in before]
-    more = json.loads(row.pop(MORE, None) or "{}")
     own = {key: _plain(value) for key, value in row.items() if value is not None and key not in record}
     numbered = [f"{name}_{number}" for number in range(1, len(pictures) + 1)]
     return record | own | more, list(zip(pictures, names, numbered, strict=True)), said.format
 
 
+def _is_ours(row: Row) -> bool:
+    """Whether `export` made the row."""
+    return bool(row.get("image_paths") and row.get(MORE))
+
+
 def _turns(messages: Messages, pictures: list[Any]) -> list[tuple[str, str]]:
-    return [(message["role"], text_of(message["content"], pictures)) for message in messages]
+    """Role and text of each; an empty system message says nothing."""
+    turns = [(message["role"], text_of(message["content"], pictures)) for message in messages]
+    return [(role, text) for role, text in turns if role != "system" or text.strip()]
 
 
 def _answer(content: Any) -> str:
