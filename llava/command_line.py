@@ -14,6 +14,8 @@ from typing import Any
 
 from transformers import HfArgumentParser
 
+ABOVE_0, BELOW_1 = math.ulp(0.0), math.nextafter(1.0, 0.0)  # limits that leave out 0, or 1
+
 
 class _Formatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
     """Defaults in the help, and the description as it is written."""
@@ -83,7 +85,8 @@ def check_numbers(settings: Any, **ranges: tuple[float | None, float | None]) ->
         if value is None:
             continue
         if not math.isfinite(value) or (least is not None and value < least) or (most is not None and value > most):
-            limits = [f"at least {least}"] * (least is not None) + [f"at most {most}"] * (most is not None)
+            limits = ["above 0" if least == ABOVE_0 else f"at least {least}"] * (least is not None)
+            limits += ["below 1" if most == BELOW_1 else f"at most {most}"] * (most is not None)
             raise ValueError(f"--{name} {value}: must be {' and '.join(limits) or 'a finite number'}")
 
 

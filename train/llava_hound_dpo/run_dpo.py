@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import set_seed
+from transformers import Trainer, get_scheduler, set_seed
 
 from llava import runtime
 from llava.attention import layer_range
@@ -22,8 +22,9 @@ from llava.heads import Heads, select_heads
 from llava.image import ImageStore
 from llava.records import read_preferences
 from llava.run_folder import only_writer
+from llava.weights import first_line
 from train.llava_hound_dpo.arguments import DataArguments, LossArguments, ModelArguments, TrainArguments, parse
-from train.llava_hound_dpo.batches import BatchPlan, flags_for, make_plan
+from train.llava_hound_dpo.batches import BatchPlan, flags_for, make_plan, num_steps
 from train.llava_hound_dpo.checkpoints import check_optim, is_finished, latest_checkpoint, mark_complete
 from train.llava_hound_dpo.costs import Zero
 from train.llava_hound_dpo.data import Pair, describe, split, tokenize, within_length
@@ -31,6 +32,7 @@ from train.llava_hound_dpo.model import make_trainable, parameter_table, quantis
 from train.llava_hound_dpo.plan import Inputs, plan, shape_of, world_size
 from train.llava_hound_dpo.reference import ReferenceCache, describe_reference
 from train.llava_hound_dpo.stopping import one_line_errors
+from train.llava_hound_dpo.tracking import check_trackers, prepare_wandb
 from train.llava_hound_dpo.trainer import AttentionAwareDPOTrainer
 
 logger = logging.getLogger(__name__)
@@ -40,6 +42,8 @@ _held = ExitStack()  # the lock of this run
 SCHEDULE = (
     "learning_rate", "lr_scheduler_type", "warmup_steps", "num_train_epochs", "max_steps", "seed", "data_seed", "bf16",
 )  # fmt: skip
+
+MOST_STEPS = 1_000_000  # all of them are planned before the first
 
 
 def main() -> int:
@@ -52,6 +56,8 @@ def main() -> int:
     with runtime.user_errors():
         model_args, data_args, loss_args, args = parse()
         refuse_quantised(model_args, Zero.read(args.deepspeed_file).stage)
+        check_trackers(args.report_to)
+        check_schedule(args)
         claim(args)
         inputs = read_inputs(model_args, data_args, loss_args, args)
         identity = describe_run(model_args, data_args, loss_args, args, inputs)
@@ -69,6 +75,7 @@ def main() -> int:
     if args.dry_run:
         logger.info(plan(model_args, loss_args, args, inputs))
         return 0
+    prepare_wandb(args.report_to, Path(args.output_dir))
     with runtime.user_errors():
         policy = load_policy(inputs.checkpoint, model_args, args)
     trainer = build_trainer(policy, model_args, loss_args, args, inputs, identity)
@@ -89,6 +96,17 @@ def claim(args: TrainArguments) -> None:
     """Hold the output folder's lock until this process ends. Raises ValueError if another training has it."""
     if runtime.is_main_process() and not args.dry_run:
         _held.enter_context(only_writer(Path(args.output_dir) / "training"))
+
+
+def check_schedule(args: TrainArguments) -> None:
+    """Raises ValueError for an optimiser, or a schedule of the learning rate, that cannot be made of these flags."""
+    weight = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=args.learning_rate)
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(args)
+        get_scheduler(args.lr_scheduler_type, weight, 1, 2, args.lr_scheduler_kwargs)
+    except (ImportError, ValueError, TypeError) as error:
+        given = f"--optim {args.optim.value}, --lr_scheduler_type {args.lr_scheduler_type.value}"
+        raise ValueError(f"{given}: {first_line(error)}") from error
 
 
 def read_inputs(model: ModelArguments, data: DataArguments, loss: LossArguments, args: TrainArguments) -> Inputs:
@@ -120,20 +138,22 @@ def read_inputs(model: ModelArguments, data: DataArguments, loss: LossArguments,
 
 
 def plan_batches(pairs: Sequence[Pair], loss: LossArguments, args: TrainArguments) -> BatchPlan:
-    """Steps and rows of the run. Raises ValueError for a pair longer than --tokens_per_batch."""
+    """Steps and rows of the run. Raises ValueError for a pair longer than --tokens_per_batch, or too many steps."""
     lengths = [shape_of(pair, loss.dpo_alpha > 0).tokens for pair in pairs]
-    limit = args.tokens_per_batch
-    if limit < 0:
-        raise ValueError(f"--tokens_per_batch {limit}: a number of tokens, or 0 for rows of so many pairs")
+    limit, processes = args.tokens_per_batch, world_size() if args.dry_run else args.world_size
     if limit and max(lengths) > limit:
         longest = pairs[lengths.index(max(lengths))]
         raise ValueError(
             f"{longest.record.where}: {max(lengths):,} tokens in its row (prompt, images and answers), above "
             f"--tokens_per_batch {limit:,}, as are {sum(n > limit for n in lengths):,} pairs in all: raise it"
         )
+    per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
+    steps = args.max_steps if args.max_steps > 0 else num_steps(len(pairs), per_step) * args.num_train_epochs
+    if steps > MOST_STEPS:
+        flag = "--max_steps" if args.max_steps > 0 else "--num_train_epochs"
+        raise ValueError(f"{flag}: {steps:,.0f} steps; at most {MOST_STEPS:,} are planned")
     return make_plan(
-        lengths, args.per_device_train_batch_size, args.gradient_accumulation_steps,
-        world_size() if args.dry_run else args.world_size,
+        lengths, args.per_device_train_batch_size, args.gradient_accumulation_steps, processes,
         args.seed if args.data_seed is None else args.data_seed, args.num_train_epochs, args.max_steps, limit,
     )  # fmt: skip
 
@@ -200,7 +220,6 @@ def precision(model: ModelArguments, args: TrainArguments) -> tuple[torch.dtype,
 
 def build_trainer(policy, model, loss, args, inputs: Inputs, identity: dict[str, Any]) -> AttentionAwareDPOTrainer:
     """The trainer with its data, loss and source of reference log-probs."""
-    runtime.offline_wandb(args.report_to)
     args.accumulate(inputs.batches.accumulation)  # before the Trainer and DeepSpeed take it from there
     table = parameter_table(policy, type(inputs.checkpoint.family))
     logger.info("%s\ntrained: %s", table, model.trained)
