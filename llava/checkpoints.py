@@ -198,12 +198,17 @@ def shapes_of(config: PreTrainedConfig) -> dict[str, torch.Size]:
 def _load_peft(model, folder: Path) -> PeftModel:
     """A PEFT adapter, checked: plain `PeftModel.from_pretrained` leaves a missing tensor at its random start."""
     adapted = get_peft_model(model, PeftConfig.from_pretrained(folder), autocast_adapter_dtype=False)
+    fill_adapter(adapted, folder)
+    return adapted
+
+
+def fill_adapter(adapted: PeftModel, folder: Path) -> None:
+    """Put a folder's tensors into the adapter of its settings. Raises ValueError naming those that do not fit."""
     given = read_tensors(folder, ADAPTER_FILES)
     wanted = get_peft_model_state_dict(adapted)
     account(str(folder), _shapes(wanted), _shapes(given))
-    if not next(model.parameters()).is_meta:
+    if not next(adapted.parameters()).is_meta:
         set_peft_model_state_dict(adapted, given)
-    return adapted
 
 
 def _load_original_lora(model, folder: Path) -> PeftModel:

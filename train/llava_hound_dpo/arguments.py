@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from peft import PeftConfig
 from transformers import TrainingArguments
 
 from llava import command_line
@@ -70,6 +71,11 @@ class ModelArguments:
 
     model_name_or_path: str = flag("LLaVA-1.5, llava-hf or original format: folder or hub name.")
     image_tower: str | None = flag("Vision tower of an original checkpoint, instead of the one it names.", None)
+    adapter: str | None = flag("Folder of a LoRA adapter to train on from; its rank and scale stay.", None)
+    reference: str = flag(
+        "DPO compares with the bare base, or with the adapter as it is when this run begins.", "base",
+        choices=["base", "adapter"],
+    )  # fmt: skip
     lora_enable: bool = flag("Train LoRA weights; False trains the language model.", True)
     lora_r: int = flag("Rank of LoRA.", 128)
     lora_alpha: int | None = flag("LoRA is scaled by lora_alpha / lora_r; default: twice lora_r.", None)
@@ -86,6 +92,25 @@ class ModelArguments:
         if self.lora_alpha is None:
             self.lora_alpha = 2 * self.lora_r
         check_numbers(self, lora_r=(1, 65_536), lora_alpha=(1, None), lora_dropout=(0, BELOW_1))
+        if self.adapter and not self.lora_enable:
+            raise ValueError("--adapter with --lora_enable False: merge it with `python -m scripts.export` first")
+        if self.reference == "adapter" and not self.adapter:
+            raise ValueError("--reference adapter: there is none; name its folder with --adapter")
+
+    def go_on_from(self, adapter: PeftConfig, projector: str) -> None:
+        """Take the settings of `adapter` for those that were left alone. Raises ValueError if others were given."""
+        has_projector = projector in (adapter.modules_to_save or ())
+        theirs = {"lora_r": adapter.r, "lora_alpha": adapter.lora_alpha, "freeze_mm_mlp_adapter": not has_projector}
+        defaults = {"lora_r": type(self).lora_r, "lora_alpha": 2 * self.lora_r, "freeze_mm_mlp_adapter": True}
+        for name, value in theirs.items():
+            if getattr(self, name) not in (defaults[name], value):
+                raise ValueError(f"--{name} {getattr(self, name)}: {self.adapter} has {value}; leave the flag out")
+            setattr(self, name, value)
+
+    @property
+    def moves_reference(self) -> bool:
+        """Whether training changes the reference's own weights, so that its log-probs must be stored before."""
+        return not self.lora_enable or self.reference == "adapter"
 
     @property
     def trained(self) -> str:
@@ -94,6 +119,7 @@ class ModelArguments:
         if self.lora_enable:
             scale = self.lora_alpha / self.lora_r
             what = f"LoRA of rank {self.lora_r}, scaled by {self.lora_alpha} / {self.lora_r} = {scale:g}"
+            what += f", on from {self.adapter}" if self.adapter else ""
         return what if self.freeze_mm_mlp_adapter else what + ", and the projector"
 
 

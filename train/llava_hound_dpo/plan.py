@@ -98,6 +98,8 @@ def plan(model: ModelArguments, loss: LossArguments, args: TrainArguments, input
         ),
         "output": args.output_dir,
     }  # fmt: skip
+    if loss.dpo_alpha > 0:
+        rows["reference"] = f"the {model.reference}{' as it is now' * model.moves_reference}, {rows['reference']}"
     if inputs.reference is not None:
         rows["reference"] += f"; {inputs.reference.status([*inputs.train, *inputs.evaluation])}"
     table = ["    " + line for line in parameter_table(policy, type(inputs.checkpoint.family)).splitlines()]

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig, PeftConfig
 from transformers import Trainer, get_scheduler, set_seed
 
 from llava import runtime
 from llava.attention import layer_range
-from llava.checkpoints import Checkpoint, open_checkpoint
+from llava.checkpoints import PEFT_ADAPTER, Checkpoint, open_checkpoint
 from llava.checks import check_pictures
 from llava.families import Family
 from llava.heads import Heads, select_heads
@@ -65,7 +66,7 @@ def main() -> int:
             check_optim(args.optim)
         size = {"pairs_per_row": args.per_device_train_batch_size, "world_size": inputs.batches.world_size}
         checkpoint = latest_checkpoint(args.output_dir, identity, partial(flags_for, **size))
-        if checkpoint and inputs.reference and not model_args.lora_enable:
+        if checkpoint and inputs.reference and model_args.moves_reference:
             inputs.reference.require([*inputs.train, *inputs.evaluation])
         if is_finished(args.output_dir, identity) and not args.dry_run:
             logger.info("%s: finished: nothing to do", args.output_dir)
@@ -115,10 +116,12 @@ def read_inputs(model: ModelArguments, data: DataArguments, loss: LossArguments,
     checkpoint = open_checkpoint(model.model_name_or_path, image_tower=model.image_tower, pad=pad)
     if checkpoint.base:
         raise ValueError(
-            f"{checkpoint}: training starts from a whole model; merge it with `python -m scripts.export` first"
+            f"{checkpoint}: training starts from a whole model; to train on from an adapter name it with --adapter, "
+            "or merge it with `python -m scripts.export` first"
         )
     logger.info("model: %s", checkpoint)
     family = checkpoint.family
+    adapter = open_adapter(checkpoint, model, Zero.read(args.deepspeed_file).stage) if model.adapter else None
     layers, heads = _probed(loss, checkpoint)
     store = ImageStore(data.image_folder)
     pairs, dropped = _pairs(data.data_path, data, family, store)
@@ -133,8 +136,25 @@ def read_inputs(model: ModelArguments, data: DataArguments, loss: LossArguments,
     if runtime.is_main_process():  # if it finds something it ends, and the launcher ends the others
         check_pictures([pair.record for pair in (*train, *evaluation)], store, family, data.check_images)
     batches = plan_batches(train, loss, args)
-    reference = open_reference(checkpoint, model, loss, args, store)
+    reference = open_reference(adapter if model.reference == "adapter" else checkpoint, model, loss, args, store)
     return Inputs(checkpoint, store, layers, heads, train, evaluation, dropped, batches, reference)
+
+
+def open_adapter(checkpoint: Checkpoint, model: ModelArguments, zero_stage: int) -> Checkpoint:
+    """What `--adapter` names, on this base, whose settings the flags then have.
+
+    Raises ValueError for anything but a LoRA adapter in PEFT's format, or one that these flags cannot train.
+    """
+    opened = open_checkpoint(model.adapter, checkpoint.path, model.image_tower, checkpoint.pad)
+    if opened.dialect != PEFT_ADAPTER or opened.base is None or opened.base.base:
+        raise ValueError(f"--adapter {opened}: training goes on from a LoRA adapter in PEFT's format on a whole model")
+    settings = PeftConfig.from_pretrained(model.adapter)
+    if not isinstance(settings, LoraConfig):
+        raise ValueError(f"--adapter {model.adapter}: holds {settings.peft_type.value} where LoRA is due")
+    model.go_on_from(settings, checkpoint.family.projector)
+    if zero_stage == 3 and not model.freeze_mm_mlp_adapter:
+        raise ValueError(f"--adapter {model.adapter} has a projector, which ZeRO-3 shares out: use scripts/zero2.json")
+    return opened
 
 
 def plan_batches(pairs: Sequence[Pair], loss: LossArguments, args: TrainArguments) -> BatchPlan:
@@ -167,7 +187,7 @@ def open_reference(checkpoint: Checkpoint, model, loss, args, store: ImageStore)
         if args.reference_cache:
             logger.info("--reference_cache %s is not used: without DPO there is no reference", args.reference_cache)
         return None
-    if model.lora_enable and not args.reference_cache:
+    if not (model.moves_reference or args.reference_cache):
         return None
     dtypes = " computed in ".join(str(dtype).removeprefix("torch.") for dtype in precision(model, args))
     exact = dtypes if model.bits == 16 else f"{model.bits} bits and {dtypes}"
@@ -236,6 +256,7 @@ def build_trainer(policy, model, loss, args, inputs: Inputs, identity: dict[str,
         family=inputs.checkpoint.family,
         reference=inputs.reference,
         identity=identity,
+        on_adapter=model.reference == "adapter",
         batches=inputs.batches,
     )
 
