@@ -22,10 +22,12 @@ def test_a_finished_training_is_known_and_another_is_refused(tmp_path):
 
 def test_a_second_training_in_a_folder_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("llava.run_folder.PATIENCE_S", 0.1)
+    model, data, _, args = parsed("--output_dir", str(tmp_path))
     with only_writer(tmp_path / "training"):
         with pytest.raises(ValueError, match="another process is writing there"):
-            run_dpo.claim(SimpleNamespace(output_dir=str(tmp_path), dry_run=False))
-        run_dpo.claim(SimpleNamespace(output_dir=str(tmp_path), dry_run=True))  # a plan writes nothing
+            run_dpo.claim(model, data, args)
+        args.dry_run = True
+        run_dpo.claim(model, data, args)  # a plan writes nothing
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ def tokenize(records: Sequence[Preference], family: Family, store: ImageStore | 
     `store` is read for the sizes of pictures where a family's image tokens depend on them, else never.
     """
     pairs, problems = [], []
-    for record in tqdm(records, desc="tokenising", disable=not is_main_process() or len(records) < 1000):
+    for record in tqdm(records, desc="tokenising", disable=not is_main_process() or len(records) < 1000 or None):
         try:
             pairs.append(tokenize_one(record, family, store))
         except (OSError, ValueError) as error:

@@ -26,10 +26,17 @@ from llava.run_folder import only_writer
 from llava.weights import first_line
 from train.llava_hound_dpo.arguments import DataArguments, LossArguments, ModelArguments, TrainArguments, parse
 from train.llava_hound_dpo.batches import BatchPlan, flags_for, make_plan, num_steps
-from train.llava_hound_dpo.checkpoints import check_optim, is_finished, latest_checkpoint, mark_complete
+from train.llava_hound_dpo.checkpoints import (
+    check_optim,
+    is_finished,
+    latest_checkpoint,
+    mark_complete,
+    whole_or_nothing,
+)
 from train.llava_hound_dpo.costs import Zero
 from train.llava_hound_dpo.data import Pair, describe, split, tokenize, within_length
 from train.llava_hound_dpo.model import make_trainable, parameter_table, quantisation, refuse_quantised
+from train.llava_hound_dpo.outcome import check_place
 from train.llava_hound_dpo.plan import Inputs, plan, shape_of, world_size
 from train.llava_hound_dpo.reference import ReferenceCache, describe_reference
 from train.llava_hound_dpo.stopping import one_line_errors
@@ -54,12 +61,18 @@ def main() -> int:
     """
     runtime.setup_logging()
     runtime.without_compiler()
+    with one_line_errors():
+        return run()
+
+
+def run() -> int:
+    """As `main`."""
     with runtime.user_errors():
         model_args, data_args, loss_args, args = parse()
         refuse_quantised(model_args, Zero.read(args.deepspeed_file).stage)
         check_trackers(args.report_to)
         check_schedule(args)
-        claim(args)
+        claim(model_args, data_args, args)
         inputs = read_inputs(model_args, data_args, loss_args, args)
         identity = describe_run(model_args, data_args, loss_args, args, inputs)
         if args.deepspeed_file:
@@ -81,22 +94,37 @@ def main() -> int:
         policy = load_policy(inputs.checkpoint, model_args, args)
     trainer = build_trainer(policy, model_args, loss_args, args, inputs, identity)
     record_run(model_args, data_args, loss_args, args, inputs)
-    with one_line_errors():
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        if not trainer.stop.stopped:
-            trainer.save_model()
-            trainer.save_state()
-            if args.should_save:
-                mark_complete(Path(args.output_dir), identity)
-            logger.info("saved %s", args.output_dir)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if not trainer.stop.stopped:
+        save(trainer, identity)
     runtime.leave(trainer.stop.exit_code)
     return trainer.stop.exit_code
 
 
-def claim(args: TrainArguments) -> None:
-    """Hold the output folder's lock until this process ends. Raises ValueError if another training has it."""
-    if runtime.is_main_process() and not args.dry_run:
-        _held.enter_context(only_writer(Path(args.output_dir) / "training"))
+def save(trainer: AttentionAwareDPOTrainer, identity: dict[str, Any]) -> None:
+    """What was trained, and last that it is all there."""
+    folder = Path(trainer.args.output_dir)
+    with whole_or_nothing(folder, "*.safetensors*"):
+        trainer.save_model()
+        trainer.save_state()
+        if trainer.args.should_save:
+            mark_complete(folder, identity)
+    logger.info("saved %s", folder)
+
+
+def claim(model: ModelArguments, data: DataArguments, args: TrainArguments) -> None:
+    """Hold the output folder's lock until this process ends.
+
+    Raises ValueError if another training has it, if it cannot be written, or if it is something that training reads.
+    """
+    models = {name: getattr(model, name) for name in ("model_name_or_path", "adapter", "image_tower")}
+    pictures = {name: getattr(data, name) for name in ("image_folder", "data_path", "eval_data_path")}
+    try:
+        check_place(Path(args.output_dir), models, pictures)
+        if runtime.is_main_process() and not args.dry_run:
+            _held.enter_context(only_writer(Path(args.output_dir) / "training"))
+    except OSError as error:
+        raise ValueError(f"--output_dir {args.output_dir} cannot be written: {error.strerror}") from error
 
 
 def check_schedule(args: TrainArguments) -> None:

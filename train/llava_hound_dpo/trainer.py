@@ -171,7 +171,8 @@ class AttentionAwareDPOTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         limit, self.args.save_total_limit = self.args.save_total_limit, None  # older ones go when this one is complete
         try:
-            super()._save_checkpoint(model, trial)
+            with checkpoints.whole_or_nothing(folder):
+                super()._save_checkpoint(model, trial)
         finally:
             self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()
@@ -202,7 +203,7 @@ class AttentionAwareDPOTrainer(Trainer):
         model.eval()
         # Every process makes the same number of forwards: under ZeRO-3 they are collective.
         rounds = range(0, len(batches), args.world_size)
-        for start in tqdm(rounds, desc="reference log-probs", disable=not (is_main_process() and rounds)):
+        for start in tqdm(rounds, desc="reference log-probs", disable=not is_main_process() or None):
             own = start + args.process_index
             indices = batches[own] if own < len(batches) else batches[0]
             inputs = self._prepare_inputs(self.data_collator([dataset[index] for index in indices]))
