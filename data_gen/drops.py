@@ -27,9 +27,9 @@ class Drop:
     prompt: str | None = None  # id of a prompt that was made all the same, with another companion
 
     @classmethod
-    def of(cls, error: Unusable, id: str, where: str, prompt: str | None = None) -> "Drop":
-        """The line for an error that ended the use of a record."""
-        return cls(id, where, error.reason, error.detail, error.is_bad, prompt)
+    def of(cls, error: Unusable, source: Any, prompt: str | None = None) -> "Drop":
+        """The line for an error that ended the use of a record, whose `id` and `where` the source has."""
+        return cls(source.id, source.where, error.reason, error.detail, error.is_bad, prompt)
 
     def as_dict(self) -> dict[str, Any]:
         """Fields as they are written; `prompt` only where there is one."""

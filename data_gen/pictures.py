@@ -2,14 +2,13 @@
 
 import hashlib
 import io
-import warnings
 from typing import NamedTuple
 
 from PIL import Image
 
 from data_gen.drops import Unusable
 from llava.image import ImageStore
-from llava.pixels import DECODER_ERRORS, as_seen, is_upright
+from llava.pixels import DECODER_ERRORS, TooLarge, as_seen, is_upright, open_picture
 
 SUFFIXES = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "BMP": ".bmp", "GIF": ".gif", "TIFF": ".tif"}
 COPIED = ("JPEG", "PNG", "WEBP")  # formats whose files are passed on as they are
@@ -23,6 +22,10 @@ class Picture(NamedTuple):
     data: bytes  # the encoded file
     suffix: str  # of a file name for `data`: ".jpg"
     is_plain: bool  # every reader makes exactly `pixels` of `data`
+
+    def file(self) -> tuple[str, bytes]:
+        """Suffix and bytes to store: as it came, or redrawn where readers would see it otherwise."""
+        return (self.suffix, self.data) if self.is_plain else (".png", encode(self.pixels, "png"))
 
 
 class PictureFiles(ImageStore):
@@ -39,21 +42,20 @@ class PictureFiles(ImageStore):
 
 
 def decode(data: bytes, name: str) -> Picture:
-    """The picture in a file's bytes. Raises Unusable, naming it, if it is damaged, of no pixels, or too large.
-
-    Too large is what pillow's limit against decompression bombs says, PIL.Image.MAX_IMAGE_PIXELS: pillow itself only
-    warns up to twice as many.
-    """
+    """The picture in a file's bytes. Raises Unusable, naming it, if it is damaged, of no pixels, or too large."""
     if not data:
         raise Unusable("empty file", f"{name} has no bytes")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of odd metadata, and of sizes that are refused below
-        picture = _open(data, name)
-        kind, mode = picture.format, picture.mode
-        try:
-            pixels = as_seen(picture)
-        except DECODER_ERRORS as error:
-            raise Unusable("damaged picture", f"{name} is truncated or damaged ({error})") from error
+    try:
+        picture = open_picture(io.BytesIO(data))
+    except TooLarge as error:
+        raise Unusable("huge picture", f"{name}: {error}") from error
+    except ValueError as error:
+        raise Unusable("not a picture", f"{name}: {error}") from error
+    kind, mode = picture.format, picture.mode
+    try:
+        pixels = as_seen(picture)
+    except DECODER_ERRORS as error:
+        raise Unusable("damaged picture", f"{name} is truncated or damaged ({error})") from error
     is_plain = kind in COPIED and mode in ("RGB", "L") and is_upright(picture)
     return Picture(pixels, data, SUFFIXES.get(kind, f".{kind.lower()}"), is_plain)
 
@@ -73,17 +75,3 @@ def fingerprint(picture: Image.Image) -> bytes:
     """
     sample = picture.resize(SAMPLE, Image.Resampling.NEAREST).tobytes()
     return hashlib.blake2b(sample, digest_size=16, key=b"%dx%d" % picture.size).digest()
-
-
-def _open(data: bytes, name: str) -> Image.Image:
-    limit = Image.MAX_IMAGE_PIXELS or float("inf")
-    huge = f"{name} has more pixels than pillow's limit of {limit} (PIL.Image.MAX_IMAGE_PIXELS)"
-    try:
-        picture = Image.open(io.BytesIO(data))
-    except Image.DecompressionBombError as error:
-        raise Unusable("huge picture", huge) from error
-    except DECODER_ERRORS as error:
-        raise Unusable("not a picture", f"{name} is nothing that pillow can read") from error
-    if picture.width * picture.height > limit:
-        raise Unusable("huge picture", huge)
-    return picture

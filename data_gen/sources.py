@@ -61,7 +61,7 @@ class Sources(Sequence[Source]):
         self.subsets = list(dict.fromkeys(source.subset for source in self._records))
         number_of = {subset: number for number, subset in enumerate(self.subsets)}
         self._subset = np.array([number_of[source.subset] for source in self._records], dtype=np.int32)
-        self._has_box = np.array([source.has_box for source in self._records])
+        self.has_box = np.array([source.has_box for source in self._records])  # each record, bool
         self._picture = np.array([self._path_hash(index) for index in range(len(self))], dtype=np.int64)
         self._groups, self._group = self._in_groups()
 
@@ -70,10 +70,6 @@ class Sources(Sequence[Source]):
 
     def __getitem__(self, index: int) -> Source:
         return self._records[index]
-
-    def has_box(self) -> np.ndarray:
-        """Whether each record has a bounding box, as an array of bool."""
-        return self._has_box
 
     def in_subset(self, subset: str) -> np.ndarray:
         """Whether each record is of the subset, as an array of bool."""
@@ -116,7 +112,8 @@ class Sources(Sequence[Source]):
                     self._records.append(parse_source(raw, table.path, row + 1))
                     self._places.append((table_number, row))
                 except Unusable as error:
-                    drop = Drop.of(error, _id(raw, table.path, row + 1), name_of(table.path, row + 1, raw))
+                    where = name_of(table.path, row + 1, raw)
+                    drop = Drop(_id(raw, table.path, row + 1), where, error.reason, error.detail, error.is_bad)
                     first_drop = first_drop or drop
                     report(drop)
         if not self._records:
@@ -162,8 +159,9 @@ def parse_source(raw: Any, table: Path, number: int) -> Source:
         raise Unusable("malformed record", f"it must be a JSON object, not {type(raw).__name__}")
     try:
         is_conversation = raw.get("conversations") is not None
-        if raw.get("image") is None and raw.get("path") is None and is_conversation:
-            _refuse_text_only(raw["conversations"])
+        has_no_picture = is_conversation and raw.get("image") is None and raw.get("path") is None
+        if has_no_picture and IMAGE not in str(raw["conversations"]):  # part of LLaVA's mixture and no mistake
+            raise Unusable("text only", "the record has no picture and asks about none", is_bad=False)
         path = _path(raw)
         turns = _conversation(raw["conversations"]) if is_conversation else _questions(raw)
         subset = raw.get("subset") or (path.split("/", 1)[0] if "/" in path else NO_SUBSET)
@@ -193,12 +191,6 @@ def _path(raw: dict) -> str:
     return str(pure)
 
 
-def _refuse_text_only(conversations: Any) -> None:
-    """Records about no picture are part of LLaVA's mixture and no mistake."""
-    if IMAGE not in str(conversations):
-        raise Unusable("text only", "the record has no picture and asks about none", is_bad=False)
-
-
 def _conversation(conversations: Any) -> tuple[tuple[str, str], ...]:
     if not isinstance(conversations, list) or not all(isinstance(turn, dict) for turn in conversations):
         raise ValueError("`conversations` must be a list of turns with `from` and `value`")
@@ -219,18 +211,15 @@ def _conversation(conversations: Any) -> tuple[tuple[str, str], ...]:
 
 
 def _questions(raw: dict) -> tuple[tuple[str, str], ...]:
-    questions, answers = _one_or_many(raw, "question"), _one_or_many(raw, "answer")
-    if len(questions) != len(answers):
-        raise ValueError(f"{len(questions)} questions but {len(answers)} answers")
-    return _checked(zip(questions, answers, strict=True))
-
-
-def _one_or_many(raw: dict, name: str) -> tuple[str, ...]:
-    value = raw.get(name)
-    found = texts({name: [value] if isinstance(value, str) else value}, name)
-    if not found:
-        raise ValueError(f"the field `{name}` is missing or empty, and there are no `conversations`")
-    return found
+    found = {}
+    for name in ("question", "answer"):
+        one_or_many = [raw[name]] if isinstance(raw.get(name), str) else raw.get(name)
+        found[name] = texts({name: one_or_many}, name)
+        if not found[name]:
+            raise ValueError(f"the field `{name}` is missing or empty, and there are no `conversations`")
+    if len(found["question"]) != len(found["answer"]):
+        raise ValueError(f"{len(found['question'])} questions but {len(found['answer'])} answers")
+    return _checked(zip(*found.values(), strict=True))
 
 
 def _checked(turns: Iterable[tuple[str, str]]) -> tuple[tuple[str, str], ...]:

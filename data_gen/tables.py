@@ -31,7 +31,9 @@ class Table:
             if self.is_embedded:
                 row = {**row, PICTURE: f"{self.path.stem}/{number:07d}"}
             elif self.path.suffix.lower() in DELIMITERS and isinstance(row, dict):
-                self._check_columns(row)
+                if missing := OF_QUESTIONS - row.keys():
+                    lacks = f"the header lacks {', '.join(sorted(missing))}; it has {', '.join(row)}"
+                    raise ValueError(f"{self.path}: {lacks}")
             yield row
 
     def picture(self, number: int) -> bytes | None:
@@ -49,11 +51,6 @@ class Table:
             while number >= (num_rows := file.metadata.row_group(group).num_rows):
                 number, group = number - num_rows, group + 1
             return file.read_row_group(group, [PICTURE])[PICTURE].slice(number)
-
-    def _check_columns(self, row: dict[str, Any]) -> None:
-        if missing := OF_QUESTIONS - row.keys():
-            found = ", ".join(row)
-            raise ValueError(f"{self.path}: the header lacks {', '.join(sorted(missing))}; it has {found}")
 
 
 def _has_pictures(path: Path) -> bool:

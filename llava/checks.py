@@ -40,8 +40,7 @@ def _look_at(store: ImageStore, names: Iterable[str], depth: str) -> dict[str, t
         try:
             if depth != "exists":
                 return store.open(name).size if depth == "full" else store.size(name)
-            if not store.has(name):
-                raise FileNotFoundError(f"{name} in {store.path}: no such picture")
+            store.stamp(name)
         except (OSError, ValueError) as error:
             return error
         return None

@@ -1,16 +1,48 @@
 """A picture as it is seen: upright RGB, whatever way it was stored. One way for generation, training and answers."""
 
+import io
 import struct
+import warnings
 import zlib
+from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 # Pillow promises OSError for damaged files; its plugins also let through what they meet on the way.
 DECODER_ERRORS = (
     OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, LookupError, TypeError, OverflowError,
 )  # fmt: skip
 ORIENTATION = 0x0112  # EXIF tag
+# Editors write megabytes of text and colour profile into healthy pictures; together they keep to pillow's own limit.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
+warnings.filterwarnings("ignore", module=r"PIL\.")  # of odd metadata, and of sizes that are refused
+
+
+class TooLarge(ValueError):
+    """More pixels than PIL.Image.MAX_IMAGE_PIXELS."""
+
+
+def open_picture(source: Path | io.BytesIO) -> Image.Image:
+    """The picture of a file, its pixels not read yet.
+
+    Raises ValueError; TooLarge above pillow's limit against bombs, where pillow itself only warns up to twice it.
+    """
+    huge = f"more pixels than pillow's limit of {Image.MAX_IMAGE_PIXELS} (PIL.Image.MAX_IMAGE_PIXELS)"
+    try:
+        picture = Image.open(source)
+    except Image.DecompressionBombError as error:
+        raise TooLarge(huge) from error
+    except UnidentifiedImageError as error:
+        raise ValueError("not a picture that pillow can read") from error
+    except DECODER_ERRORS as error:
+        raise ValueError(f"truncated or damaged picture ({error})") from error
+    num_pixels = picture.width * picture.height
+    if not num_pixels:
+        raise ValueError("the picture has no area")
+    if Image.MAX_IMAGE_PIXELS and num_pixels > Image.MAX_IMAGE_PIXELS:
+        raise TooLarge(huge)
+    return picture
 
 
 def as_seen(picture: Image.Image) -> Image.Image:

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from llava.asked import FORMATS, IMAGE, what_is_asked
+from llava.messages import one_line
+from llava.strict_json import loads
 
 RESERVED = (IMAGE, "</s>")  # of no answer, whatever the model
 PLACEHOLDER_OF_MIA_DPO = "<image-placeholder>"
@@ -134,45 +136,59 @@ def read_json(path: str | Path) -> list[Any]:
     if not text.strip():
         raise DataError([f"{path}: the file is empty"])
     if text.lstrip().startswith("["):
-        try:
-            return json.loads(text)
-        except json.JSONDecodeError as error:
-            raise DataError(
-                [f"{path}: broken JSON at line {error.lineno}, column {error.colno}: {error.msg}"]
-            ) from error
+        return _json_value(path, text)
     return list(_json_lines(path, text))
 
 
 def _json_lines(path: Path, text: str) -> Iterator[Any]:
     for number, line in enumerate(text.split("\n"), 1):  # splitlines would also cut inside strings, at U+2028
-        if not line.strip():
-            continue
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError([f"{path}: broken JSON at line {number}, column {error.colno}: {error.msg}"]) from error
+        if line.strip():
+            yield _json_value(path, line, number)
+
+
+def _json_value(path: Path, text: str, first_line: int = 1) -> Any:
+    try:
+        return loads(text)
+    except json.JSONDecodeError as error:
+        place = f"line {first_line + error.lineno - 1}, column {error.colno}"
+        raise DataError([f"{path}: broken JSON at {place}: {error.msg}"]) from error
+    except ValueError as error:
+        raise DataError([f"{path}: broken JSON from line {first_line} on: {error}"]) from error
 
 
 def name_of(path: str | Path, number: int, raw: Any) -> str:
     """How messages name a record: file, number from 1, id if it has one."""
     key = next((key for key in ("id", "question_id") if isinstance(raw, dict) and key in raw), None)
-    return f"{path} record {number}" + (f" (id {raw[key]})" if key else "")
+    return f"{path} record {number}" + (f" (id {one_line(str(raw[key]), 80)})" if key else "")
 
 
 def read_records(path: str | Path, parse: Callable[[Any, str], Any]) -> list:
     """What `parse` makes of every record and its name. Raises DataError with a line for each that it refuses."""
-    records, problems = [], []
-    for number, raw in enumerate(read_json(path), 1):
-        where = name_of(path, number, raw)
-        try:
-            records.append(parse(raw, where))
-        except ValueError as error:
-            problems.append(f"{where}: {error}")
+    records, problems = parse_records(path, parse)
     if problems:
         raise DataError(problems)
     if not records:
         raise DataError([f"{path}: the file holds no record"])
     return records
+
+
+def parse_records(
+    path: str | Path, parse: Callable[[Any, str], Any], leave_out: frozenset[str] = frozenset()
+) -> tuple[list, list[str]]:
+    """(what `parse` makes of the records that it takes, a line for each that it refuses).
+
+    Records that `leave_out` names, by their id or as "record N", are not looked at.
+    """
+    records, problems = [], []
+    for number, raw in enumerate(read_json(path), 1):
+        where = name_of(path, number, raw)
+        if f"record {number}" in leave_out or (isinstance(raw, dict) and str(raw.get("id")) in leave_out):
+            continue
+        try:
+            records.append(parse(raw, where))
+        except ValueError as error:
+            problems.append(f"{where}: {error}")
+    return records, problems
 
 
 def parse_preference(raw: Any, where: str) -> Preference:
@@ -238,7 +254,7 @@ def _parse_answer(raw: Any, where: str) -> Answer:
     target = 1 if image_type == "multi" else raw.get("target", 1)
     if image_type not in FORMATS:
         raise ValueError(f"image_type {image_type!r} is none of {', '.join(FORMATS)}")
-    if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in (target, num_images)):
+    if not all(map(_is_count, (target, num_images))):
         raise ValueError("`target` and `num_images` must be whole numbers from 1")
     if image_type == "sequence" and target > num_images:
         raise ValueError(f"Image{target} does not exist: this record has Image1 to Image{num_images}")
@@ -275,7 +291,7 @@ def _shares(raw: dict, name: str) -> tuple[float, ...] | None:
     value = raw.get(name)
     if value is None:
         return None
-    numbers = isinstance(value, list) and all(isinstance(v, int | float) and -1e-6 <= v <= 1 + 1e-6 for v in value)
+    numbers = isinstance(value, list) and all(_is_number(v) and -1e-6 <= v <= 1 + 1e-6 for v in value)
     if not numbers or not value:
         raise ValueError(f"`{name}` must be between 0 and 1 (null where it was not measured)")
     return tuple(float(v) for v in value)
@@ -349,7 +365,7 @@ def _box(raw: dict) -> tuple[float, ...] | None:
     box = raw.get("target_box")
     if box is None:
         return None
-    if not isinstance(box, list) or len(box) != 4 or not all(isinstance(v, int | float) for v in box):
+    if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
         raise ValueError("`target_box` must be [x0, y0, x1, y1] in pixels of the stored image")
     x0, y0, x1, y1 = box
     if not (0 <= x0 < x1 and 0 <= y0 < y1):
@@ -361,11 +377,19 @@ def _grid(raw: dict, target: int | None) -> tuple[int, int] | None:
     grid = raw.get("grid")
     if grid is None:
         return None
-    if not isinstance(grid, list) or len(grid) != 2 or not all(isinstance(v, int) and v > 0 for v in grid):
+    if not isinstance(grid, list) or len(grid) != 2 or not all(map(_is_count, grid)):
         raise ValueError("`grid` must be [rows, cols]")
     if target is not None and target >= grid[0] * grid[1]:
         raise ValueError(f"Image{target + 1} does not exist: the collage has {grid[0]} x {grid[1]} cells")
     return tuple(grid)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def check_answer(answer: str) -> str:

@@ -12,6 +12,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from llava.messages import one_line
+from llava.strict_json import loads
+
 PATIENCE_S = 5  # the children of a killed run may hold its lock for a moment
 SHOWN = 4  # differences that a message lists
 ANOTHER_FOLDER = "choose another --output, or remove it"
@@ -25,8 +28,8 @@ def as_json(content: Any) -> Any:
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object of a file. Raises ValueError naming the file if it holds anything else."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        found = loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
         raise ValueError(f"{path}: broken JSON ({error})") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path}: holds {type(found).__name__} where a JSON object is due")
@@ -116,7 +119,7 @@ class Log:
                 if not line.endswith(b"\n"):  # torn
                     return
                 try:
-                    yield json.loads(line)
+                    yield loads(line.decode())
                 except ValueError as error:
                     raise ValueError(f"{self.path} line {number}: a damaged line ({error}); remove it") from error
 
@@ -127,6 +130,5 @@ class Log:
             os.truncate(self.path, end)
 
 
-def _short(value: Any, limit: int = 60) -> str:
-    text = json.dumps(value) if isinstance(value, dict | list) else str(value)
-    return text if len(text) <= limit else text[: limit - 3] + "..."
+def _short(value: Any) -> str:
+    return one_line(json.dumps(value) if isinstance(value, dict | list) else str(value), 60)

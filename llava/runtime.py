@@ -10,10 +10,13 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import TracebackType
 from typing import Any, NoReturn
 
 import torch
 from transformers.utils import logging as transformers_logging
+
+from llava.messages import one_line
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "datasets", "pillow", "numpy")
 OURS = ("__main__", "llava", "train", "inference", "inference_optimization", "data_gen", "scripts")
@@ -21,7 +24,8 @@ USER_ERROR = 2  # exit code of bad input, as argparse has it
 
 
 def setup_logging() -> None:
-    """Our INFO lines on the first process, warnings elsewhere and of libraries."""
+    """Our INFO lines on the first process, warnings elsewhere and of libraries; Ctrl-C ends in a line."""
+    sys.excepthook = _say_interrupted
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout, force=True)
     # Deprecations inside the pinned libraries are not the user's to act on.
     warnings.filterwarnings(
@@ -38,15 +42,22 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def _say_interrupted(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if not issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, trace)
+    elif is_main_process():
+        print("\ninterrupted: the same command does what is left", file=sys.stderr, flush=True)
+
+
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Turn bad input (ValueError, a file that is not there, no file or not ours to read) into one line and exit code 2.
+    """Turn bad input (ValueError) and files that cannot be read or written (OSError) into one line and exit code 2.
 
     For reading configuration and data only: an error of ours should keep its traceback.
     """
     try:
         yield
-    except (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
+    except (ValueError, OSError) as error:
         stop(str(error))
 
 
@@ -56,7 +67,7 @@ def stop(message: str, from_any_process: bool = False) -> NoReturn:
     All processes find the same bad input: one of them says it, unless only this one can know.
     """
     if is_main_process() or from_any_process:
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        print(f"error: {one_line(message)}", file=sys.stderr, flush=True)
     sys.exit(USER_ERROR)
 
 

@@ -6,13 +6,14 @@ One row at a time, whatever the file's size; nothing is downloaded and nothing c
 """
 
 import csv
-import json
 import sys
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import ijson
+
+from llava.strict_json import loads
 
 BATCH = 16  # rows of parquet and Arrow in memory: a row may hold tens of pictures
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
@@ -106,8 +107,8 @@ def _lines(path: Path) -> Iterator[Any]:
         for number, line in enumerate(file, 1):
             try:
                 if text := line.decode("utf-8-sig" if number == 1 else "utf-8").strip():
-                    yield json.loads(text)
-            except (ValueError, RecursionError) as error:
+                    yield loads(text)
+            except ValueError as error:
                 yield ValueError(f"broken JSON: {error}")
 
 

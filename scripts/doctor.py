@@ -2,16 +2,18 @@
 `python -m scripts.doctor --model_name_or_path MODEL --data_path DATA --image_folder IMAGES`
 
 Checks the installation, the checkpoint (dialect, every tensor by name and shape), every record with its pictures, and
-the attention term itself. Offline, in seconds for thousands of records. Lists all problems; exit code 1 if any.
+the attention term itself. Offline, in seconds for thousands of records. Lists all problems, and what could not be
+checked; exit code 1 if there is a problem.
 """
 
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import packages_distributions
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,13 +24,13 @@ import llava
 import train
 from llava.checkpoints import open_checkpoint
 from llava.checks import check_pictures
-from llava.command_line import flag, parse
+from llava.command_line import check_numbers, flag, parse
 from llava.families import Family
 from llava.image import ImageStore
-from llava.records import DataError, name_of, parse_preference, parse_question, read_json
-from llava.runtime import git_commit, setup_logging, user_errors, versions, without_compiler
+from llava.records import DataError, Preference, Prompt, name_of, parse_preference, parse_question, read_json
+from llava.runtime import git_commit, setup_logging, user_errors, versions, without_compiler, write_text
 from scripts import selftest
-from train.llava_hound_dpo.data import describe, tokenize_one, within_length
+from train.llava_hound_dpo.data import Pair, describe, tokenize_one, within_length
 
 ROOT = Path(__file__).resolve().parent.parent
 OURS = "attention-aware-dpo"
@@ -40,7 +42,7 @@ class Report:
     """Prints as it goes and counts what failed."""
 
     problems: int = 0
-    bad_records: list[str] = field(default_factory=list)
+    unchecked: list[str] = field(default_factory=list)
 
     def ok(self, text: str) -> None:
         """A check that passed, or a fact."""
@@ -50,6 +52,19 @@ class Report:
         """A check that failed."""
         self.problems += 1
         print(f"  FAIL  {text}")
+
+    def all_bad(self, texts: Sequence[str]) -> None:
+        """As many failed checks; the first of them are printed."""
+        for text in texts[:SHOWN]:
+            self.bad(text)
+        if len(texts) > SHOWN:
+            self.problems += len(texts) - SHOWN
+            print(f"  ...   and {len(texts) - SHOWN} more")
+
+    def skip(self, text: str) -> None:
+        """A check that was not made, and why."""
+        self.unchecked.append(text)
+        print(f"  --    not checked: {text}")
 
 
 @dataclass(kw_only=True)
@@ -65,8 +80,9 @@ class DoctorSettings:
     fix_list: Path | None = flag("write the ids of bad records here (JSON)", None)
 
     def __post_init__(self):
-        if self.data_path and not (self.image_folder and self.model_name_or_path):
-            raise ValueError("--data_path needs --image_folder and --model_name_or_path (for its tokenizer)")
+        check_numbers(self, model_max_length=(1, None))
+        if self.fix_list and not self.data_path:
+            raise ValueError("--fix_list needs --data_path: it lists the bad records of that file")
 
 
 def main() -> None:
@@ -84,11 +100,11 @@ def main() -> None:
         family = check_checkpoint(report, own)
     if own.data_path:
         print("data")
-        check_data(report, own, family)
+        bad = check_data(report, own, family)
         if own.fix_list:
-            own.fix_list.write_text(json.dumps(report.bad_records, indent=1) + "\n", encoding="utf-8")
-            print(f"  ids of {len(report.bad_records)} bad records written to {own.fix_list}")
-    print("no problem found" if not report.problems else f"{report.problems} problems found")
+            write_fix_list(own.fix_list, bad, is_whole=not report.unchecked)
+    found = f"{report.problems} problems found" if report.problems else "no problem found"
+    print(found + (", but not all was checked" if report.unchecked else ""))
     sys.exit(1 if report.problems else 0)
 
 
@@ -113,89 +129,120 @@ def check_checkpoint(report: Report, own: DoctorSettings) -> Family | None:
     try:
         checkpoint = open_checkpoint(own.model_name_or_path, own.base_model, own.image_tower)
         report.ok(str(checkpoint))
-        report.ok(f"{checkpoint.check_tensors():,} tensors, none missing, none left over")
         family = checkpoint.family
     except (ValueError, OSError) as error:
         report.bad(str(error))
         return None
+    try:
+        report.ok(f"{checkpoint.check_tensors():,} tensors, none missing, none left over")
+    except (ValueError, OSError) as error:
+        report.bad(str(error))
     report.ok(f"processor fits the model, {family.num_image_tokens()} tokens per image")
     for name, problem in selftest.run(family):
         report.bad(f"{name}: {problem}") if problem else report.ok(name)
     return family
 
 
-def check_data(report: Report, own: DoctorSettings, family: Family | None) -> None:
-    """Every record: its fields, tokens, length and pictures."""
-    if family is None:
-        report.bad("records cannot be checked without a tokenizer: mend the checkpoint first")
-        return
+def check_data(report: Report, own: DoctorSettings, family: Family | None) -> list[str]:
+    """Every record: fields, tokens, length, pictures. Gives the ids of the bad ones ("record N" without an id)."""
     try:
-        raw, store = read_json(own.data_path), ImageStore(own.image_folder)
+        raw = read_json(own.data_path)
     except (ValueError, OSError) as error:
         report.bad(str(error))
-        return
-    pairs, questions, problems = [], [], []
-    for number, record in enumerate(raw, 1):
-        where = name_of(own.data_path, number, record)
+        report.skip("the records")
+        return []
+    store = open_store(report, own.image_folder)
+    if family is None:
+        report.skip("tokens, lengths, and what the model sees of a picture: no checkpoint to ask")
+    ids = {name_of(own.data_path, number, one): id_of(one, number) for number, one in enumerate(raw, 1)}
+    records, pairs, problems = read_all(ids, raw, family, store)
+    problems += problems_of(within_length, pairs, own.model_max_length, "error")
+    if store:
+        problems += problems_of(check_pictures, records, store, family, "full")
+    used = Counter(ids.values())
+    problems += [f"{where}: the id is used {used[id]} times" for where, id in ids.items() if used[id] > 1]
+    report.all_bad(problems)
+    named = {record_of(problem, ids) for problem in problems}
+    bad = [id for where, id in ids.items() if where in named]
+    report.ok(f"{len(raw):,} records, {len(bad):,} of them bad")
+    describe_all(report, records, pairs)
+    return bad
+
+
+def read_all(
+    names: Iterable[str], raw: Sequence[Any], family: Family | None, store: ImageStore | None
+) -> tuple[list[Prompt], list[Pair], list[str]]:
+    """Records that are well-formed, the pairs among them tokenised where there is what it takes, and problems."""
+    records, pairs, problems = [], [], []
+    for where, one in zip(names, raw, strict=True):
         try:
-            if is_question(record):
-                questions.append(parse_question(record, where))
-                continue
-            pairs.append(tokenize_one(parse_preference(record, where), family, store))
+            record = (parse_question if is_question(one) else parse_preference)(one, where)
+            if family and isinstance(record, Preference) and (store or family.fixed):
+                pairs.append(tokenize_one(record, family, store))
+            records.append(record)
         except (ValueError, OSError) as error:
             problems.append(f"{where}: {error}")
-    problems += list(problems_of(within_length, pairs, own.model_max_length, "error"))
-    records = [*(pair.record for pair in pairs), *questions]
-    problems += list(problems_of(check_pictures, records, store, family, "full"))
-    problems += repeated_ids(own.data_path, raw)
-    report.bad_records = bad_ids(own.data_path, raw, problems)
-    for problem in problems[:SHOWN]:
-        report.bad(problem)
-    if len(problems) > SHOWN:
-        report.problems += len(problems) - SHOWN
-        print(f"  ...   and {len(problems) - SHOWN} more")
-    if records:
-        report.ok(f"{len(raw):,} records, {len(report.bad_records):,} of them bad")
+    return records, pairs, problems
+
+
+def open_store(report: Report, folder: str | None) -> ImageStore | None:
+    """The pictures, if they are there."""
+    try:
+        if folder:
+            return ImageStore(folder)
+    except (ValueError, OSError) as error:
+        report.bad(str(error))
+    report.skip("the pictures" + ("" if folder else ": no --image_folder"))
+    return None
+
+
+def describe_all(report: Report, records: Sequence[Prompt], pairs: Sequence[Pair]) -> None:
+    """What the records are, and how long."""
+    questions = [record for record in records if not isinstance(record, Preference)]
+    preferences = [record for record in records if isinstance(record, Preference)]
     if questions:
         report.ok(f"questions of a test set: {dict(Counter(question.image_type for question in questions))}")
+    if preferences:
+        formats = dict(Counter(record.image_type for record in preferences))
+        images = dict(sorted(Counter(len(record.images) for record in preferences).items()))
+        report.ok(f"formats: {formats}, images: {images} (number in a prompt: pairs)")
     if pairs:
-        counts = describe(pairs)
-        report.ok(f"formats: {counts['by_format']}, images: {counts['by_images']} (number in a prompt: pairs)")
-        report.ok(f"tokens of prompt and longer answer: {counts['tokens']}")
+        report.ok(f"tokens of prompt and longer answer: {describe(pairs)['tokens']}")
 
 
-def is_question(record) -> bool:
+def write_fix_list(path: Path, bad: Sequence[str], is_whole: bool) -> None:
+    """Ids of the bad records. That there are none is only written where all was checked."""
+    if bad or is_whole:
+        write_text(path, json.dumps(bad, indent=1) + "\n")
+        print(f"  ids of {len(bad)} bad records written to {path}" + ("" if is_whole else "; there may be more"))
+    else:
+        print(f"  {path} is not written: no bad record was found, but not all was checked")
+
+
+def is_question(record: Any) -> bool:
     """Whether a record is of a test set: it has the true answer, and no pair of a better and a worse one."""
     return isinstance(record, dict) and "answer" in record and "chosen" not in record
 
 
-def problems_of(check, *arguments) -> Iterator[str]:
+def id_of(record: Any, number: int) -> str:
+    """What a fix list calls a record."""
+    return str(record["id"]) if isinstance(record, dict) and "id" in record else f"record {number}"
+
+
+def problems_of(check: Callable, *arguments: Any) -> list[str]:
     """What a check that raises would have said."""
     try:
         check(*arguments)
     except DataError as error:
-        yield from error.problems
+        return error.problems
+    return []
 
 
-def repeated_ids(path: Path, raw: list) -> list[str]:
-    """Ids that several records share."""
-    counts = Counter(str(record["id"]) for record in raw if isinstance(record, dict) and "id" in record)
-    return [
-        f"{name_of(path, number, record)}: the id is used {counts[str(record['id'])]} times"
-        for number, record in enumerate(raw, 1)
-        if isinstance(record, dict) and counts.get(str(record.get("id")), 0) > 1
-    ]
-
-
-def bad_ids(path: Path, raw: list, problems: list[str]) -> list[str]:
-    """Ids (or "record N" without one) of the records that any problem names."""
-    named = {problem.split(": ", 1)[0] for problem in problems}
-    bad = []
-    for number, record in enumerate(raw, 1):
-        if name_of(path, number, record) in named:
-            has_id = isinstance(record, dict) and "id" in record
-            bad.append(str(record["id"]) if has_id else f"record {number}")
-    return bad
+def record_of(problem: str, names: Collection[str]) -> str | None:
+    """The name that a problem begins with; a name, as an id, may have a colon in it."""
+    parts = problem.split(": ")
+    starts = (": ".join(parts[:number]) for number in range(1, len(parts)))
+    return next((start for start in starts if start in names), None)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from transformers import LlavaForConditionalGeneration
 
 from llava.attention import Plan, Probe, attention_ratio, install
 from llava.families import Family
-from train.llava_hound_dpo.packing import EncodedPair, pack
+from train.llava_hound_dpo.packing import EncodedPair, PackedRow, pack
 from train.llava_hound_dpo.scoring import Scores, score
 
 LAYER = 1
@@ -17,10 +17,11 @@ LAYER = 1
 def run(family: Family) -> Iterator[tuple[str, str]]:
     """(what was tested, problem or "") for every check."""
     model = small_twin(family.config)
-    yield "region mass equals eager attention", mass_against_eager(model)
-    yield "the attention term's gradient reaches query and key", gradient_of_term(model)
-    yield "a step along the attention term raises the target's share", sign_of_term(model)
-    yield "a rejected answer does not see the chosen one", packing(model)
+    (both, chosen, rejected), pixels = example(model.config)
+    yield "region mass equals eager attention", mass_against_eager(model, chosen, pixels)
+    yield "the attention term's gradient reaches query and key", gradient_of_term(model, both, pixels)
+    yield "a step along the attention term raises the target's share", sign_of_term(model, both, pixels)
+    yield "a rejected answer does not see the chosen one", packing(model, both, rejected, pixels)
     yield "target boxes fall on the right image tokens", painted_box(family)
 
 
@@ -42,37 +43,30 @@ def small_twin(config) -> LlavaForConditionalGeneration:
     return model
 
 
-def example(model) -> tuple[EncodedPair, dict[str, torch.Tensor]]:
-    """A pair about the second of two random pictures."""
-    config = model.config
+def example(config) -> tuple[list[PackedRow], dict[str, torch.Tensor]]:
+    """A pair about the second of two random pictures as a row, with both answers and with each alone; the pictures."""
     side = config.vision_config.image_size
     tokens = (side // config.vision_config.patch_size) ** 2
-    image = [config.image_token_id] * tokens
-    pair = EncodedPair(
-        prompt=[1, 11, *image, 12, *image, 13, 14],
-        chosen=[21, 22, 23],
-        rejected=[[31, 32]],
-        target=torch.cat([torch.zeros(tokens), torch.ones(tokens)]),
-    )
-    pixels = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
-    return pair, {"pixel_values": pixels}
+    image, target = [config.image_token_id] * tokens, torch.tensor([0.0, 1.0]).repeat_interleave(tokens)
+    prompt, chosen, rejected = [1, 11, *image, 12, *image, 13, 14], [21, 22, 23], [31, 32]
+    rows = [
+        pack([EncodedPair(prompt, *answers, target)], config.image_token_id)
+        for answers in ((chosen, [rejected]), (chosen, []), (rejected, []))
+    ]
+    return rows, {"pixel_values": torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))}
 
 
-def mass_against_eager(model) -> str:
-    """Compare the masses that training measures with transformers' own attention maps."""
-    pair, pixels = example(model)
-    row = pack([EncodedPair(pair.prompt, pair.chosen, [], pair.target)], model.config.image_token_id)
-    inputs = {
-        "input_ids": row.input_ids,  # without a rejected answer a packed row is prompt and answer, as they stand
-        "attention_mask": torch.ones_like(row.input_ids),
-        **pixels,
-        "output_attentions": True,
-        "use_cache": False,
-    }
+def mass_against_eager(model, row: PackedRow, pixels: dict[str, torch.Tensor]) -> str:
+    """Compare the masses that training measures with transformers' own attention maps.
+
+    Without a rejected answer a packed row is prompt and answer, as they stand.
+    """
+    inputs = {"input_ids": row.input_ids, "attention_mask": torch.ones_like(row.input_ids), **pixels}
+    inputs |= {"output_attentions": True, "use_cache": False}
     with torch.no_grad():
         (ours,) = model(**inputs, plan=Plan(row.trees, Probe(row.regions, frozenset({LAYER})))).attentions
         model.set_attn_implementation({"text_config": "eager"})
-        theirs = model(**inputs).attentions[LAYER][:, :, -len(pair.chosen) :] @ row.regions[:, None]
+        theirs = model(**inputs).attentions[LAYER][:, :, -len(row.labels) :] @ row.regions[:, None]
     install(model)
     error = (ours - theirs).abs().max().item()
     return "" if error < 1e-5 else f"largest error {error:.1e}"
@@ -83,40 +77,32 @@ def share(scores: Scores) -> torch.Tensor:
     return attention_ratio(scores.masses).mean()
 
 
-def gradient_of_term(model) -> str:
+def gradient_of_term(model, row: PackedRow, pixels: dict[str, torch.Tensor]) -> str:
     """The term alone, with gradient checkpointing as in training."""
-    pair, pixels = example(model)
     model.train()
     model.activation_checkpointing_enable()
-    model.zero_grad()
-    (1 - share(score(model, pack([pair], model.config.image_token_id), pixels, layers=frozenset({LAYER})))).backward()
+    (1 - share(score(model, row, pixels, layers=frozenset({LAYER})))).backward()
     attention = model.model.language_model.layers[LAYER].self_attn
     norms = [p.weight.grad.norm().item() for p in (attention.q_proj, attention.k_proj)]
     return "" if min(norms) > 0 else f"gradient norms {norms}"
 
 
-def sign_of_term(model) -> str:
+@torch.no_grad()
+def sign_of_term(model, row: PackedRow, pixels: dict[str, torch.Tensor]) -> str:
     """One small step against the gradient that `gradient_of_term` left."""
-    pair, pixels = example(model)
-    row = pack([pair], model.config.image_token_id)
-    with torch.no_grad():
-        before = share(score(model, row, pixels, layers=frozenset({LAYER}))).item()
-        parameters = [p for p in model.parameters() if p.grad is not None]
-        norm = sum(p.grad.square().sum() for p in parameters).sqrt()
-        for parameter in parameters:
-            parameter.sub_(0.05 * parameter.grad / norm)
-        after = share(score(model, row, pixels, layers=frozenset({LAYER}))).item()
+    before = share(score(model, row, pixels, layers=frozenset({LAYER}))).item()
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    norm = sum(p.grad.square().sum() for p in parameters).sqrt()
+    for parameter in parameters:
+        parameter.sub_(0.05 * parameter.grad / norm)
+    after = share(score(model, row, pixels, layers=frozenset({LAYER}))).item()
     return "" if after > before else f"share {before:.4f} before, {after:.4f} after"
 
 
-def packing(model) -> str:
+@torch.no_grad()
+def packing(model, both: PackedRow, alone: PackedRow, pixels: dict[str, torch.Tensor]) -> str:
     """Log-probs of the rejected answer with and without a chosen one before it."""
-    pair, pixels = example(model)
-    alone = EncodedPair(pair.prompt, pair.rejected[0], [], pair.target)
-    with torch.no_grad():
-        both = score(model, pack([pair], model.config.image_token_id), pixels).rejected
-        single = score(model, pack([alone], model.config.image_token_id), pixels).chosen
-    error = (both - single).abs().max().item()
+    error = (score(model, both, pixels).rejected - score(model, alone, pixels).chosen).abs().max().item()
     return "" if error < 1e-4 else f"log-probs differ by {error:.1e}"
 
 

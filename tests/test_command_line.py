@@ -1,11 +1,18 @@
 """Flags from dataclasses: what is unknown, retired, missing or out of range is one line that says what to do."""
 
-from dataclasses import dataclass
+import importlib
+import re
+import sys
+import tomllib
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import pytest
 
+from llava import command_line
 from llava.command_line import check_numbers, command, flag, parse
+
+ROOT = Path(__file__).parent.parent
 
 
 @dataclass(kw_only=True)
@@ -62,9 +69,65 @@ def test_a_name_like_no_other_points_to_the_help():
         parsed("--data_path", "a", "--zzzz=1")
 
 
-def test_a_synonym_is_offered_before_what_looks_alike():
-    with pytest.raises(ValueError, match=r"unknown flag --dataset; did you mean --data_path\?"):
-        parsed("--dataset", "a", synonyms={"dataset": "data_path"})
+COMMANDS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+COMMANDS["aa-train"] = "train.llava_hound_dpo.run_dpo:main"  # that the launch script starts
+
+
+def started(name, monkeypatch, capsys, *words):
+    """What a console command prints before it ends, and its exit code."""
+    module, function = COMMANDS[name].split(":")
+    monkeypatch.setattr(sys, "argv", [name, *words])
+    with pytest.raises(SystemExit) as ended:
+        getattr(importlib.import_module(module), function)()
+    printed = capsys.readouterr()
+    return ended.value.code, printed.out + printed.err
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_help_of_a_command_shows_every_flag_once_and_ours_first(name, monkeypatch, capsys):
+    shown = []
+    plain = command_line.Parser.__init__
+    monkeypatch.setattr(command_line.Parser, "__init__",
+                        lambda self, groups, **more: shown.extend(groups) or plain(self, groups, **more))  # fmt: skip
+    code, printed = started(name, monkeypatch, capsys, "--help")
+    printed = printed[printed.index("options:") :]
+    places = {}
+    for kind in shown:
+        own = [f.name for f in fields(kind) if f.init and f.name in kind.__annotations__]
+        for field in own + [f.name for f in fields(kind) if f.init and f.name not in own]:
+            assert len(found := re.findall(rf"^  (?:-\w \w+, )?--{field}\b", printed, re.M)) == 1, (field, found)
+            places[field] = printed.index(f"--{field}")
+    assert code == 0 and places
+    theirs = printed.find("transformers.TrainingArguments:")
+    ours = [place for kind in shown for field, place in places.items() if field in kind.__annotations__]
+    assert theirs < 0 or max(ours) < theirs
+
+
+HINTS = {
+    "aa-train": {
+        "lora_rank": "lora_r", "attention_lambda": "attention_weight", "lambda": "attention_weight",
+        "batch_size": "per_device_train_batch_size", "epochs": "num_train_epochs", "model_path": "model_name_or_path",
+        "max_tokens": "model_max_length", "output": "output_dir", "images": "image_folder", "dataset": "data_path",
+        "steps": "max_steps", "resume": "resume_from_checkpoint", "tau": "attention_threshold", "alpha": "dpo_alpha",
+        "grad_accum": "gradient_accumulation_steps", "num_workers": "dataloader_num_workers",
+        "layers": "attention_layers", "lr": "learning_rate",
+    },
+    "aa-answer": {"model_path": "model_name_or_path", "max_tokens": "max_new_tokens", "questions": "data_path",
+                  "output_dir": "output", "bs": "batch_size", "torch_dtype": "dtype", "heads": "attention_heads"},
+    "aa-steer": {"model": "model_name_or_path", "max_length": "max_new_tokens", "image_dir": "image_folder"},
+    "aa-evaluate": {"data_path": "questions", "output_dir": "output", "images": "image_folder"},
+    "aa-mix": {"data_path": "pairs", "dataset": "pairs", "out": "output"},
+    "aa-generate": {"data_path": "source", "workers": "num_workers", "images": "image_folder"},
+    "aa-doctor": {"max_tokens": "model_max_length", "dataset": "data_path", "checkpoint": "model_name_or_path"},
+    "aa-export": {"output_dir": "output", "precision": "dtype", "model_path": "model_name_or_path"},
+    "aa-study": {"workers": "jobs", "output_dir": "output"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "word", "flag"), [(n, w, f) for n, own in HINTS.items() for w, f in own.items()])
+def test_what_a_flag_is_called_elsewhere_leads_to_it(name, word, flag, monkeypatch, capsys):
+    code, printed = started(name, monkeypatch, capsys, f"--{word}", "1")
+    assert code == 2 and printed.strip().endswith(f"error: unknown flag --{word}; did you mean --{flag}?")
 
 
 @pytest.mark.parametrize("word", ["--old_flag", "--old-flag", "--old_flag=3"])

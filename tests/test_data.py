@@ -16,7 +16,9 @@ from tests.conftest import preference
 from train.llava_hound_dpo.data import (
     PairCollator,
     PairDataset,
+    PairReader,
     describe,
+    read_leave_out,
     split,
     tokenize,
     within_length,
@@ -286,3 +288,49 @@ def test_describe(setting):
     assert (found["tokens"]["min"], found["tokens"]["max"]) == (lengths[0], lengths[-1])
     assert found["tokens"]["median"] in lengths[1:3]
     json.dumps(found)
+
+
+# ---- bad records
+
+
+@pytest.fixture
+def partly_bad(setting, tmp_path):
+    """Records of which one lacks a field, one does not tokenise, one has a broken picture and one is too long."""
+    records = [preference(number, 2) for number in range(6)] + [preference(6, 5)]
+    del records[1]["chosen"]
+    records[2]["chosen"] = "red<unk>"
+    (setting.images / "broken.png").write_bytes(b"no picture")
+    records[3]["image"] = [records[3]["image"][0], "broken.png"]
+    return setting.data(records)
+
+
+def reader(setting, **options):
+    return PairReader(setting.family, setting.store, max_length=200, overlong="drop", **options)
+
+
+def test_bad_records_stop_the_run_unless_they_may_be_dropped(setting, partly_bad):
+    assert [line.split(": ")[0].rpartition("/")[2] for line in problems(reader(setting).read, partly_bad)] == [
+        "train.json record 2 (id pair_1)"
+    ]
+    pairs, dropped = reader(setting, bad_records="drop").read(partly_bad)
+    assert [pair.record.id for pair in pairs] == ["pair_0", "pair_4", "pair_5"]
+    found = [(line.split("(id ")[1].split(")")[0], line.split("): ")[1]) for line in dropped]
+    assert [name for name, _ in found] == ["pair_1", "pair_2", "pair_3", "pair_6"]
+    for (_, reason), words in zip(found, ("`chosen` is missing", "<unk>", "broken.png", "too long"), strict=True):
+        assert words in reason
+
+
+def test_records_left_out_are_not_looked_at(setting, partly_bad, tmp_path):
+    listed = tmp_path / "bad.json"
+    listed.write_text(json.dumps(["pair_1", "record 3", "pair_3", "nobody"]))
+    pairs, dropped = reader(setting, leave_out=read_leave_out(listed)).read(partly_bad)
+    assert [pair.record.id for pair in pairs] == ["pair_0", "pair_4", "pair_5"] and len(dropped) == 1
+    listed.write_text("[3]")
+    with pytest.raises(DataError, match="list of record ids"):
+        read_leave_out(listed)
+
+
+def test_nothing_left_is_an_error(setting, partly_bad):
+    everything = frozenset(f"pair_{number}" for number in range(7))
+    with pytest.raises(DataError, match="no record"):
+        reader(setting, leave_out=everything).read(partly_bad)

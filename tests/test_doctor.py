@@ -118,6 +118,73 @@ def test_all_problems_are_listed_not_only_the_first(examine, data, clean, checkp
     assert len(failures) == 2 and "4 records, 2 of them bad" in printed
 
 
+NOT_CHECKED = {"pictures": "the pictures", "tokens": "tokens, lengths", "records": "the records"}
+
+
+@pytest.mark.parametrize(
+    ("has", "is_bad", "not_checked", "listed"),
+    [
+        ("model images", False, (), []),
+        ("images", False, ("tokens",), None),
+        ("images", True, ("tokens",), ["pair_1"]),
+        ("model", False, ("pictures",), None),
+        ("", True, ("pictures", "tokens"), ["pair_1"]),
+        ("no-model images", False, ("tokens",), None),
+        ("weightless images", True, (), ["pair_1"]),
+        ("model no-images", False, ("pictures",), None),
+        ("model images broken", False, ("records",), None),
+    ],
+)
+def test_what_can_be_checked_is_and_a_fix_list_is_empty_only_after_all_of_it(
+    examine, data, clean, checkpoint, tmp_path, has, is_bad, not_checked, listed
+):
+    shutil.copytree(checkpoint, tmp_path / "weightless", ignore=shutil.ignore_patterns("*.safetensors"))
+    models = {"model": checkpoint, "no-model": tmp_path / "none", "weightless": tmp_path / "weightless"}
+    folders = {"images": data.images, "no-images": tmp_path / "none"}
+    if is_bad:
+        clean[1]["chosen"] = ""
+    path = data(clean)
+    words = ["--data_path", path, "--fix_list", tmp_path / "bad.json"]
+    for word in has.split():
+        words += ["--model_name_or_path", models[word]] if word in models else []
+        words += ["--image_folder", folders[word]] if word in folders else []
+    if "broken" in has:
+        path.write_text("[{]")
+    code, failures, printed = examine(*words)
+    skipped = [line for line in printed.splitlines() if "not checked: " in line]
+    assert [any(f"not checked: {text}" in line for line in skipped) for text in NOT_CHECKED.values()] == [
+        name in not_checked for name in NOT_CHECKED
+    ]
+    assert code == (1 if failures else 0) and bool(failures) == (is_bad or "no-" in has or "broken" in has)
+    assert (json.loads((tmp_path / "bad.json").read_text()) if (tmp_path / "bad.json").exists() else None) == listed
+    assert ("not all was checked" in printed) == bool(not_checked)
+
+
+def test_a_name_with_a_colon_in_it_is_listed_too(examine, data, clean, checkpoint, tmp_path):
+    clean[1].update(id="coco: 17: a", chosen="")
+    words = ["--model_name_or_path", checkpoint, "--data_path", data(clean), "--image_folder", data.images]
+    examine(*words, "--fix_list", tmp_path / "bad.json")
+    assert json.loads((tmp_path / "bad.json").read_text()) == ["coco: 17: a"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--fix_list", "bad.json"], "--fix_list needs --data_path"),
+        (["--model_max_length", "0"], "--model_max_length 0: must be at least 1"),
+        (["--model_max_length", "-3"], "--model_max_length -3: must be at least 1"),
+        (["--model_max_length", "nan"], "invalid int value: 'nan'"),
+        (["--model_max_length", "inf"], "invalid int value: 'inf'"),
+    ],
+)
+def test_flags_that_cannot_be_meant_are_one_line(monkeypatch, capsys, flags, message):
+    monkeypatch.setattr(sys, "argv", ["doctor", *flags])
+    with pytest.raises(SystemExit) as ended:
+        doctor.main()
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and message in error and error.count("\n") == 1
+
+
 def test_broken_json(examine, data, checkpoint, tmp_path):
     (tmp_path / "broken.json").write_text('[{"id": 1,}]')
     words = ["--data_path", tmp_path / "broken.json", "--image_folder", data.images]

@@ -135,7 +135,7 @@ def test_text_of_a_tiny_run(checkpoint, data, one_process):
     arguments, inputs = dry(checkpoint, data, eval_split=0.1)
     rows = text_of(arguments, inputs)
     assert rows["model"].endswith(checkpoint) and rows["output"].endswith("out")
-    assert rows["pairs"] == "pairs 18 to train on, 2 held out, 0 dropped as too long"
+    assert rows["pairs"] == "pairs 18 to train on, 2 held out, 0 dropped"
     assert rows["batch"] == "batch 6 pairs = 2 x 3 accumulated x 1 processes"
     assert rows["steps"] == "steps 3 per epoch, 12 in all"  # 9 micro-batches in threes, 4 epochs
     assert rows["loss"] == "loss 1 x (dpo + 0.9 x attention) + 0 x (sft + 0.9 x attention)"

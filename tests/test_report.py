@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from inference.llava_hound_dpo.evaluate import evaluate, main
-from inference.llava_hound_dpo.report import PICTURE_WIDTH, TEMPLATE, choose, is_confused, report
+from inference.llava_hound_dpo.report import PICTURE_WIDTH, TEMPLATE, choose, report
+from inference.llava_hound_dpo.summary import is_confused
 from llava.image import ImageStore
 from llava.records import read_questions
 

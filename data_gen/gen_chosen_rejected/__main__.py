@@ -11,26 +11,28 @@ import logging
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from data_gen.gen_chosen_rejected.generate import ask, candidates, ready
 from data_gen.gen_chosen_rejected.noise import KINDS, Noise
-from data_gen.gen_chosen_rejected.others import Answers, other_image, read_source_answers, repointed, truths
+from data_gen.gen_chosen_rejected.others import Answers, modelled, other_image, read_source_answers, repointed, truths
 from data_gen.gen_chosen_rejected.output import Selection, select, table, write
 from data_gen.gen_chosen_rejected.rules import THRESHOLDS, Rules, check_questions, read_thresholds, unfit
+from llava.answering import Job, answer, identify, prepare
+from llava.attention import layer_range
 from llava.checks import check_pictures
 from llava.command_line import check_numbers, flag, parse
 from llava.heads import HeadSettings
 from llava.image import ImageStore
-from llava.records import Question, read_instructions, refuse_duplicates
+from llava.records import Question, read_instructions, read_json, refuse_duplicates
 from llava.run_folder import ANOTHER_FOLDER, only_writer, read_object, refuse_another
 from llava.runtime import is_main_process, leave, setup_logging, user_errors, write_run_json
 from llava.settings import AnswerSettings, ModelSettings
 
 logger = logging.getLogger("data_gen.gen_chosen_rejected")
 MODEL, OTHER_IMAGE = "model", "other_image"
+SELECTION_LAYER = (16, 16)  # of LLaVA-1.5-7B's 32: the layer that MIA-DPO selects by
 OF_THE_PAIRS = ("instructions", "rejected")  # what a folder of pairs must agree in to be written again
 
 
@@ -87,10 +89,15 @@ class AskSettings(HeadSettings):
         if self.noise_std is not None and (self.degrade == "none" or not self.noise_std > 0):
             raise ValueError("--noise_std must be above 0, and needs --degrade target, whole or published")
 
-    def answering(self) -> AnswerSettings:
-        """The same, as a job takes them: greedy, without maps."""
+    def job(self, model: AskedModel, noise: Noise, questions: list[Question]) -> Job:
+        """Greedy answers without maps, checked before the weights are loaded. Raises ValueError, FileNotFoundError."""
         names = ("attention_layers", "attention_heads", "top_heads", "max_new_tokens")
-        return AnswerSettings(attention_maps=0, **{name: getattr(self, name) for name in names})
+        settings = AnswerSettings(attention_maps=0, **{name: getattr(self, name) for name in names})
+        job = prepare(model, settings, questions)
+        if not job.heads:
+            layers = layer_range(job.checkpoint.num_layers, self.attention_layers, SELECTION_LAYER)
+            job = replace(job, layers=sorted(layers))
+        return replace(job, alter=None if noise.kind == "none" else noise)
 
 
 @dataclass(kw_only=True)
@@ -135,13 +142,13 @@ def main() -> None:
             check_questions(questions, rules, by_attention=own.rejected == MODEL)
             known = read_source_answers(own.source, questions)
             if own.rejected == MODEL:
-                job = ready(model, asking.answering(), noise, fit)
+                job = asking.job(model, noise, fit)
             else:
                 check_pictures(fit, ImageStore(model.image_folder), None, "exists")
             if is_main_process():
                 stack.enter_context(only_writer(own.output / "pairs"))
         if own.rejected == MODEL:
-            ask(job, noise, own.output / "answers.jsonl")
+            answer(job, own.output / "answers.jsonl", identify(job) | {"noise": asdict(noise)})
         if is_main_process():
             selection = make(own, noise, rules, questions, fit, known)
             groups = (own, model, asking, limits)
@@ -169,7 +176,8 @@ def make(
 ) -> Selection:  # fmt: skip
     """A verdict on everything that could be a pair."""
     if own.rejected == MODEL:
-        made, unknown = candidates(fit, own.output / "answers.jsonl", noise, known), []
+        answers = zip(fit, read_json(own.output / "answers.jsonl"), strict=True)
+        made, unknown = [modelled(*answered, noise, known) for answered in answers], []
     else:
         found = [(question, other_image(question, truths(question, known), own.seed)) for question in fit]
         made = [candidate for _, candidate in found if candidate]

@@ -35,14 +35,13 @@ class Noise:
         region = self._region(question)
         if region == "none":
             return pictures
-        rng = rng_of(self.seed, question.id)
-        if region == "whole":
-            return [add_noise(picture, (0, 0, *picture.size), self._std(question), rng) for picture in pictures]
-        place = question.target if question.image_type == "sequence" else 0
-        size = pictures[place].size
-        box = (0, 0, *size) if question.image_type == "sequence" else target_box(question, size)
-        noisy = add_noise(pictures[place], box, self._std(question), rng)
-        return [*pictures[:place], noisy, *pictures[place + 1 :]]
+        noisy, rng = list(pictures), rng_of(self.seed, question.id)
+        is_sequence = question.image_type == "sequence"
+        for place in range(len(pictures)) if region == "whole" else [question.target if is_sequence else 0]:
+            size = pictures[place].size
+            box = (0, 0, *size) if region == "whole" or is_sequence else target_box(question, size)
+            noisy[place] = add_noise(pictures[place], box, self._std(question), rng)
+        return noisy
 
     def _region(self, question: Question) -> str:
         return PUBLISHED.get(question.image_type, "none") if self.kind == "published" else self.kind

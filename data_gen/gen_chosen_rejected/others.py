@@ -1,11 +1,13 @@
-"""What is true of the other images of a prompt, and pairs that are made of it without asking any model."""
+"""What is true of the other images of a prompt; wrong answers: a model's, and those made of it without any model."""
 
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from data_gen.drops import Unusable
 from data_gen.gen_chosen_rejected.correctness import is_right
+from data_gen.gen_chosen_rejected.noise import Noise
 from data_gen.gen_chosen_rejected.rules import Candidate, num_pictures
 from data_gen.sources import parse_source, rng_of, source_paths
 from data_gen.tables import Table
@@ -57,6 +59,14 @@ def truths(question: Question, answers: Answers) -> list[Truth]:
 def bare_question(prompt: str) -> str:
     """The question of a prompt without images and without the words that say which one is meant."""
     return prompt.rsplit(IMAGE, 1)[-1].lstrip("\n").partition(", ")[2]
+
+
+def modelled(question: Question, given: dict[str, Any], noise: Noise, known: Answers) -> Candidate:
+    """What a model answered, a line of its answers.jsonl."""
+    return Candidate(
+        question, given["text"], noise.name(question), given["is_complete"], given["attention_ratio"],
+        given["perplexity"], tuple(truth.text for truth in truths(question, known)),
+    )  # fmt: skip
 
 
 def other_image(question: Question, known: Sequence[Truth], seed: int) -> Candidate | None:

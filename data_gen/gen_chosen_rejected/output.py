@@ -23,15 +23,11 @@ class Selection:
     pairs: list[dict[str, Any]] = field(default_factory=list)
     dropped: list[dict[str, Any]] = field(default_factory=list)
     verdicts: Counter = field(default_factory=Counter)  # of (format, pictures, KEPT or reason)
-    true_of_another: Counter = field(default_factory=Counter)  # of (format, bool), where that is known
 
     def keep(self, candidate: Candidate) -> None:
         """Make a pair of the true answer and this one."""
-        question, record = candidate.question, pair(candidate)
-        if "true_of_another" in record:
-            self.true_of_another[question.image_type, record["true_of_another"]] += 1
-        self.pairs.append(record)
-        self.verdicts[question.image_type, num_pictures(question), KEPT] += 1
+        self.pairs.append(pair(candidate))
+        self.verdicts[candidate.question.image_type, num_pictures(candidate.question), KEPT] += 1
 
     def drop(self, question: Question, reason: str, numbers: dict[str, Any], text: str | None = None) -> None:
         """List and count what no pair is made of."""
@@ -52,8 +48,9 @@ class Selection:
 
     def _shares(self) -> dict[str, dict[str, int]]:
         """Kept answers by format that are true of another image, of those where that is known."""
-        formats = sorted({image_type for image_type, _ in self.true_of_another})
-        found = self.true_of_another
+        told = [pair for pair in self.pairs if "true_of_another" in pair]
+        found = Counter((pair["image_type"], pair["true_of_another"]) for pair in told)
+        formats = sorted({image_type for image_type, _ in found})
         return {name: {"true": found[name, True], "known": found[name, True] + found[name, False]} for name in formats}
 
 

@@ -66,12 +66,8 @@ def judge(candidate: Candidate, rules: Rules) -> tuple[str, Numbers] | None:
     return None
 
 
-def _empty(candidate: Candidate, rules: Rules) -> Numbers | None:
-    return None if words(candidate.text) else {}
-
-
-def _cut_off(candidate: Candidate, rules: Rules) -> Numbers | None:
-    return None if candidate.is_complete else {}
+def _if(applies: bool | None, **numbers: float | None) -> Numbers | None:
+    return numbers if applies else None
 
 
 def _special_text(candidate: Candidate, rules: Rules) -> Numbers | None:
@@ -82,14 +78,6 @@ def _special_text(candidate: Candidate, rules: Rules) -> Numbers | None:
     return None
 
 
-def _undecided(candidate: Candidate, rules: Rules) -> Numbers | None:
-    return {} if _is_right(candidate) is None else None
-
-
-def _right(candidate: Candidate, rules: Rules) -> Numbers | None:
-    return {} if _is_right(candidate) else None
-
-
 def _is_right(candidate: Candidate) -> bool | None:
     question = candidate.question
     return is_right(candidate.text, question.answer, texts(question.extra, "choices") or ())
@@ -97,7 +85,7 @@ def _is_right(candidate: Candidate) -> bool | None:
 
 def _sure(candidate: Candidate, rules: Rules) -> Numbers | None:
     perplexity = candidate.perplexity
-    return None if perplexity is None or perplexity > rules.min_perplexity else {"perplexity": perplexity}
+    return _if(perplexity is not None and not perplexity > rules.min_perplexity, perplexity=perplexity)
 
 
 def _on_target(candidate: Candidate, rules: Rules) -> Numbers | None:
@@ -106,25 +94,25 @@ def _on_target(candidate: Candidate, rules: Rules) -> Numbers | None:
         return None
     threshold = rules.thresholds[question.image_type][num_pictures(question)]
     is_kept = ratio < threshold or (ratio == threshold and question.image_type in INCLUSIVE)
-    return None if is_kept else {"attention_ratio": ratio, "threshold": threshold}
+    return _if(not is_kept, attention_ratio=ratio, threshold=threshold)
 
 
 def _length(candidate: Candidate, rules: Rules) -> Numbers | None:
     ratio = length_ratio(candidate.text, candidate.question.answer)
-    return {"length_ratio": ratio} if ratio > rules.max_length_ratio else None
+    return _if(ratio > rules.max_length_ratio, length_ratio=ratio)
 
 
 def _near_copy(candidate: Candidate, rules: Rules) -> Numbers | None:
     distance = edit_distance(candidate.text, candidate.question.answer)
-    return {"edit_distance": distance} if distance < rules.min_edit_distance else None
+    return _if(distance < rules.min_edit_distance, edit_distance=distance)
 
 
 CHECKS: dict[str, Callable[[Candidate, Rules], Numbers | None]] = {
-    "empty": _empty,
-    "cut off": _cut_off,
+    "empty": lambda candidate, _: _if(not words(candidate.text)),
+    "cut off": lambda candidate, _: _if(not candidate.is_complete),
     "special text": _special_text,
-    "undecided": _undecided,
-    "right": _right,
+    "undecided": lambda candidate, _: _if(_is_right(candidate) is None),
+    "right": lambda candidate, _: _if(_is_right(candidate)),
     "sure": _sure,
     "on target": _on_target,
     "length": _length,

@@ -18,22 +18,11 @@ from typing import Any
 from tqdm import tqdm
 
 from data_gen.drops import Drop
+from data_gen.gen_instruction import schedule
 from data_gen.gen_instruction.arguments import Common, exit_code
 from data_gen.gen_instruction.compose import Recipe, make
 from data_gen.gen_instruction.formats import FORMATS, GRIDS
 from data_gen.gen_instruction.output import Output
-from data_gen.gen_instruction.schedule import (
-    ASKING_MIXED,
-    BOX_FILTERS,
-    COLLAGE_SHARES,
-    COLLAGE_SHARES_MIXED,
-    SEQUENCE_SHARES,
-    SHARES,
-    Schedule,
-    only_in_sequences,
-    plan,
-    why_left_out,
-)
 from data_gen.gen_instruction.workers import WorkerKilled, ordered
 from data_gen.sources import Sources
 from data_gen.tables import stamp
@@ -41,6 +30,7 @@ from llava.command_line import check_numbers, flag, parse
 from llava.runtime import setup_logging, stop, user_errors
 
 logger = logging.getLogger("data_gen.gen_instruction")
+COLLAGES = {"one": schedule.COLLAGE_SHARES, "mixed": schedule.COLLAGE_SHARES_MIXED}
 NOT_OF_THE_DATA = {"output", "num_workers", "strict"}  # flags that do not change what is written
 
 
@@ -59,16 +49,17 @@ class Flags(Common):
     )
     seed: int = flag("of everything drawn by chance", 0)
     num_records: int | None = flag("prompts to make; without it one per source record", None)
-    shares: str | None = flag(f"of the formats in a mix; as published: {shown(SHARES)}", None)
-    num_images_weights: str | None = flag(f"pictures of a sequence; as published: {shown(SEQUENCE_SHARES)}", None)
+    shares: str | None = flag(f"of the formats in a mix; as published: {shown(schedule.SHARES)}", None)
+    num_images_weights: str | None = flag(
+        f"pictures of a sequence; as published: {shown(schedule.SEQUENCE_SHARES)}", None
+    )
     num_cells_weights: str | None = flag(
-        f"pictures of a collage; as published: {shown(COLLAGE_SHARES)}, or {shown(COLLAGE_SHARES_MIXED)} with `mixed`",
-        None,
+        "pictures of a collage; as published: {}, or {} with `mixed`".format(*map(shown, COLLAGES.values())), None
     )
     sources_per_collage: str = flag(
         "records that ask in a collage: one, or 1, 2, 2, 3, 3 for 2, 3, 4, 6, 9 pictures, as in the larger published "
         "set",
-        "one", choices=["one", "mixed"],
+        "one", choices=[*COLLAGES],
     )  # fmt: skip
     refusals: float = flag(
         "share (0..1) of sequences and collages that ask about a picture that is not there (published: 0.02, "
@@ -76,8 +67,9 @@ class Flags(Common):
         0.0,
     )
     bbox_filter: str = flag(
-        "subsets whose records with a bounding box become sequences only (published: coco)", "coco", choices=BOX_FILTERS
-    )
+        "subsets whose records with a bounding box become sequences only (published: coco)", "coco",
+        choices=schedule.BOX_FILTERS,
+    )  # fmt: skip
     exclude_subsets: list[str] = flag("subsets that become sequences only (published: vg)", [])
     sequence_pictures: str = flag(
         "keep: paths below --image_folder; copy: also put (linked where possible) below OUTPUT/images, which then "
@@ -87,28 +79,6 @@ class Flags(Common):
     strict: bool = flag("stop at the first bad record", False)
 
 
-@dataclass(frozen=True)
-class Chances:
-    """What formats and numbers of pictures are drawn by: weights by choice."""
-
-    shares: dict[str, float]
-    num_images_weights: dict[int, float]
-    num_cells_weights: dict[int, float]
-
-    @classmethod
-    def of(cls, flags: Flags) -> "Chances":
-        """As the flags say. Raises ValueError."""
-        if flags.shares is not None and flags.format != "mix":
-            raise ValueError("--shares is for --format mix")
-        of_cells = COLLAGE_SHARES_MIXED if flags.sources_per_collage == "mixed" else COLLAGE_SHARES
-        one_format = {name: float(name == flags.format) for name in FORMATS}
-        return cls(
-            weights_or(flags.shares, SHARES) if flags.format == "mix" else one_format,
-            weights_or(flags.num_images_weights, SEQUENCE_SHARES),
-            weights_or(flags.num_cells_weights, of_cells),
-        )
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Read the sources, make what is not made yet, write the final files."""
     setup_logging()
@@ -116,70 +86,82 @@ def main(argv: Sequence[str] | None = None) -> int:
         with user_errors():
             (flags,) = parse([Flags], __doc__, argv)
             check_numbers(flags, refusals=(0, 1), seed=(0, None), num_records=(1, None))
-            chances = Chances.of(flags)
-            output = Output(flags.output, identify(flags, chances))
+            chances = chances_of(flags)
+            arguments = {name: str(value) for name, value in (asdict(flags) | chances).items()}
+            output = Output(flags.output, identify(arguments, flags.source))
             counts = output.finished()
             if counts is None:
                 stack.enter_context(output.writing())
-                recipe, schedule = prepare(flags, chances, output)
+                recipe, planned = prepare(flags, chances, output)
         if counts is not None:
             logger.info("%s is complete: nothing to do", flags.output)
             return summarise(flags, counts)
         try:
-            bad = fill(flags, output, recipe, schedule)
+            fill(flags, output, recipe, planned)
         except WorkerKilled as error:
             stop(str(error))
-        if bad:
-            stop(str(bad))
         counts = {"read": recipe.sources.num_read, "usable": len(recipe.sources)}
-        counts = output.finish(counts, arguments=arguments_of(flags, chances))
+        counts = output.finish(counts, arguments=arguments)
     return summarise(flags, counts)
 
 
-def arguments_of(flags: Flags, chances: Chances) -> dict[str, str]:
-    """The flags, completed, as they are written."""
-    return {name: str(value) for name, value in (asdict(flags) | asdict(chances)).items()}
+def chances_of(flags: Flags) -> dict[str, dict[Any, float]]:
+    """What formats and numbers of pictures are drawn by: weights by choice. Raises ValueError."""
+    if flags.shares is not None and flags.format != "mix":
+        raise ValueError("--shares is for --format mix")
+    one_format = {name: float(name == flags.format) for name in FORMATS}
+    return {
+        "shares": weights(flags.shares, schedule.SHARES) if flags.format == "mix" else one_format,
+        "num_images_weights": weights(flags.num_images_weights, schedule.SEQUENCE_SHARES),
+        "num_cells_weights": weights(flags.num_cells_weights, COLLAGES[flags.sources_per_collage]),
+    }
 
 
-def identify(flags: Flags, chances: Chances) -> dict[str, dict[str, Any]]:
+def identify(arguments: dict[str, str], sources: list[str]) -> dict[str, dict[str, Any]]:
     """What decides the bytes that are written: a run of another kind is not continued."""
     return {
-        "arguments": {name: v for name, v in arguments_of(flags, chances).items() if name not in NOT_OF_THE_DATA},
-        "sources": {path: stamp(path) for path in flags.source},
+        "arguments": {name: value for name, value in arguments.items() if name not in NOT_OF_THE_DATA},
+        "sources": {path: stamp(path) for path in sources},
         "versions": {name: version(name) for name in ("pillow", "numpy")},
     }
 
 
-def prepare(flags: Flags, chances: Chances, output: Output) -> tuple[Recipe, Schedule]:
+def heed(flags: Flags, drops: Sequence[Drop]) -> None:
+    """With --strict the first bad record ends the run."""
+    if bad := [drop for drop in drops if drop.is_bad and flags.strict]:
+        stop(str(bad[0]))
+
+
+def prepare(flags: Flags, chances: dict[str, dict[Any, float]], output: Output) -> tuple[Recipe, schedule.Schedule]:
     """Index the sources and decide which is asked about in which format."""
 
     def report(drop: Drop) -> None:
-        if flags.strict and drop.is_bad:
-            raise ValueError(str(drop))
+        heed(flags, [drop])
         output.report(drop)
 
     sources = Sources(flags.source, flags.image_folder, report)
-    uncut = only_in_sequences(sources, flags.bbox_filter, flags.exclude_subsets)
-    schedule = plan(chances.shares, uncut, len(sources), flags.num_records, flags.seed)
-    copies = copies_sequences(flags, chances, sources)
-    for index in map(int, schedule.left_out):
-        source = sources[index]
-        report(Drop.of(why_left_out(sources, index, flags.exclude_subsets), source.id, source.where))
-    num_asking = ASKING_MIXED if flags.sources_per_collage == "mixed" else dict.fromkeys(GRIDS, 1)
+    uncut = schedule.only_in_sequences(sources, flags.bbox_filter, flags.exclude_subsets)
+    planned = schedule.plan(chances["shares"], uncut, len(sources), flags.num_records, flags.seed)
+    copies = copies_sequences(flags, chances["shares"], sources)
+    for index in map(int, planned.left_out):
+        report(Drop.of(schedule.why_left_out(sources[index], flags.exclude_subsets), sources[index]))
+    num_asking = schedule.ASKING_MIXED if flags.sources_per_collage == "mixed" else dict.fromkeys(GRIDS, 1)
     recipe = Recipe(
-        sources, output.pictures, flags.seed, chances.num_images_weights, chances.num_cells_weights, num_asking,
+        sources, output.pictures, flags.seed, chances["num_images_weights"], chances["num_cells_weights"], num_asking,
         flags.refusals, uncut, flags.picture_format, copies,
     )  # fmt: skip
-    return recipe, schedule
+    return recipe, planned
 
 
-def weights(text: str, allowed: dict[str, Any]) -> dict[Any, float]:
-    """`2:3,4:1` as {2: 3.0, 4: 1.0}; choices that are not named get 0. `allowed` has the choices by name.
+def weights(text: str | None, default: dict[Any, float]) -> dict[Any, float]:
+    """`2:3,4:1` as {2: 3.0, 4: 1.0}; choices of the default that are not named get 0. Without a text, the default.
 
     Raises ValueError naming the valid choices.
     """
-    example = ",".join(f"{name}:1" for name in list(allowed)[:2])
-    found = dict.fromkeys(allowed.values(), 0.0)
+    if text is None:
+        return default
+    example = ",".join(f"{choice}:1" for choice in list(default)[:2])
+    allowed, found = {str(choice): choice for choice in default}, dict.fromkeys(default, 0.0)
     for part in text.split(","):
         name, _, value = part.partition(":")
         try:
@@ -192,33 +174,28 @@ def weights(text: str, allowed: dict[str, Any]) -> dict[Any, float]:
     return found
 
 
-def weights_or(text: str | None, default: dict[Any, float]) -> dict[Any, float]:
-    """The weights of a flag that may be left out; their choices are those of the default."""
-    return default if text is None else weights(text, {str(choice): choice for choice in default})
-
-
-def copies_sequences(flags: Flags, chances: Chances, sources: Sources) -> bool:
+def copies_sequences(flags: Flags, shares: dict[str, float], sources: Sources) -> bool:
     """Whether pictures of sequences go into the output folder. Raises ValueError if they must but may not."""
     has_embedded = any(table.is_embedded for table in sources.tables)
-    if flags.sequence_pictures == "keep" and has_embedded and chances.shares["sequence"]:
+    if flags.sequence_pictures == "keep" and has_embedded and shares["sequence"]:
         raise ValueError("--sequence_pictures keep: pictures inside a table have no path to keep; use copy or auto")
-    return flags.sequence_pictures == "copy" or (
-        flags.sequence_pictures == "auto" and (flags.format == "mix" or has_embedded)
-    )
+    is_needed = flags.format == "mix" or has_embedded
+    return flags.sequence_pictures == "copy" or (flags.sequence_pictures == "auto" and is_needed)
 
 
-def fill(flags: Flags, output: Output, recipe: Recipe, schedule: Schedule) -> Drop | None:
-    """Make the prompts that are missing; with --strict up to the first bad record, which is returned."""
+def fill(flags: Flags, output: Output, recipe: Recipe, planned: schedule.Schedule) -> None:
+    """Make the prompts that are missing. Raises WorkerKilled."""
+    drops: list[Drop] = []
     output.begin()
     if output.num_done:
         logger.info("%d prompts found in %s: continuing", output.num_done, flags.output)
-    with tqdm(total=len(schedule), initial=output.num_done, desc="prompts", unit="prompt") as bar:
-        for made in ordered(make, recipe, schedule.tasks(output.num_done), flags.num_workers):
-            if flags.strict and (bad := [drop for drop in made.drops if drop.is_bad]):
-                return bad[0]
-            output.append(made.record, made.drops)
+    with tqdm(total=len(planned), initial=output.num_done, desc="prompts", unit="prompt") as bar:
+        for record, drops in ordered(make, recipe, planned.tasks(output.num_done), flags.num_workers):
+            if flags.strict and any(drop.is_bad for drop in drops):
+                break
+            output.append(record, drops)
             bar.update()
-    return None
+    heed(flags, drops)  # once the bar is gone
 
 
 def summarise(flags: Flags, counts: dict[str, Any]) -> int:

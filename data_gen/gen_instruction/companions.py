@@ -24,14 +24,9 @@ class Member:
 
 
 def members(
-    sources: Sources,
-    index: int,
-    count: int,
-    rng: np.random.Generator,
-    passed: list[Drop],
-    prompt: str,
+    sources: Sources, index: int, count: int, rng: np.random.Generator, passed: list[Drop], prompt: str,
     forbidden: Container[bytes] = frozenset(),
-) -> Iterator[Member]:
+) -> Iterator[Member]:  # fmt: skip
     """The record itself, then `count` - 1 companions of its group, in random order; no two of the same content.
 
     Where the group has too few different pictures, those of the next one in the subset follow.
@@ -50,23 +45,19 @@ def members(
             break
         if sources.same_path(index, candidate):
             continue
+        num_vain += 1
         try:
             member = _member(sources, candidate)
         except Unusable as error:
-            source = sources[candidate]
-            passed.append(Drop.of(error, source.id, source.where, prompt))
-            num_vain += 1
+            passed.append(Drop.of(error, sources[candidate], prompt))
             continue
-        if member.fingerprint in seen or member.fingerprint in forbidden:
-            num_vain += 1
-            continue
-        seen.add(member.fingerprint)
-        yield member
+        if member.fingerprint not in seen and member.fingerprint not in forbidden:
+            seen.add(member.fingerprint)
+            num_vain -= 1
+            yield member
     if len(seen) < count:
-        raise Unusable(
-            "too few pictures",
-            f"{count} different pictures are needed, subset {first.source.subset} gave {len(seen)}",
-        )
+        few = f"{count} different pictures are needed, subset {first.source.subset} gave {len(seen)}"
+        raise Unusable("too few pictures", few)
 
 
 def shuffled(pool: np.ndarray, rng: np.random.Generator) -> Iterator[int]:

@@ -14,7 +14,7 @@ from data_gen.drops import Drop, Unusable
 from data_gen.gen_instruction.companions import Member, members
 from data_gen.gen_instruction.formats import Drawn, placeholders, put_together
 from data_gen.gen_instruction.output import PictureFolder
-from data_gen.gen_instruction.rewriting import CENTRE_PHRASES, ask, ask_all, conversation, numbered, refusal
+from data_gen.gen_instruction.rewriting import ask, centre_phrase, conversation, numbered, refusal
 from data_gen.gen_instruction.schedule import PROMPTS, Task
 from data_gen.pictures import encode
 from data_gen.sources import Sources
@@ -47,26 +47,14 @@ class Draft:
     is_refused: bool  # asks about the picture after the last one instead
 
 
-@dataclass(frozen=True)
-class Made:
-    """A finished prompt, or None with the reason among `drops`."""
-
-    index: int
-    record: dict[str, Any] | None
-    drops: list[Drop]
-
-
-def make(recipe: Recipe, task: Task) -> Made:
-    """The prompt of a task; its pictures are on disk when this returns."""
+def make(recipe: Recipe, task: Task) -> tuple[dict[str, Any] | None, list[Drop]]:
+    """The record of a task, its pictures on disk, or None; and what could not be used for it."""
     draft, drops = draw(recipe, task), []
     try:
         found = members(recipe.sources, task.source, draft.num_images, draft.rng, drops, task.id)
-        drawn = put_together(task.image_type, draft.target, draft.num_images, found)
-        record = _record(recipe, draft, drawn)
+        return _record(recipe, draft, put_together(task.image_type, draft.target, draft.num_images, found)), drops
     except Unusable as error:
-        source = recipe.sources[task.source]
-        return Made(task.index, None, [*drops, Drop.of(error, source.id, source.where)])
-    return Made(task.index, record, drops)
+        return None, [*drops, Drop.of(error, recipe.sources[task.source])]
 
 
 def draw(recipe: Recipe, task: Task) -> Draft:
@@ -102,20 +90,15 @@ def _asked(recipe: Recipe, draft: Draft, drawn: Drawn) -> tuple[list[tuple[str, 
     """Questions and answers, and the number from 1 of the picture that each is about."""
     target = drawn.members[draft.target].source
     if draft.is_refused:
-        question = ask(numbered(draft.num_images), target.turns[0][0])
-        return [(question, refusal(draft.num_images))], []
+        return [(ask(numbered(draft.num_images), target.turns[0][0]), refusal(draft.num_images))], []
     if draft.task.image_type == "pip":
-        return ask_all(target.turns, lambda: CENTRE_PHRASES[draft.rng.integers(len(CENTRE_PHRASES))]), []
+        return [(ask(centre_phrase(draft.rng), question), answer) for question, answer in target.turns], []
     num_asking = recipe.num_asking[draft.num_images] if draft.task.image_type == "collage" else 1
-    may_ask = [
-        position
-        for position, member in drawn.members.items()
-        if position == draft.target or not recipe.uncut[member.index]
-    ]
+    asks = [p for p, member in drawn.members.items() if p == draft.target or not recipe.uncut[member.index]]
     turns, turn_targets = [], []
-    for position in may_ask[:num_asking]:
+    for position in asks[:num_asking]:
         own = drawn.members[position].source.turns
-        turns += ask_all(own, lambda place=position: numbered(place))
+        turns += [(ask(numbered(position), question), answer) for question, answer in own]
         turn_targets += [position + 1] * len(own)
     return turns, turn_targets
 
@@ -130,11 +113,10 @@ def _images(recipe: Recipe, task: Task, drawn: Drawn) -> list[str]:
 
 def _stored(recipe: Recipe, member: Member) -> str:
     """Where a picture of a sequence is found; what other readers would see otherwise is copied as it is seen."""
-    path, picture, files = member.source.path, member.picture, recipe.sources.files
+    path, files = member.source.path, recipe.sources.files
     if not recipe.copies_sequences:
         return path
-    if not picture.is_plain:
-        return recipe.folder.write(path + ".png", encode(picture.pixels, "png"))
-    if recipe.sources.is_embedded(member.index):
-        return recipe.folder.write(path + picture.suffix, picture.data)
-    return recipe.folder.write(path, picture.data, files.path / path if files.kind == "folder" else None)
+    suffix, data = member.picture.file()
+    if not member.picture.is_plain or recipe.sources.is_embedded(member.index):
+        return recipe.folder.write(path + suffix, data)
+    return recipe.folder.write(path, data, files.path / path if files.kind == "folder" else None)

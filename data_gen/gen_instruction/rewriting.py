@@ -1,8 +1,10 @@
 """Texts of prompts: which picture a question is about, said in front of it."""
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from itertools import product
+
+import numpy as np
 
 _NOUNS = ("image", "picture", "photo", "photograph", "scene", "shot")
 _ADJECTIVES = ("inner", "central", "middle", "centre", "smaller", "inset", "embedded")
@@ -21,6 +23,11 @@ def numbered(position: int) -> str:
     return f"In Image{position + 1}"
 
 
+def centre_phrase(rng: np.random.Generator) -> str:
+    """What points at the picture in the centre of another one."""
+    return CENTRE_PHRASES[rng.integers(len(CENTRE_PHRASES))]
+
+
 def ask(where: str, question: str) -> str:
     """The question about the picture that `where` names."""
     return f"{where}, {lower_first(question)}"
@@ -35,11 +42,6 @@ def lower_first(text: str) -> str:
     if word == "I" or sum(letter.isupper() for letter in word) > 1:
         return text
     return text[:1].lower() + text[1:]
-
-
-def ask_all(turns: Iterable[Turn], where: Callable[[], str]) -> list[Turn]:
-    """All turns of a record, every question with its own `where()` in front."""
-    return [(ask(where(), question), answer) for question, answer in turns]
 
 
 def conversation(head: str, turns: Iterable[Turn]) -> list[dict[str, str]]:

@@ -7,7 +7,7 @@ import numpy as np
 
 from data_gen.drops import Unusable
 from data_gen.gen_instruction.formats import FORMATS
-from data_gen.sources import Sources
+from data_gen.sources import Source, Sources
 
 SHARES = {"sequence": 62_461, "collage": 48_974, "pip": 48_975}  # published prompts of each format
 SEQUENCE_SHARES = {2: 34_300, 3: 10_050, 4: 9_950, 5: 8_161}  # published sequences of each number of pictures
@@ -83,16 +83,15 @@ def only_in_sequences(sources: Sources, bbox_filter: str, excluded_subsets: list
         raise ValueError(
             f"--exclude_subsets {' '.join(sorted(unknown))}: no such subset; there are {', '.join(sources.subsets)}"
         )
-    with_box = {"none": False, "all": sources.has_box(), "coco": sources.has_box() & sources.in_subset("coco")}
+    with_box = {"none": False, "all": sources.has_box, "coco": sources.has_box & sources.in_subset("coco")}
     found = np.zeros(len(sources), dtype=bool) | with_box[bbox_filter]
     for subset in excluded_subsets:
         found |= sources.in_subset(subset)
     return found
 
 
-def why_left_out(sources: Sources, index: int, excluded_subsets: list[str]) -> Unusable:
+def why_left_out(source: Source, excluded_subsets: list[str]) -> Unusable:
     """The rule that leaves a record out."""
-    source = sources[index]
     if source.subset in excluded_subsets:
         return Unusable("excluded subset", f"--exclude_subsets has {source.subset}", is_bad=False)
     return Unusable("bounding box", "its numbers are of the original picture (--bbox_filter)", is_bad=False)

@@ -17,19 +17,19 @@ from typing import Any
 
 import numpy as np
 from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 from data_gen.drops import Drop, Unusable
 from data_gen.gen_instruction.arguments import Common, exit_code
 from data_gen.gen_instruction.formats import FORMATS, GRIDS
-from data_gen.gen_instruction.questions import Maker, Tar
-from data_gen.gen_instruction.workers import WorkerKilled, ordered
+from data_gen.gen_instruction.questions import Maker, new_tar
 from data_gen.pictures import PictureFiles, decode, fingerprint
 from data_gen.sources import Sources
 from data_gen.tables import stamp
 from llava.command_line import check_numbers, flag, parse
 from llava.records import name_of, read_json
 from llava.run_folder import finished_run, only_writer
-from llava.runtime import setup_logging, stop, user_errors, write_records, write_run_json, write_text
+from llava.runtime import setup_logging, user_errors, write_records, write_run_json, write_text
 
 logger = logging.getLogger("data_gen.gen_instruction")
 SIZES = {"sequence": (2, 3, 4, 5), "collage": tuple(GRIDS), "pip": (2,)}  # pictures of a prompt
@@ -84,7 +84,7 @@ def make(flags: Flags, identity: dict[str, Any]) -> dict[str, Any]:
     counts = {
         "read": sources.num_read, "usable": len(sources), "made": dict.fromkeys(FORMATS, flags.num_per_format),
         "excluded_pictures": len(forbidden), "excluded_but_unreadable": num_unread,
-        "left_out_for_bounding_boxes": int(sources.has_box().sum()),
+        "left_out_for_bounding_boxes": int(sources.has_box.sum()),
         "dropped": Counter(drop.reason for drop in drops), "bad": sum(drop.is_bad for drop in drops),
     }  # fmt: skip
     write_run_json(flags.output / "run.json", arguments=asdict(flags), identity=identity, counts=counts)
@@ -96,12 +96,7 @@ def exclude(flags: Flags, files: PictureFiles | None) -> tuple[set[bytes], int]:
     if not flags.exclude_training:
         return set(), 0
     wanted = training_pictures(flags.exclude_training, flags.exclude_images, files)
-    try:
-        found = list(
-            tqdm(ordered(_fingerprint, None, wanted, flags.num_workers), total=len(wanted), desc="training set")
-        )
-    except WorkerKilled as error:
-        stop(str(error))
+    found = thread_map(_fingerprint, wanted, max_workers=flags.num_workers, desc="training set")
     return set(found) - {None}, found.count(None)
 
 
@@ -122,7 +117,7 @@ def training_pictures(records: str, images: str, files: PictureFiles | None) -> 
     return [(place, name) for place, name in zip(places, names, strict=True) if place]
 
 
-def _fingerprint(_: None, place: tuple[PictureFiles, str]) -> bytes | None:
+def _fingerprint(place: tuple[PictureFiles, str]) -> bytes | None:
     try:
         return fingerprint(decode(place[0].read(place[1]), place[1]).pixels)
     except Unusable:
@@ -133,7 +128,7 @@ def make_all(flags: Flags, maker: Maker) -> None:
     """Write the JSON and tar files of all formats. Raises ValueError if the sources do not suffice."""
     for image_type in FORMATS:
         records = []
-        with Tar(flags.output / f"test_images_{image_type}.tar") as tar:
+        with new_tar(flags.output / f"test_images_{image_type}.tar") as tar:
             for size, target in tqdm(slots(SIZES[image_type], flags.num_per_format, maker.rng), desc=image_type):
                 record = maker.next_question(f"{image_type}_{len(records):04d}", image_type, size, target, tar)
                 if record is None:

@@ -19,10 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_gen.mix.card import describe, markdown
-from data_gen.mix.hf_export import export_pairs
-from data_gen.mix.hf_import import import_pairs
+from data_gen.mix.card import describe, readable
 from data_gen.mix.merge import Item, Merged, data_digest, merge
+from data_gen.mix.preferences import export_pairs, import_pairs
 from data_gen.mix.published import read_published, refuse_leaks, report
 from data_gen.mix.splitting import OVERLAPS, split
 from llava.checks import DEPTHS
@@ -143,7 +142,7 @@ def _write(flags: MixFlags, merged: Merged, parts: dict[str, list[Item]], card: 
     for name, part in parts.items():
         write_records(flags.output / f"{name}.json", (item.record for item in part))
     write_text(flags.output / "data_card.json", json.dumps(card, indent=2) + "\n")
-    write_text(flags.output / "data_card.md", markdown(card, flags.title))
+    write_text(flags.output / "data_card.md", readable(card, flags.title))
 
 
 def _say(output: Path, card: dict[str, Any]) -> None:

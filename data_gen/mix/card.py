@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jinja2
+
 from data_gen.mix.merge import Item
 
 NOT_STATED = "not stated"
@@ -68,51 +70,10 @@ def _run_json(folder: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def markdown(card: dict[str, Any], title: str) -> str:
-    """The card for readers."""
-    lines = [
-        f"# {title}", "",
-        "Multi-image preference pairs: a true answer (`chosen`) and a wrong one (`rejected`) to a question about one",
-        "of several images. `image` has paths below `images/` or in `images.zip`; `prompt` an `<image>` for each.",
-        "", *_table(["part", "pairs"], card["pairs"].items()),
-    ]  # fmt: skip
-    for part, by_format in card["by_format"].items():
-        lines += [f"## Formats, {part}", "", *_table(["format and pictures", "pairs"], by_format.items())]
-    targets = [(name, _listed(by_target)) for name, by_target in card["by_target"].items()]
-    lines += ["## Position asked about", "", *_table(["format and pictures", "position: pairs"], targets)]
-    lines += ["## Where rejected answers come from", "", *_table(["from", "pairs"], card["by_rejected_from"].items())]
-    if "true_of_another" in card:
-        share = card["true_of_another"]
-        lines += [f"{share['true']} of {share['known']} are true of another image of their prompt.", ""]
-    rows = [(subset, count, card["licences"][subset]) for subset, count in card["by_subset"].items()]
-    lines += ["## Source pictures", "", *_table(["subset", "pairs", "licence"], rows)]
-    if card["without_sources"]:
-        lines += [f"{card['without_sources']} pairs do not list the pictures they were made of; they are told apart as",
-                  "whole pictures only.", ""]  # fmt: skip
-    for selection in card["selection"]:
-        lines += _selected(selection)
-    return "\n".join(lines).rstrip("\n") + "\n"
-
-
-def _selected(selection: dict[str, Any]) -> list[str]:
-    lines = [f"## Selection of {selection['pairs']}", ""]
-    counts = selection.get("counts")
-    if not counts:
-        return [*lines, "No run.json was beside it.", ""]
-    if "model" in selection:
-        lines += [f"Answers of {selection['model']}.", ""]
-    rows = [("kept", counts.get("kept", 0)), *counts.get("dropped", {}).items()]
-    lines += _table(["verdict", "candidates"], rows)
-    if "instructions" in selection:
-        dropped = selection["instructions"].get("dropped") or {}
-        lines += [f"Records dropped when the instructions were made: {_listed(dropped) or 'none'}.", ""]
-    return lines
-
-
-def _listed(counts: dict[str, int]) -> str:
-    return ", ".join(f"{name}: {count}" for name, count in counts.items())
-
-
-def _table(head: Sequence[str], rows) -> list[str]:
-    body = [f"| {' | '.join(map(str, row))} |" for row in rows]
-    return [f"| {' | '.join(head)} |", "|" + " --- |" * len(head), *body, ""]
+def readable(card: dict[str, Any], title: str) -> str:
+    """The card for readers, in Markdown."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"listed": lambda counts: ", ".join(f"{name}: {count}" for name, count in counts.items())}
+    return environment.get_template("data_card.md.j2").render(card, title=title).rstrip("\n") + "\n"

@@ -19,7 +19,6 @@ class Item:
     """A pair with what tells whether it shares a picture with another one."""
 
     record: dict[str, Any]  # as it is written
-    number: int  # of its file
     pictures: frozenset[str]  # content of every picture, and paths of the source pictures
     subset: str  # of the picture that is asked about
     has_sources: bool
@@ -43,7 +42,7 @@ def merge(paths: Sequence[str], folders: Sequence[str], source_folder: str | Non
     sources = PictureFiles(source_folder) if source_folder else None
     merged = Merged([], Names())
     taken, seen = set(), set()
-    for number, (path, folder) in enumerate(zip(paths, folders, strict=True)):
+    for path, folder in zip(paths, folders, strict=True):
         files = opened[folder]
         pairs = read_records(path, _pair)
         contents = look_at(files, [(pair.images, pair.where) for _, pair in pairs])
@@ -57,7 +56,7 @@ def merge(paths: Sequence[str], folders: Sequence[str], source_folder: str | Non
             seen.add(key)
             names = [merged.names.of(name, content, files) for name, content in zip(pair.images, own, strict=True)]
             record = _written(raw, pair, unique(pair.id, taken), names)
-            merged.items.append(_item(record, pair, number, own, beside))
+            merged.items.append(_item(record, pair, own, beside))
     return merged
 
 
@@ -98,12 +97,12 @@ def _source_contents(
 
 
 def _item(
-    record: dict[str, Any], pair: Preference, number: int, own: Sequence[Content], beside: dict[str, Content]
+    record: dict[str, Any], pair: Preference, own: Sequence[Content], beside: dict[str, Content]
 ) -> Item:
     paths = source_paths(pair.extra)
     content = {content.fingerprint for content in own} | {beside[path].fingerprint for path in paths if path in beside}
     pictures = frozenset(content | {f"path {path}" for path in paths})
-    return Item(record, number, pictures, subset_of(pair), bool(paths))
+    return Item(record, pictures, subset_of(pair), bool(paths))
 
 
 def _written(raw: dict[str, Any], pair: Preference, name: str, images: list[str]) -> dict[str, Any]:

@@ -4,11 +4,11 @@ import hashlib
 import os
 import zipfile
 from collections.abc import Container, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 from data_gen.drops import Unusable
 from data_gen.pictures import PictureFiles, decode, fingerprint
@@ -32,11 +32,7 @@ def look_at(files: PictureFiles, wanted: Iterable[tuple[Sequence[str], str]]) ->
     for names, where in wanted:
         for name in names:
             places.setdefault(name, where)
-    with ThreadPoolExecutor() as pool:
-        found = list(
-            tqdm(pool.map(lambda name: _content(files, name), places), total=len(places), desc="pictures",
-                 disable=len(places) < 1000)
-        )  # fmt: skip
+    found = thread_map(lambda name: _content(files, name), places, desc="pictures", disable=len(places) < 1000)
     contents = dict(zip(places, found, strict=True))
     if problems := [f"{places[name]}: {error}" for name, error in contents.items() if isinstance(error, Unusable)]:
         raise DataError(problems)
@@ -98,7 +94,7 @@ class Names:
             target.parent.mkdir(parents=True, exist_ok=True)
             temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
             try:
-                os.link((files.path / there).resolve(), temporary)
-            except OSError:  # an archive, another file system, or one without links
+                os.link(files.file(there).resolve(), temporary)
+            except (AttributeError, OSError):  # an archive, another file system, or one without links
                 temporary.write_bytes(files.read(there))
             temporary.replace(target)

@@ -1,31 +1,20 @@
 """Train and validation pairs that share no source picture."""
 
-from collections import defaultdict
 from collections.abc import Sequence
 
 import numpy as np
+from scipy.cluster.hierarchy import DisjointSet
 
 OVERLAPS = ("error", "drop")
 
 
 def groups(pictures: Sequence[frozenset[str]]) -> list[list[int]]:
     """Numbers of the pairs that are connected by shared pictures, directly or through others."""
-    parent = list(range(len(pictures)))
-
-    def root(number: int) -> int:
-        while parent[number] != number:
-            parent[number] = parent[parent[number]]
-            number = parent[number]
-        return number
-
-    first: dict[str, int] = {}
+    connected, first = DisjointSet(range(len(pictures))), {}
     for number, own in enumerate(pictures):
         for picture in own:
-            parent[root(number)] = root(first.setdefault(picture, number))
-    found = defaultdict(list)
-    for number in range(len(pictures)):
-        found[root(number)].append(number)
-    return list(found.values())
+            connected.merge(number, first.setdefault(picture, number))
+    return [sorted(group) for group in connected.subsets()]
 
 
 def split(

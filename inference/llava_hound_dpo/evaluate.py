@@ -144,12 +144,8 @@ def judged(paths: Sequence[Path], questions: Path | None, scorer: str) -> list[l
 def _differences(answer: Answer, known: Asked) -> list[str]:
     """Where an answer was given to another version of the question."""
     pairs = [("answer", answer.answer, known.answer), ("image_type", answer.image_type, known.image_type)]
-    pairs.append(("target", _counted_from_1(answer.target), _counted_from_1(known.target)))
+    pairs.append(("target", *(t if t is None else t + 1 for t in (answer.target, known.target))))  # from 1, as in files
     return [f"`{name}` is {here!r}, but {known.where} has {there!r}" for name, here, there in pairs if here != there]
-
-
-def _counted_from_1(target: int | None) -> int | None:
-    return None if target is None else target + 1
 
 
 def _asked_of_test_set(path: Path) -> dict[str, Asked]:
@@ -164,25 +160,20 @@ def _asked_of_question(question: Question) -> Asked:
     except ValueError as error:
         raise DataError([f"{question.where}: {error}"]) from error
     cells = question.grid[0] * question.grid[1] if question.grid else 1
-    regions = _num_regions(question.image_type, max(cells, len(question.images)))
-    return Asked(
-        question.id, question.where, question.answer, question.image_type, question.target, regions, choices, others
-    )
+    return _asked(question, question.id, max(cells, len(question.images)), choices, others)
 
 
 def _asked_of_answer(answer: Answer) -> Asked:
-    regions = _num_regions(answer.image_type, max(answer.num_images, len(answer.attention_by_image or ())))
-    return Asked(
-        answer.question_id, answer.where, answer.answer, answer.image_type, answer.target, regions, answer.choices,
-        answer.others,
-    )  # fmt: skip
+    counted = max(answer.num_images, len(answer.attention_by_image or ()))
+    return _asked(answer, answer.question_id, counted, answer.choices, answer.others)
 
 
-def _num_regions(image_type: str, counted: int) -> int | None:
-    """Images or cells a prompt tells apart; None for a collage whose record has no grid (it counts as one image)."""
-    if image_type == "collage" and counted == 1:
-        return None
-    return {"pip": 2, "single": 1}.get(image_type, counted)
+def _asked(record: Question | Answer, id: str, counted: int, *options: tuple[str, ...] | None) -> Asked:
+    """`counted`: images or cells of the record; a collage without its grid counts as one image."""
+    image_type = record.image_type
+    is_unknown = image_type == "collage" and counted == 1
+    regions = None if is_unknown else {"pip": 2, "single": 1}.get(image_type, counted)
+    return Asked(id, record.where, record.answer, image_type, record.target, regions, *options)
 
 
 def _names(paths: Sequence[Path]) -> list[str]:

@@ -23,16 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from inference.llava_hound_dpo.interchange_formats import (
-    COLUMNS,
-    Row,
-    item_of,
-    picture_file,
-    prompt_of,
-    read_rows,
-    read_tsv,
-    region_of,
-)
+from inference.llava_hound_dpo.interchange_formats import COLUMNS, picture_file, read_rows, read_tsv, record_of
 from llava.command_line import command, flag, parse
 from llava.records import Answer, DataError, Question, read_answers, read_questions, refuse_duplicates
 from llava.runtime import setup_logging, user_errors, write_bytes, write_run_json, write_text
@@ -80,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         name, rest = command(argv, ("import", "export"), __doc__)
         (settings,) = parse((Import if name == "import" else Export,), __doc__, rest)
         if name == "export":
-            log.info("%d answers in %s", export(**asdict(settings)), settings.output)
+            log.info("%d answers in %s", export(settings), settings.output)
     if name == "import":
         import_command(settings)
 
@@ -125,73 +116,62 @@ def import_set(settings: Import) -> tuple[list[dict[str, Any]], list[str]]:
     """
     name, source, records, problems, ids = settings.source_name, settings.source, [], [], Counter()
     folder = settings.image_folder or (source if source.is_dir() else source.parent)
-    for number, row in enumerate(read_rows(source, settings.split), 1):
+    for number, (file, place, row) in enumerate(read_rows(source, settings.split), 1):
         try:
-            record = convert(name, row, number, folder, settings.output)
+            record, pictures = record_of(name, row)
+            paths = store(pictures, folder, settings.output / "images", number)
         except ValueError as error:
-            problems.append(f"{row.where}{_label(name, row)}: {error}")
+            columns = COLUMNS[name].index.split("|") if isinstance(row, dict) else ()
+            label = next((f" (id {row[column]})" for column in columns if column in row), "")
+            problems.append(f"{file} record {place + 1}{label}: {error}")
             if settings.strict:
                 raise ValueError(problems[0]) from error
             continue
-        ids[record["id"]] += 1
-        record["id"] += f"#{ids[record['id']]}" if ids[record["id"]] > 1 else ""
-        records.append(record)
+        index = record["id"]
+        ids[index] += 1
+        records.append(record | {
+            "id": index + (f"#{ids[index]}" if ids[index] > 1 else ""),
+            "image": [paths[shown] for shown in record["image"]],
+            "source": name,
+            "source_index": index,
+            "source_row": place,
+            "source_fields": {key: row[key] for key in row if not re.fullmatch(COLUMNS[name].images, key)},
+        })  # fmt: skip
     return records, problems
 
 
-def convert(name: str, row: Row, number: int, folder: Path, output: Path) -> dict[str, Any]:
-    """The test-set record of a row, its pictures stored. Raises ValueError saying what is wrong with it."""
-    item = item_of(name, row.fields)
-    prompt, shown = prompt_of(item)
-    files = [_picture(n, value, folder) for n, value in enumerate(item.images, 1)]
-    paths = [f"{number:06d}_{n}{extension}" for n, (_, extension) in enumerate(files, 1)]
-    for path, (content, _) in zip(paths, files, strict=True):
-        write_bytes(output / "images" / path, content)
-    return {
-        "id": item.index,
-        "image": [paths[n] for n in shown],
-        "prompt": prompt,
-        "answer": item.answer,
-        **({"choices": [option or None for option in item.options]} if item.options else {}),
-        **region_of(prompt, len(shown)),
-        "source": name,
-        "source_index": item.index,
-        "source_row": row.number,
-        "source_fields": {key: row.fields[key] for key in row.fields if not re.fullmatch(COLUMNS[name].images, key)},
-    }
-
-
-def _picture(number: int, value: Any, folder: Path) -> tuple[bytes, str]:
-    try:
-        return picture_file(value, folder)
-    except (ValueError, FileNotFoundError) as error:
-        raise ValueError(f"picture {number}: {error}") from error
-
-
-def _label(name: str, row: Row) -> str:
-    columns = COLUMNS[name].index.split("|") if isinstance(row.fields, dict) else ()
-    return next((f" (id {row.fields[column]})" for column in columns if column in row.fields), "")
+def store(pictures: Sequence[Any], folder: Path, output: Path, number: int) -> list[str]:
+    """File names of the pictures of record `number` in `output`. Raises ValueError, before any of them is written."""
+    files = []
+    for n, value in enumerate(pictures, 1):
+        try:
+            content, extension = picture_file(value, folder)
+        except (ValueError, FileNotFoundError) as error:
+            raise ValueError(f"picture {n}: {error}") from error
+        files.append((f"{number:06d}_{n}{extension}", content))
+    for name, content in files:
+        write_bytes(output / name, content)
+    return [name for name, _ in files]
 
 
 # ---- export
 
 
-def export(
-    to: str, answers: Path, questions: Path, output: Path, original: Path | None = None, task: str | None = None
-) -> int:
-    """Write the answers for the harness `to`, a name in SUFFIXES; returns how many.
+def export(settings: Export) -> int:
+    """Write the answers for a harness; returns how many.
 
     Raises DataError, ValueError, FileNotFoundError; also where a question of the test set has no answer, because the
     harnesses would leave it out of the denominator.
     """
-    if original and to != "vlmevalkit":
+    is_table, due, suffix = settings.to == "vlmevalkit", SUFFIXES[settings.to], settings.output.suffix
+    if settings.original and not is_table:
         raise ValueError("--original is for VLMEvalKit: lmms-eval's log needs none")
-    if output.suffix != SUFFIXES[to]:
-        raise ValueError(f"--output: {to} reads {SUFFIXES[to]} of ours, not {output.suffix or 'a file without suffix'}")
-    if to == "lmms_eval" and not task:
+    if suffix != due:
+        raise ValueError(f"--output: {settings.to} reads {due} of ours, not {suffix or 'a file without suffix'}")
+    if not is_table and not settings.task:
         raise ValueError("--task is missing: the log says which lmms-eval task it answers (blink_art_style)")
-    given = _matched(answers, questions)
-    write_text(output, _table(given, original) if to == "vlmevalkit" else _log(given, task))
+    given = _matched(settings.answers, settings.questions)
+    write_text(settings.output, _table(given, settings.original) if is_table else _log(given, settings.task))
     return len(given)
 
 
@@ -203,11 +183,8 @@ def _matched(answers: Path, questions: Path) -> Given:
     problems = [f"{q.where}: no answer in {answers}" for q in asked if q.id not in given]
     known = {question.id for question in asked}
     problems += [f"{a.where}: the question {id} is not in {questions}" for id, a in given.items() if id not in known]
-    problems += [
-        f"{q.where}: no `source_index`; export is for test sets that `import` made"
-        for q in asked
-        if "source_index" not in q.extra
-    ]
+    cure = "no `source_index`; export is for test sets that `import` made"
+    problems += [f"{question.where}: {cure}" for question in asked if "source_index" not in question.extra]
     if problems:
         more = f" (and {len(problems) - 1} more problems)" if len(problems) > 1 else ""
         raise ValueError(problems[0] + more) from DataError(problems)
@@ -267,17 +244,13 @@ def _log(given: Given, task: str) -> str:
         raise ValueError(
             "--questions holds several subsets, each a task of lmms-eval: import and export them one by one"
         )
-    logs = [
-        {"doc_id": question.extra["source_row"], "target": _target(question), "resps": [[answer.text]]}
-        for question, answer in given
-    ]
+    logs = []
+    for question, answer in given:
+        fields = question.extra.get("source_fields", {})
+        target = next((str(fields[name]) for name in TARGETS if name in fields), question.answer)
+        logs.append({"doc_id": question.extra["source_row"], "target": target, "resps": [[answer.text]]})
     args = {"model": "attention-aware-dpo", "model_args": "", "limit": None}
     return json.dumps({"args": args, "model_configs": {"task": task}, "logs": logs}, ensure_ascii=False) + "\n"
-
-
-def _target(question: Question) -> str:
-    fields = question.extra.get("source_fields", {})
-    return next((str(fields[name]) for name in TARGETS if name in fields), question.answer)
 
 
 if __name__ == "__main__":

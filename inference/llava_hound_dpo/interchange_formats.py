@@ -12,7 +12,7 @@ import base64
 import binascii
 import io
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,8 @@ from PIL import Image, UnidentifiedImageError
 
 from llava import tables
 from llava.asked import TARGET
+from llava.choices import same_text, true_choice
 from llava.records import IMAGE, PLACEHOLDER_OF_MIA_DPO
-from llava.scorers import normalise, true_choice
 
 SUFFIXES = (".parquet", ".arrow", ".jsonl", ".json", ".tsv")
 DESCRIPTIONS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}  # not data
@@ -43,32 +43,19 @@ MIRB_INSTRUCTIONS = {
 }
 
 
-@dataclass(frozen=True)
-class Row:
-    """A row as it stands in the file, pictures undecoded."""
-
-    file: Path
-    number: int  # from 0, through all files of the split: lmms-eval's doc_id
-    fields: Any  # an object, or the ValueError that says why it cannot be read
-
-    @property
-    def where(self) -> str:
-        """How messages name it."""
-        return f"{self.file} record {self.number + 1}"
-
-
 # ---- rows
 
 
-def read_rows(source: Path, split: str | None = None) -> Iterator[Row]:
-    """Rows of a file, of a folder of files, or of a folder made by `save_to_disk`, in order of path.
+def read_rows(source: Path, split: str | None = None) -> Iterator[tuple[Path, int, Any]]:
+    """(file, number, row) of a file, a folder of files, or a folder made by `save_to_disk`, in order of path.
 
-    `split` chooses among several ("val", "Art_Style/val"). Raises FileNotFoundError, DataError, ValueError.
+    The number counts from 0 through all files of a split, as lmms-eval's doc_id. A row's pictures are undecoded; one
+    that cannot be read is the ValueError that says why. `split` chooses among several ("val", "Art_Style/val").
+    Raises FileNotFoundError, DataError, ValueError.
     """
     for files in _splits(source, split).values():
-        rows = ((file, fields) for file in files for fields in _fields(file))
-        for number, (file, fields) in enumerate(rows):
-            yield Row(file, number, fields)
+        rows = ((path, row) for path in files for row in _rows(path))
+        yield from ((path, number, row) for number, (path, row) in enumerate(rows))
 
 
 def _splits(source: Path, split: str | None) -> dict[str, list[Path]]:
@@ -95,11 +82,10 @@ def _data(folder: Path) -> list[Path]:
     return saved + [path for path in files if path.is_file() and not any(own in path.parents for own in saved)]
 
 
-def _fields(path: Path) -> Iterator[Any]:
-    """Every row of a file. Raises ValueError where the file is damaged."""
+def _rows(path: Path) -> Iterable[Any]:
     if path.is_file() and path.suffix not in SUFFIXES:
         raise ValueError(f"{path}: a data file ends in {', '.join(SUFFIXES)}")
-    return iter(read_tsv(path)) if path.suffix == ".tsv" else tables.read_rows(path)
+    return read_tsv(path) if path.suffix == ".tsv" else tables.read_rows(path)
 
 
 def read_tsv(path: Path) -> list[dict[str, Any] | ValueError]:
@@ -188,19 +174,11 @@ COLUMNS = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Item:
-    """A row, understood: the question with the data set's own placeholders, and what is shown and asked."""
+def record_of(source: str, row: dict[str, Any]) -> tuple[dict[str, Any], tuple[Any, ...]]:
+    """The test-set record of a row of `source`, a name in COLUMNS, and the row's pictures, which `image` numbers.
 
-    index: str
-    question: str
-    images: tuple[Any, ...]
-    answer: str  # a letter where there are options
-    options: tuple[str, ...]  # "" where the row has none for a letter
-
-
-def item_of(source: str, row: dict[str, Any]) -> Item:
-    """Read a row of the data set `source`, a name in COLUMNS. Raises ValueError saying what is wrong with it."""
+    Raises ValueError saying what is wrong with the row.
+    """
     if isinstance(row, ValueError):  # of the table's reader
         raise row
     if not isinstance(row, dict):
@@ -215,7 +193,10 @@ def item_of(source: str, row: dict[str, Any]) -> Item:
     if options:
         answer = letter_of(answer, options)
         question += "" if columns.is_complete else f"\n{CLOSING}"
-    return Item(index, question, images, answer, options)
+    prompt, shown = prompt_of(question, len(images))
+    choices = {"choices": [option or None for option in options]} if options else {}
+    record = {"id": index, "image": shown, "prompt": prompt, "answer": answer, **choices}
+    return record | region_of(prompt, len(shown)), images
 
 
 def _plain(row: dict, columns: Columns) -> tuple[str, str, tuple[str, ...]]:
@@ -257,7 +238,7 @@ def _conversation(row: dict, columns: Columns) -> tuple[str, str, tuple[str, ...
         row = row | {name: _text(turn, "value") for name, turn in zip(("question", "answer"), turns, strict=True)}
     question, answer = _text(row, columns.question), _text(row, columns.answer)
     options = listed_options(question) if row.get("question_type") == "multi-choice" else ()
-    if options and not re.fullmatch(r"\W*[A-Za-z]\W*", answer) and _same(answer, options) is None:
+    if options and not re.fullmatch(r"\W*[A-Za-z]\W*", answer) and len(same_text(answer, options)) != 1:
         options = ()  # what the question lists with letters is not what it asks for
     return question, answer, options
 
@@ -283,22 +264,16 @@ def letter_of(answer: str, options: Sequence[str]) -> str:
     Raises ValueError where the answer is neither the letter nor the text of one option.
     """
     lone = re.fullmatch(r"\W*([A-Za-z])\W*", answer)
-    number = ord(lone[1].upper()) - ord("A") if lone else len(options)
+    number, same = ord(lone[1].upper()) - ord("A") if lone else len(options), same_text(answer, options)
     if number >= len(options) or not options[number]:
-        number = _same(answer, options)
-    if number is None:
-        raise ValueError(
-            f"the answer {answer!r} is neither a letter from A to {_letter(len(options) - 1)} nor the text of an option"
-        )
+        if len(same) != 1:
+            limit = f"a letter from A to {_letter(len(options) - 1)}"
+            raise ValueError(f"the answer {answer!r} is neither {limit} nor the text of an option")
+        number = same[0]
     for text in (_letter(number), options[number]):  # the letter, unless it is read as another option's text
         if true_choice(text, options) == number:
             return text
     raise ValueError(f"the answer {answer!r} cannot be told from the options {', '.join(options)}")
-
-
-def _same(answer: str, options: Sequence[str]) -> int | None:
-    same = [number for number, option in enumerate(options) if normalise(option) == normalise(answer)]
-    return same[0] if len(same) == 1 else None
 
 
 def _without_labels(options: tuple[str, ...]) -> tuple[str, ...]:
@@ -315,22 +290,22 @@ def _letter(number: int) -> str:
 # ---- the prompt
 
 
-def prompt_of(item: Item) -> tuple[str, list[int]]:
+def prompt_of(question: str, num_images: int) -> tuple[str, list[int]]:
     """The prompt with one `<image>` where each picture is shown, and the pictures (from 0) in that order.
 
     Pictures that the question gives no place stand before it, a line each. Raises ValueError where it shows some of
     them only, or others.
     """
-    places = [match[1] for match in PLACEHOLDER.finditer(item.question)]
+    places = [match[1] for match in PLACEHOLDER.finditer(question)]
     if not places:
-        return f"{IMAGE}\n" * len(item.images) + item.question, list(range(len(item.images)))
+        return f"{IMAGE}\n" * num_images + question, list(range(num_images))
     if None in places and any(places):
         raise ValueError("some image placeholders have a number and some have none")
     shown = list(range(len(places))) if None in places else [int(place) - 1 for place in places]
-    if set(shown) != set(range(len(item.images))):
+    if set(shown) != set(range(num_images)):
         numbers = "" if None in places else f" (numbers {', '.join(places)})"
-        raise ValueError(f"{len(places)} image placeholders{numbers} for {len(item.images)} pictures")
-    return PLACEHOLDER.sub(IMAGE, item.question), shown
+        raise ValueError(f"{len(places)} image placeholders{numbers} for {num_images} pictures")
+    return PLACEHOLDER.sub(IMAGE, question), shown
 
 
 def region_of(prompt: str, num_images: int) -> dict[str, Any]:

@@ -82,16 +82,16 @@ def messages_of(task: Task, store: ImageStore | None, reminder: str = "") -> lis
     texts[-1] += after
     content = [{"type": "text", "text": texts[0]}]
     for name, text in zip(task.images, texts[1:], strict=True):
-        content.append({"type": "image_url", "image_url": {"url": _data_url(store, name)}})
+        file = io.BytesIO()  # the picture at its own size; as PNG it would be several times as long
+        store.open(name).save(file, "JPEG", quality=95, subsampling=0)
+        content.append({"type": "image_url", "image_url": {"url": data_url(file.getvalue(), "jpeg")}})
         content += [{"type": "text", "text": text}] if text else []
     return [{"role": "user", "content": content}]
 
 
-def _data_url(store: ImageStore, name: str) -> str:
-    """The picture at its own size; as JPEG, since PNG would be several times as long."""
-    file = io.BytesIO()
-    store.open(name).save(file, "JPEG", quality=95, subsampling=0)
-    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode("ascii")
+def data_url(content: bytes, kind: str) -> str:
+    """A picture's file as a URL that holds it."""
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"
 
 
 def parse_grades(reply: str) -> Grades | None:

@@ -1,6 +1,5 @@
 """One self-contained HTML page of the scores: tables, plots and sample prompts, nothing loaded from elsewhere."""
 
-import base64
 import io
 import logging
 import re
@@ -13,17 +12,15 @@ from typing import Any
 import jinja2
 import numpy as np
 from markupsafe import Markup, escape
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from inference.llava_hound_dpo.llm_judge import RUBRICS, WITHOUT
-from inference.llava_hound_dpo.summary import Row, confusion, groupings
+from inference.llava_hound_dpo.llm_judge import RUBRICS, WITHOUT, data_url
+from inference.llava_hound_dpo.summary import Row, groupings, is_confused
 from llava.heatmap import draw_prompt
 from llava.image import ImageStore
 from llava.records import FORMATS, IMAGE, Answer, Question
 from llava.regions import needs_sizes, target_box
-from llava.scorers import WRONG
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +64,7 @@ def report(
         scores=scores,
         models=models,
         grades=_grades(models),
-        charts=[(chart, _accuracy_plot(models, chart.groups)) for chart in groupings(scores["answers"])],
+        charts=[(chart, _accuracy_plot(models, chart["groups"])) for chart in groupings(scores["answers"])],
         samples=_samples(models, questions, store, num_samples) if questions and store else None,
     )
 
@@ -137,11 +134,17 @@ def _grades(models: Sequence[Model]) -> dict[str, Any] | None:
 
 
 def _accuracy_plot(models: Sequence[Model], groups: dict[str, list[dict]]) -> dict[str, Any]:
+    """The plot as `url`, with its `width` on the page in px."""
     figure = Figure(figsize=(min(7.0, 1.2 + 0.75 * max(3, len(groups))), 2.7), layout="constrained")
     axis = figure.subplots()
     for number, model in enumerate(models):
-        shift = 0.5 * ((number + 0.5) / len(models) - 0.5)
-        _dots(axis, model, [own[number] for own in groups.values()], shift)
+        own = [group[number] for group in groups.values()]
+        values, lows, highs = (100 * np.array([group[name] for group in own]) for name in ("accuracy", "low", "high"))
+        axis.errorbar(
+            np.arange(len(own)) + 0.5 * ((number + 0.5) / len(models) - 0.5), values, fmt=model.marker,
+            yerr=np.stack([values - lows, highs - values]).clip(min=0), color=model.colour, markersize=5.5,
+            capsize=2.5, elinewidth=1.4, clip_on=False, zorder=3,
+        )  # fmt: skip
     for place, (first, *_) in enumerate(groups.values()):
         if first["chance"] is not None:
             axis.hlines(100 * first["chance"], place - 0.4, place + 0.4, "#555555", "dashed", linewidth=1.2, zorder=2)
@@ -149,31 +152,12 @@ def _accuracy_plot(models: Sequence[Model], groups: dict[str, list[dict]]) -> di
     axis.set(xlim=(-0.6, len(groups) - 0.4), ylim=(0, 100), ylabel="accuracy (%)")
     axis.set_xticks(range(len(groups)), labels)
     axis.grid(axis="y", color="#e4e4e4", linewidth=0.8)
-    return _plot(figure)
-
-
-def _dots(axis: Axes, model: Model, groups: Sequence[dict], shift: float) -> None:
-    values, lows, highs = (100 * np.array([group[name] for group in groups]) for name in ("accuracy", "low", "high"))
-    axis.errorbar(
-        np.arange(len(groups)) + shift, values, yerr=np.stack([values - lows, highs - values]).clip(min=0),
-        fmt=model.marker, color=model.colour, markersize=5.5, capsize=2.5, elinewidth=1.4, clip_on=False, zorder=3,
-    )  # fmt: skip
-
-
-def _plot(figure: Figure) -> dict[str, Any]:
-    """The drawn figure as `url`, with its `width` on the page in px."""
-    for axis in figure.axes:
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.tick_params(labelsize=8.5)
-        axis.xaxis.label.set_size(9)
-        axis.yaxis.label.set_size(9)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.tick_params(labelsize=8.5)
+    axis.yaxis.label.set_size(9)
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=CSS_DPI * DENSITY, metadata={"Software": None})
-    return {"url": _data_url(file.getvalue(), "png"), "width": round(figure.get_figwidth() * CSS_DPI)}
-
-
-def _data_url(content: bytes, kind: str) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"
+    return {"url": data_url(file.getvalue(), "png"), "width": round(figure.get_figwidth() * CSS_DPI)}
 
 
 # ---- sample prompts
@@ -197,7 +181,7 @@ def choose(rows: Sequence[Sequence[Row]], num_samples: int) -> list[int]:
     Questions that a file has no answer to come last. The same rows give the same choice, in order of outcome
     (confusions, then disagreements, first) and format.
     """
-    kinds = [(*_last_resorts(own), _outcome(own), _format(own)) for own in zip(*rows, strict=True)]
+    kinds = [_kind(own) for own in zip(*rows, strict=True)]
     waiting: dict[tuple, list[int]] = {}
     for place, kind in enumerate(kinds):
         waiting.setdefault(kind, []).append(place)
@@ -218,24 +202,13 @@ def choose(rows: Sequence[Sequence[Row]], num_samples: int) -> list[int]:
     return sorted(chosen, key=lambda place: (kinds[place][2:], place))
 
 
-def _last_resorts(own: Sequence[Row]) -> tuple[bool, bool]:
-    return any(row.given is None for row in own), not any(_map_of(row.given) for row in own)
-
-
-def _outcome(own: Sequence[Row]) -> tuple[bool, bool, bool, bool]:
-    """Sorts confusions before others, then disagreements of the first two files, then what the first has wrong."""
+def _kind(own: Sequence[Row]) -> tuple[bool, bool, tuple[bool, ...], int]:
+    """Unanswered, without a map, outcome, format. Of outcomes, confusions come first, then disagreements of the first
+    two files, then what the first has wrong."""
     first, second = own[0].is_right, own[min(1, len(own) - 1)].is_right
-    return not any(map(is_confused, own)), first == second, first, second
-
-
-def _format(own: Sequence[Row]) -> int:
-    return FORMATS.index(own[0].asked.image_type)
-
-
-def is_confused(row: Row) -> bool:
-    """Whether the answer is wrong and true of another image."""
-    found = confusion([row]) if row.result.verdict == WRONG else None
-    return bool(found and found["true_of_another"])
+    outcome = not any(map(is_confused, own)), first == second, first, second
+    is_unanswered, has_no_map = any(row.given is None for row in own), not any(_map_of(row.given) for row in own)
+    return is_unanswered, has_no_map, outcome, FORMATS.index(own[0].asked.image_type)
 
 
 def _map_of(given: Answer | None) -> Any:
@@ -265,16 +238,11 @@ def _answered(
     model: Model, row: Row, question: Question, pictures: Sequence[Image.Image], box: Sequence[float] | None
 ) -> dict[str, Any]:
     """One model's answer; `map` is its attention drawn on the pictures, `problem` why its map could not be."""
-    maps, problem = _map_of(row.given), None
-    if maps and pictures:
+    drawn = problem = None
+    if pictures and (maps := _map_of(row.given)):
         problem = _bad_map(maps, [picture.size for picture in pictures])
-    return {
-        "model": model,
-        "row": row,
-        "is_confused": is_confused(row),
-        "map": _drawn(pictures, maps, question, box) if maps and pictures and not problem else None,
-        "problem": problem,
-    }
+        drawn = None if problem else _drawn(pictures, maps, question, box)
+    return {"model": model, "row": row, "is_confused": is_confused(row), "map": drawn, "problem": problem}
 
 
 def _drawn(
@@ -284,7 +252,7 @@ def _drawn(
     height = max(1, min(PICTURE_HEIGHT, int(PICTURE_WIDTH / widths)))
     file = io.BytesIO()
     draw_prompt(pictures, maps, question.target, box, height).save(file, "jpeg", quality=85)
-    return _data_url(file.getvalue(), "jpeg")
+    return data_url(file.getvalue(), "jpeg")
 
 
 def _bad_map(maps: Any, sizes: Sequence[tuple[int, int]]) -> str | None:

@@ -7,19 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from llava.choices import NUM_LETTERS, parse_choice
 from llava.records import FORMATS, Answer
-from llava.scorers import (
-    MISSING,
-    NUM_LETTERS,
-    RIGHT,
-    UNPARSED,
-    WRONG,
-    Result,
-    exact,
-    parse_choice,
-    resolve,
-    score,
-)
+from llava.scorers import MISSING, RIGHT, UNPARSED, WRONG, Result, exact, resolve, score
 from llava.statistics import auc, mcnemar, paired_difference, score_interval
 
 DEALS = 30  # answers to other questions that are tried on each wrong answered one, for the chance of confusion
@@ -67,16 +57,15 @@ def judge(asked: Asked, given: Answer | None, scorer: str) -> Row:
 
 def summarize(rows: Sequence[Row]) -> dict[str, Any]:
     """All numbers of one answers file, as scores.json holds them."""
+
+    def of(*image_types: str) -> list[Row]:
+        return [row for row in rows if row.asked.image_type in image_types]
+
     return {
         "overall": group(rows),
         "by_format": by(rows, lambda row: row.asked.image_type, FORMATS),
-        "by_num_images": by([row for row in rows if _counted(row)], lambda row: row.asked.num_regions or "unknown"),
-        "by_position": {
-            image_type: by(
-                [row for row in rows if row.asked.image_type == image_type], lambda row: f"Image{row.asked.target + 1}"
-            )
-            for image_type in ("sequence", "collage")
-        },
+        "by_num_images": by(of("sequence", "collage", "multi"), lambda row: row.asked.num_regions or "unknown"),
+        "by_position": {t: by(of(t), lambda row: f"Image{row.asked.target + 1}") for t in ("sequence", "collage")},
         "scorers": dict(Counter(row.scorer for row in rows)),
         "confusion": confusion(rows),
         "looked_answered": looked_answered(rows),
@@ -84,46 +73,32 @@ def summarize(rows: Sequence[Row]) -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True)
-class Grouping:
-    """One way to group the questions of a test set, and what several answers files score so."""
+def groupings(files: Mapping[str, dict]) -> list[dict[str, Any]]:
+    """Ways to group the questions, which all files share: by format, number of images and position.
 
-    title: str
-    label: str  # of a row of a table, with {} for the group's name
-    groups: dict[str, list[dict]]  # by name, `group` of each file
-
-
-def groupings(files: Mapping[str, dict]) -> list[Grouping]:
-    """By format, number of images and position; all files have the same questions."""
+    Each has a `title`, the `label` of a row of a table ({} for the group's name), and `group` of each file by name.
+    """
     every = list(files.values())
     found = [
         ("format", "{}", [file["by_format"] for file in every]),
         ("number of images or cells", "{} images or cells", [file["by_num_images"] for file in every]),
     ]
-    for image_type in every[0]["by_position"]:
-        groups = [file["by_position"][image_type] for file in every]
-        found.append((f"position of the target, {image_type}", f"{image_type}, {{}}", groups))
+    for t in every[0]["by_position"]:
+        found.append((f"position of the target, {t}", f"{t}, {{}}", [file["by_position"][t] for file in every]))
     return [
-        Grouping(title, label, {name: [own[name] for own in groups] for name in groups[0]})
+        {"title": title, "label": label, "groups": {name: [own[name] for own in groups] for name in groups[0]}}
         for title, label, groups in found
         if groups[0]
     ]
 
 
-def _counted(row: Row) -> bool:
-    return row.asked.image_type in ("sequence", "collage", "multi")
-
-
 def by(rows: Sequence[Row], key: Callable[[Row], Any], order: Sequence[str] = ()) -> dict[str, dict]:
     """`group` of the rows of each key, in the given order, else sorted with numbers as numbers."""
-    keys = {key(row) for row in rows}
-    found = [k for k in order if k in keys] if order else sorted(keys, key=_number)
-    return {str(k): group([row for row in rows if key(row) == k]) for k in found}
-
-
-def _number(key: Any) -> tuple[int, str]:
-    digits = "".join(c for c in str(key) if c.isdigit())
-    return (int(digits) if digits else 10**9, str(key))
+    keyed: dict[str, list[Row]] = {}
+    for row in rows:
+        keyed.setdefault(str(key(row)), []).append(row)
+    found = [k for k in order if k in keyed] if order else sorted(keyed, key=lambda k: (len(k), k))
+    return {k: group(keyed[k]) for k in found}
 
 
 def group(rows: Sequence[Row]) -> dict[str, Any]:
@@ -174,7 +149,7 @@ def confusion(rows: Sequence[Row], seed: int = 0) -> dict[str, Any] | None:
     if not known:
         return None
     wrong = [row for row in known if row.result.verdict == WRONG]
-    confused = sum(_true_elsewhere(row, row.given.text) for row in wrong)
+    confused = sum(map(is_confused, wrong))
     return {
         "questions": len(known),
         "wrong": len(wrong),
@@ -183,6 +158,11 @@ def confusion(rows: Sequence[Row], seed: int = 0) -> dict[str, Any] | None:
         "of_wrong": confused / len(wrong) if wrong else None,
         "chance": _chance_of_confusion(wrong, np.random.default_rng(seed)),
     }
+
+
+def is_confused(row: Row) -> bool:
+    """Whether the answer is wrong and true of another image."""
+    return row.result.verdict == WRONG and row.asked.others is not None and _true_elsewhere(row, row.given.text)
 
 
 def _true_elsewhere(row: Row, text: str) -> bool:

@@ -7,6 +7,7 @@ tuned.json (the settings chosen, for --config of run_adaptive, with what they we
 Letters: N questions.
 """
 
+import itertools
 import json
 import logging
 import random
@@ -132,10 +133,7 @@ def report(own: TuneSettings, job: Job, base: AdaptViz, variants: list[Variant],
     """Choose, write tuned.json and table.md; gives the table. Raises ValueError where a question cannot be scored."""
     grid = scored(own.scorer, job.questions, variants, answers)
     validation = split(len(answers), own.share, own.split_seed)
-    others = [scope for scope in own.scopes if scope != base.scope]
-    defaults = [base, *(replace(base, scope=scope, bands=DEFAULTS[scope]) for scope in others)]
-    pairs = [(scope, rule) for scope in own.scopes for rule in own.rules]
-    rows = rows_of(grid.part(validation), grid.part(~validation), defaults, pairs)
+    rows = rows_of(grid.part(validation), grid.part(~validation), base, own.scopes, own.rules)
     tuned = [row for row in rows if row[0].startswith("AdaptViz")]
     name, settings, on_validation, on_test = max(tuned, key=lambda row: row[2]["mean_of_formats"])
     chosen_on = [question.id for question, is_in in zip(job.questions, validation, strict=True) if is_in]
@@ -156,12 +154,17 @@ def report(own: TuneSettings, job: Job, base: AdaptViz, variants: list[Variant],
 
 def scored(scorer: str, questions: Sequence[Question], variants: Sequence[Variant], answers: Sequence[dict]) -> "Grid":
     """The grid of scores. Raises ValueError where a question cannot be scored."""
-    scores = np.array(
-        [[_score(scorer, q, text) for text in a["texts"]] for q, a in zip(questions, answers, strict=True)]
-    )
+    scores = []
+    for question, answer in zip(questions, answers, strict=True):
+        try:
+            choices = texts(question.extra, "choices") or ()
+            name = resolve(scorer, choices)
+            scores.append([score(name, text, question.answer, choices).score for text in answer["texts"]])
+        except ValueError as error:
+            raise ValueError(f"{question.where}: {error}") from error
     image_types = np.array([question.image_type for question in questions])
     confidence = np.array([answer["confidence"] for answer in answers])
-    return Grid(image_types, confidence, dict(zip(variants, scores.T, strict=True)))
+    return Grid(image_types, confidence, dict(zip(variants, np.array(scores).T, strict=True)))
 
 
 def split(count: int, share: float, seed: int) -> np.ndarray:
@@ -172,14 +175,6 @@ def split(count: int, share: float, seed: int) -> np.ndarray:
     validation = np.zeros(count, dtype=bool)
     validation[random.Random(seed).sample(range(count), chosen)] = True
     return validation
-
-
-def _score(scorer: str, question: Question, text: str) -> float:
-    choices = texts(question.extra, "choices") or ()
-    try:
-        return score(resolve(scorer, choices), text, question.answer, choices).score
-    except ValueError as error:
-        raise ValueError(f"{question.where}: {error}") from error
 
 
 # ---- arithmetic on a grid of answers
@@ -257,12 +252,11 @@ def compare(grid: Grid, scores: np.ndarray) -> dict[str, Any]:
     difference, low, high = paired_difference(grid.plain, scores)
     fixed, broken = int((scores > grid.plain).sum()), int((scores < grid.plain).sum())
     formats = [name for name in FORMATS if name in set(grid.image_types)]
-    accuracy_low, accuracy_high = score_interval(scores.tolist())
+    ends = score_interval(scores.tolist())
     return {
         "questions": len(scores),
         "accuracy": float(scores.mean()),
-        "accuracy_low": accuracy_low,
-        "accuracy_high": accuracy_high,
+        **dict(zip(("accuracy_low", "accuracy_high"), ends, strict=True)),
         "mean_of_formats": float(grid.weights @ scores),
         "relative_gain": float(grid.weights @ scores / max(grid.weights @ grid.plain, 1e-9) - 1),
         "by_format": {name: float(scores[grid.image_types == name].mean()) for name in formats},
@@ -279,19 +273,19 @@ def markdown(rows: Sequence[tuple[str, AdaptViz, dict[str, Any]]]) -> str:
     """Table of (name, settings, `compare`) rows."""
     formats = list(rows[0][2]["by_format"])
     head = ["", "settings", "accuracy %", "mean of multi-image formats", *formats, "difference to plain", "fixed"]
-    lines = [[name, describe(settings.bands), *_cells(row)] for name, settings, row in rows]
+    lines = []
+    for name, settings, row in rows:
+        percent = {name: 100 * value for name, value in row.items() if isinstance(value, float)}
+        lines.append([
+            name,
+            describe(settings.bands),
+            "{accuracy:.1f} [{accuracy_low:.1f}, {accuracy_high:.1f}]".format_map(percent),
+            "{mean_of_formats:.1f} ({relative_gain:+.1f} %)".format_map(percent),
+            *(f"{100 * value:.1f}" for value in row["by_format"].values()),
+            "{difference:+.1f} [{low:+.1f}, {high:+.1f}]".format_map(percent),
+            *(f"{100 * row[name] / row['questions']:.1f} %" for name in ("fixed", "broken")),
+        ])  # fmt: skip
     return table([*head, "broken"], lines, left=2) + "\n"
-
-
-def _cells(row: dict[str, Any]) -> list[str]:
-    percent = {name: 100 * value for name, value in row.items() if isinstance(value, float)}
-    return [
-        "{accuracy:.1f} [{accuracy_low:.1f}, {accuracy_high:.1f}]".format_map(percent),
-        "{mean_of_formats:.1f} ({relative_gain:+.1f} %)".format_map(percent),
-        *(f"{100 * value:.1f}" for value in row["by_format"].values()),
-        "{difference:+.1f} [{low:+.1f}, {high:+.1f}]".format_map(percent),
-        *(f"{100 * row[name] / row['questions']:.1f} %" for name in ("fixed", "broken")),
-    ]
 
 
 def describe(bands: Bands) -> str:
@@ -308,23 +302,22 @@ def describe(bands: Bands) -> str:
 
 
 def rows_of(
-    validation: Grid, test: Grid, defaults: Sequence[AdaptViz], pairs: Sequence[tuple[str, str]]
+    validation: Grid, test: Grid, base: AdaptViz, scopes: Sequence[str], rules: Sequence[str]
 ) -> list[tuple[str, AdaptViz, dict[str, Any], dict[str, Any]]]:
     """(name, settings, on validation, on test) of everything that is compared.
 
-    `defaults`: settings that are not tuned; the first, if it has a target, is also pointed at another image on purpose.
-    `pairs`: scope and rule of what is tuned.
+    `base` is not tuned; if it has a target, it is also pointed at another image on purpose.
     """
-    base = defaults[0]
     found = [("plain", AdaptViz(bands=Bands.fixed(1.0)), None)]
-    found += [(f"default {settings.scope}", settings, None) for settings in defaults]
+    for scope in sorted(scopes, key=lambda scope: scope != base.scope):
+        found.append((f"default {scope}", replace(base, scope=scope, bands=DEFAULTS[scope]), None))
     if base.scope != "all":
         found.append((f"default {base.scope}, at another image", base, ANOTHER))
-    if ("all", "multiply") in pairs:
+    if "all" in scopes and "multiply" in rules:
         bands = best_fixed(validation, "all", "multiply"), best_bands(validation, "all", "multiply", most_bands=2)
         for name, own in zip(("ScalingVis", "AdaptVis"), bands, strict=True):
             found.append((f"{name}, tuned", replace(base, scope="all", bands=own), None))
-    for scope, rule in pairs:
+    for scope, rule in itertools.product(scopes, rules):
         settings = replace(base, scope=scope, rule=rule, bands=best_bands(validation, scope, rule))
         found.append((f"AdaptViz {scope} {rule}, tuned", settings, None))
     return [

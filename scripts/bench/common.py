@@ -1,30 +1,25 @@
-"""What the benchmarks share: flags, models by size, made-up pairs, interleaved timing, and the tables of results."""
+"""What is measured and how: models by size, made-up pairs, timing in turn, and where the results go."""
 
 import copy
-import gc
 import json
 import os
 import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from transformers import LlavaForConditionalGeneration
 
-from llava import markdown
-from llava.command_line import check_numbers, flag, parse
-from llava.families import Family
 from llava.families.llava15 import Llava15
 from llava.image import ImageStore
 from llava.records import read_preferences
-from llava.runtime import git_commit, short_commit, user_errors, versions
+from llava.runtime import git_commit, short_commit, versions
 from scripts.miniature.model import build_config, build_processor
 from scripts.miniature.world import ATTRIBUTES
 from train.llava_hound_dpo.arguments import ModelArguments
@@ -35,29 +30,11 @@ RESULTS = Path("output/bench/RESULTS.md")  # from where what is to stay is copie
 SIDE, PATCH = 336, 14  # of LLaVA-1.5: real images of 576 tokens
 SIZES = {  # language model: hidden, layers, heads, feed-forward; vision tower: hidden, layers, heads
     "tiny": ((64, 4, 2, 128), (64, 2, 1)),
-    "small": ((256, 8, 8, 688), (128, 3, 2)),
     "shallow": ((256, 4, 8, 688), (128, 2, 2)),
     "7b": ((4096, 32, 32, 11008), (1024, 24, 16)),
 }
 LORA_SHARE = 128 / 4096  # rank over hidden size, as of the launch script at 7B
 WORDS = [word for values in ATTRIBUTES.values() for word in values]  # one token each
-
-
-@dataclass(kw_only=True)
-class Flags:
-    """The flags of every benchmark."""
-
-    size: str = flag("of the random model; 7b needs a GPU", "small", choices=list(SIZES))
-    repeats: int = flag("counted runs of each, in turn", 5)
-
-    def __post_init__(self):
-        check_numbers(self, repeats=(1, None))
-
-
-def flags_of(kind: type[Flags], description: str | None) -> Any:
-    """One of `kind`, from the command line; ends in one line if that is wrong."""
-    with user_errors():
-        return parse((kind,), description)[0]
 
 
 def build_family(size: str) -> Llava15:
@@ -99,20 +76,18 @@ class Shape:
     chosen: int = 75
     rejected: int = 60
     count: int = 1
-    side: tuple[int, int] = (SIDE, SIDE)  # (width, height) of the stored pictures, px
-    suffix: str = ".png"
 
 
-def build_pairs(folder: Path, shape: Shape, family: Family) -> PairDataset:
+def build_pairs(folder: Path, shape: Shape, family: Llava15) -> PairDataset:
     """Sequence pairs about their last image, written below `folder`; the same ones every time."""
     rng = np.random.default_rng(shape.images)
     folder.mkdir(parents=True, exist_ok=True)
     raw = []
     for number in range(shape.count):
-        names = [f"{number}_{image}{shape.suffix}" for image in range(shape.images)]
+        names = [f"{number}_{image}.png" for image in range(shape.images)]
         for name in names:
-            noise = rng.integers(0, 256, (shape.side[1] // 8, shape.side[0] // 8, 3), dtype=np.uint8)
-            Image.fromarray(noise).resize(shape.side, Image.Resampling.BICUBIC).save(folder / name)
+            noise = rng.integers(0, 256, (family.side // 8, family.side // 8, 3), dtype=np.uint8)
+            Image.fromarray(noise).resize((family.side, family.side), Image.Resampling.BICUBIC).save(folder / name)
         lines = "".join(f"Image{image + 1}:<image>\n" for image in range(shape.images))
         answers = {
             name: " ".join(rng.choice(WORDS, length - 1))  # and the end token
@@ -128,7 +103,7 @@ def build_pairs(folder: Path, shape: Shape, family: Family) -> PairDataset:
     return PairDataset(pairs, store, family)
 
 
-def add_lora(model, family: Family, rank: int | None = None):
+def add_lora(model, family: Llava15, rank: int | None = None):
     """The policy, its adapter off its zero start so that policy and reference differ, checkpointing on."""
     rank = rank or max(1, round(LORA_SHARE * model.config.text_config.hidden_size))
     arguments = ModelArguments("", lora_r=rank, lora_alpha=2 * rank)
@@ -142,15 +117,14 @@ def add_lora(model, family: Family, rank: int | None = None):
     return policy
 
 
-def alternate(runs: dict[str, Callable[[int], object]], repeats: int, warm_up: int = 1) -> dict[str, list[float]]:
-    """Seconds of every run in every repeat, the runs in turn (A B C, A B C, ...) after `warm_up` of each."""
+def alternate(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of every run in every repeat, the runs in turn: A B C, A B C, ..."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for repeat in range(-warm_up, repeats):
+    for _ in range(repeats):
         for name, run in runs.items():
             start = clock()
-            run(max(repeat, 0))
-            if repeat >= 0:
-                seconds[name].append(clock() - start)
+            run()
+            seconds[name].append(clock() - start)
     return seconds
 
 
@@ -161,34 +135,20 @@ def clock() -> float:
     return time.perf_counter()
 
 
-def release() -> None:
-    """Give back what dropped models held; trainers are cycles, which only the collector finds."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
 def ratio(first: Sequence[float], second: Sequence[float]) -> str:
     """Median, lowest and highest of first / second, pair by pair."""
     pairs = [a / b for a, b in zip(first, second, strict=True)]
     return f"{statistics.median(pairs):.2f} ({min(pairs):.2f} to {max(pairs):.2f})"
 
 
-def table(columns: Sequence[str]) -> list[str]:
-    """Head of a table, numbers to the right."""
-    return markdown.table(columns, ()).split("\n")
-
-
-def record(title: str, bench: str, own: Flags, lines: Sequence[str]) -> None:
-    """Print a result and append it to the results, with the command, date, machine, commit and versions."""
-    words = [f"--{name} {' '.join(map(str, v)) if isinstance(v, list) else v}" for name, v in asdict(own).items()]
+def record(title: str, command: str, table: str) -> None:
+    """Print a table and append it to the results, with the command, date, machine, commit and versions."""
     found = versions()
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU {platform.machine()}"
     kept = ", ".join(f"{name} {found[name]}" for name in ("python", "torch", "transformers"))
     threads = f"{torch.get_num_threads()} threads of {os.cpu_count()} cores"
     where = f"{date.today()}, {machine}, {threads}, commit {short_commit(git_commit())}, {kept}"
-    command = f"`python -m scripts.bench.{bench} {' '.join(words)}`  "
-    text = "\n".join([f"## {title}", "", command, where, "", *lines, ""])
+    text = f"## {title}\n\n`{command}`  \n{where}\n\n{table}\n"
     print(text)
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     with RESULTS.open("a", encoding="utf-8") as file:

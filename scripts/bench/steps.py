@@ -31,7 +31,7 @@ class Step:
     def __init__(self, policy, attention: str):
         self.policy, self.attention = policy, attention
 
-    def __call__(self, repeat: int = 0) -> Tensor:
+    def __call__(self) -> Tensor:
         self.policy.zero_grad()
         self.policy.train()
         self.policy.get_base_model().set_attn_implementation({"text_config": self.attention})
@@ -87,13 +87,14 @@ class PlainDPOTrainer(AttentionAwareDPOTrainer):
         return PREFERENCE_LOSSES[self.settings.loss_type](z, self.settings.beta, 0.0).mean()
 
 
-def build_trainer(policy, pairs: PairDataset, folder: Path, kind=AttentionAwareDPOTrainer, **arguments):
-    """Our trainer, or a `kind` of it; `arguments` are of `TrainArguments`."""
+def build_trainer(policy, pairs: PairDataset, folder: Path, kind: type[AttentionAwareDPOTrainer]):
+    """Our trainer, or a `kind` of it."""
     base = policy.get_base_model()
     install(base)
-    settings = {"bf16": torch.cuda.is_available(), "report_to": [], "save_strategy": "no", "disable_tqdm": True}
-    settings |= {"gradient_checkpointing": True, "per_device_train_batch_size": 1, **arguments}
-    args = TrainArguments(output_dir=str(folder), **settings)
+    args = TrainArguments(
+        output_dir=str(folder), bf16=torch.cuda.is_available(), report_to=[], disable_tqdm=True,
+        gradient_checkpointing=True, per_device_train_batch_size=1,
+    )  # fmt: skip
     batches = make_plan(
         [shape_of(pair, with_rejected=True).tokens for pair in pairs.pairs], args.per_device_train_batch_size,
         args.gradient_accumulation_steps, args.world_size, args.seed, args.num_train_epochs, args.max_steps,

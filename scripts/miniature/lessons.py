@@ -37,6 +37,11 @@ class Batch:
         before[:, -1] = False
         return before
 
+    @property
+    def inputs(self) -> dict[str, torch.Tensor]:
+        """What the model takes, to give the logits of `before` alone."""
+        return {"input_ids": self.input_ids, "pixel_values": self.pixel_values, "logits_to_keep": self.before}
+
 
 def patch_batch(
     rng: np.random.Generator, processor: LlavaProcessor, split: str, image_types: list[str]
@@ -53,13 +58,9 @@ def patch_batch(
 
 
 def conversation_batch(
-    rng: np.random.Generator,
-    processor: LlavaProcessor,
-    image_type: str,
-    num_scenes: int | None,
-    size: int,
+    rng: np.random.Generator, processor: LlavaProcessor, image_type: str, num_scenes: int | None, size: int,
     num_questions: int,
-) -> Batch:
+) -> Batch:  # fmt: skip
     """Conversations about train scenes, all of the same number of scenes."""
     texts, pictures, targets = [], [], []
     for _ in range(size):

@@ -4,17 +4,7 @@ import json
 from collections.abc import Iterable
 
 import torch
-from tokenizers import (
-    AddedToken,
-    Regex,
-    Tokenizer,
-    decoders,
-    models,
-    normalizers,
-    pre_tokenizers,
-    processors,
-    trainers,
-)
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
@@ -35,31 +25,25 @@ PATCH_SIDE = 12
 TEXT_WIDTH, VISION_WIDTH = 128, 96
 MAX_POSITIONS = 2048
 PROJECTOR_SCALE = 0.1  # of its last layer: image tokens start at the scale of word embeddings, or routing is slow
-OPENAI_MEAN, OPENAI_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 
 
 def build_processor(side: int = SIDE, patch: int = PATCH_SIDE) -> LlavaProcessor:
     """Tokenizer and image processor, as those of llava-1.5-7b-hf but for the sizes and the vocabulary."""
     image_processor = CLIPImageProcessorPil(
-        size={"shortest_edge": side},
-        crop_size={"height": side, "width": side},
-        image_mean=OPENAI_MEAN,
-        image_std=OPENAI_STD,
+        size={"shortest_edge": side}, crop_size={"height": side, "width": side}
     )
     return LlavaProcessor(
-        image_processor=image_processor,
-        tokenizer=build_tokenizer(),
-        patch_size=patch,
-        num_additional_image_tokens=1,
+        image_processor=image_processor, tokenizer=build_tokenizer(), patch_size=patch, num_additional_image_tokens=1,
         vision_feature_select_strategy="default",
-    )
+    )  # fmt: skip
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """A byte-fallback BPE with LLaMA's rules and a word a token for the world's own text; any text encodes."""
     specials = ["<unk>", "<s>", "</s>"]
     pieces, merges = _learn_merges(world_text())
-    vocabulary = {piece: index for index, piece in enumerate(specials + _byte_tokens() + pieces)}
+    words = [*specials, *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
+    vocabulary = {word: index for index, word in enumerate(words)}
     tokenizer = Tokenizer(
         models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
     )
@@ -72,16 +56,10 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
     tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in [*specials, "<image>"]])
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        unk_token="<unk>",
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="<unk>",
-        padding_side="right",
-        model_max_length=MAX_POSITIONS,
-        clean_up_tokenization_spaces=False,
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<unk>",
+        padding_side="right", model_max_length=MAX_POSITIONS, clean_up_tokenization_spaces=False,
         extra_special_tokens={"image_token": "<image>"},
-    )
+    )  # fmt: skip
 
 
 def world_text() -> list[str]:
@@ -139,10 +117,6 @@ def _special_ids(processor: LlavaProcessor) -> dict[str, int]:
 
 def _llama_normalizer() -> normalizers.Normalizer:
     return normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-
-
-def _byte_tokens() -> list[str]:
-    return [f"<0x{byte:02X}>" for byte in range(256)]
 
 
 def _learn_merges(text: Iterable[str]) -> tuple[list[str], list[tuple[str, str]]]:

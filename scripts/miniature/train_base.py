@@ -72,7 +72,9 @@ def main() -> None:
     for number, stage in enumerate((vision, reading, routing)):
         torch.manual_seed(1000 * flags.seed + number)  # of the stage's head
         steps[stage.__name__] = stage(model, processor, rng)
-    save(model, processor, flags.output)
+    model.half().save_pretrained(flags.output)  # a normal Hugging Face checkpoint
+    processor.save_pretrained(flags.output)
+    model.float()  # from now on, what was saved
     found = score_base(model.eval(), processor, flags.num_test)
     scores = json.dumps(found | {"steps": steps, "seed": flags.seed}, indent=1)
     write_text(flags.output / "base_scores.json", scores + "\n")
@@ -150,6 +152,7 @@ def routing(model: LlavaForConditionalGeneration, processor: LlavaProcessor, rng
     recipe = RECIPE["routing"]
     head = nn.Linear(TEXT_WIDTH, max(recipe["scenes"]))
     names, shares = list(recipe["mix"]), list(recipe["mix"].values())
+    held_out = [sample_prompt(np.random.default_rng(n), "validation", "sequence", 3) for n in range(recipe["prompts"])]
 
     def lesson() -> tuple[Tensor, dict[str, str]]:
         kind, num_scenes = str(rng.choice(names, p=shares)), int(rng.choice(recipe["scenes"]))
@@ -161,8 +164,7 @@ def routing(model: LlavaForConditionalGeneration, processor: LlavaProcessor, rng
         return loss, {"kind": kind, "accuracy": f"{accuracy:.2f}"}
 
     def is_over(step: int) -> bool:
-        due = step % recipe["check_every"] == 0
-        return due and validation_accuracy(model, processor, "sequence", 3, recipe["prompts"]) >= recipe["wanted"]
+        return step % recipe["check_every"] == 0 and accuracy(model, processor, held_out) >= recipe["wanted"]
 
     return run("routing", recipe, [*behind_the_tower(model), *head.parameters()], lesson, is_over)
 
@@ -177,13 +179,7 @@ def answer_loss(
     model: LlavaForConditionalGeneration, batch: Batch, layer: int | None = None
 ) -> tuple[Tensor, float, Tensor | None]:
     """Loss of the answers, share of right words, and, if asked for, (batch, tokens, hidden) states entering a layer."""
-    out = model(
-        input_ids=batch.input_ids,
-        pixel_values=batch.pixel_values,
-        logits_to_keep=batch.before,
-        use_cache=False,
-        output_hidden_states=layer is not None,
-    )
+    out = model(**batch.inputs, use_cache=False, output_hidden_states=layer is not None)
     logits, truth = out.logits.flatten(0, -2), batch.input_ids[batch.answers]
     right = (logits.argmax(-1) == truth)[::2].float().mean().item()  # every second one is the end token
     return F.cross_entropy(logits, truth), right, None if layer is None else out.hidden_states[layer]
@@ -202,13 +198,6 @@ def naming_loss(head: nn.Linear, states: Tensor, batch: Batch) -> Tensor:
     return owners + F.cross_entropy(head(states[rows[:, 0], rows[:, 1]]), batch.targets.flatten())
 
 
-def save(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder: Path) -> None:
-    """A normal Hugging Face checkpoint in half precision; the model in memory becomes what was saved."""
-    model.half().save_pretrained(folder)
-    processor.save_pretrained(folder)
-    model.float()
-
-
 def score_base(model: LlavaForConditionalGeneration, processor: LlavaProcessor, num_test: int) -> dict:
     """Accuracy in % on `num_test` test prompts of every format."""
     scores = {}
@@ -220,39 +209,18 @@ def score_base(model: LlavaForConditionalGeneration, processor: LlavaProcessor, 
     return scores
 
 
-def validation_accuracy(
-    model: LlavaForConditionalGeneration, processor: LlavaProcessor, image_type: str, num_scenes: int | None, count: int
-) -> float:
-    """Of `count` validation prompts of a format, in %; always the same ones."""
-    prompts = [sample_prompt(np.random.default_rng(n), "validation", image_type, num_scenes) for n in range(count)]
-    return accuracy(model, processor, prompts)
-
-
 def accuracy(model: LlavaForConditionalGeneration, processor: LlavaProcessor, prompts: list[Prompt]) -> float:
-    """Share of right answers in %."""
-    words = answer(model, processor, prompts)
-    right = [prompt.answer == word for prompt, word in zip(prompts, words, strict=True)]
-    return round(100 * float(np.mean(right)), 1)
-
-
-def answer(model: LlavaForConditionalGeneration, processor: LlavaProcessor, prompts: list[Prompt]) -> list[str]:
-    """Greedy one-word answers; an answer that would go on after its first token counts as none.
-
-    The end token is asked for behind the true answer, which is the same for every answer that is right.
-    """
-    words = []
+    """Share in % of prompts whose greedy answer is the true word and then the end token."""
+    right = []
     for start in range(0, len(prompts), SCORED_AT_ONCE):
         part = prompts[start : start + SCORED_AT_ONCE]
         texts = [vicuna_v1([(prompt.text, prompt.answer)]) for prompt in part]
         batch = encode(processor, texts, [picture for prompt in part for picture in prompt.pictures()])
-        inputs = {"input_ids": batch.input_ids, "pixel_values": batch.pixel_values}
         with torch.inference_mode():
-            logits = model(**inputs, logits_to_keep=batch.before).logits
-        first, second = logits.flatten(0, -2).argmax(-1).view(-1, 2).unbind(-1)
-        ended = second == processor.tokenizer.eos_token_id
-        decoded = [processor.tokenizer.decode([token]).strip() for token in first.tolist()]
-        words += [word if end else "" for word, end in zip(decoded, ended.tolist(), strict=True)]
-    return words
+            logits = model(**batch.inputs).logits
+        found, truth = logits.flatten(0, -2).argmax(-1), batch.input_ids[batch.answers]
+        right += (found == truth).view(-1, 2).all(-1).tolist()
+    return round(100 * float(np.mean(right)), 1)
 
 
 if __name__ == "__main__":

@@ -17,11 +17,11 @@ from pathlib import Path
 from llava.checkpoints import open_checkpoint
 from llava.command_line import check_numbers, flag, parse
 from llava.run_folder import only_writer
-from llava.runtime import git_commit, setup_logging, short_commit, stop, user_errors
+from llava.runtime import git_commit, setup_logging, short_commit, user_errors
 from scripts.study.config import located, read_config
 from scripts.study.report import SEVERAL, write_report
 from scripts.study.results import collect
-from scripts.study.running import Runner, UnitFailed, commits, progress, refuse_others
+from scripts.study.running import Runner, commits, progress, refuse_others
 from scripts.study.units import Unit, plan
 
 logger = logging.getLogger("scripts.study")
@@ -53,9 +53,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         units = plan(config, open_checkpoint(located(config.base)).digest)
         if not flags.report_only:
             check(output, units)
-    if not flags.report_only:
-        run(flags, output, units)
-    with user_errors():
+            with only_writer(output / "study") as lock:
+                Runner(output, flags.jobs, shlex.split(flags.launcher), lock).run(units)
         logger.info("%s\n%s", write_report(collect(config, output, units), output), output / "results.md")
 
 
@@ -67,15 +66,6 @@ def check(output: Path, units: Sequence[Unit]) -> None:
     if others:
         logger.warning("finished units are of other code (%s). %s", ", ".join(map(short_commit, others)), SEVERAL)
     logger.info("%s", progress(output, units))
-
-
-def run(flags: StudyFlags, output: Path, units: Sequence[Unit]) -> None:
-    """Everything that is missing; ends the process where a unit fails."""
-    with user_errors(), only_writer(output / "study") as lock:
-        try:
-            Runner(output, flags.jobs, shlex.split(flags.launcher), lock).run(units)
-        except UnitFailed as error:
-            stop(f"{error}. Start the same command again to go on.")
 
 
 if __name__ == "__main__":

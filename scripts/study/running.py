@@ -23,8 +23,8 @@ logger = logging.getLogger("scripts.study")
 BEGUN, FINISHED, LOG = "unit.json", "finished.json", "log.txt"
 
 
-class UnitFailed(Exception):
-    """A command of a unit ended with an error; the message says which and where its log is."""
+class UnitFailed(ValueError):
+    """A command of a unit ended with an error; the message says which, where its log is, and how to go on."""
 
 
 def finished(output: Path, name: str) -> dict[str, Any] | None:
@@ -72,7 +72,8 @@ class Runner:
             running: dict[Future, Unit] = {}
             try:
                 while waiting or running:
-                    ready = [unit for unit in waiting if self._is_ready(unit)][: self.jobs - len(running)]
+                    made = [unit for unit in waiting if all(finished(self.output, name) for name in unit.inputs)]
+                    ready = made[: self.jobs - len(running)]
                     assert ready or running, f"the plan lacks inputs of {waiting[0].name}"
                     waiting = [unit for unit in waiting if unit not in ready]
                     running |= {pool.submit(self._run, unit): unit for unit in ready}
@@ -83,9 +84,6 @@ class Runner:
                 for child in list(self._children):
                     child.terminate()
                 raise
-
-    def _is_ready(self, unit: Unit) -> bool:
-        return all(finished(self.output, name) for name in unit.inputs)
 
     def _run(self, unit: Unit) -> None:
         folder, start = self.output / unit.name, time.monotonic()
@@ -110,7 +108,8 @@ class Runner:
             code = child.wait()
             self._children.discard(child)
         if code:
-            raise UnitFailed(f"{log.parent}: {Path(words[0]).name} ended with {code}: {_complaint(log)} (more: {log})")
+            ended = f"{log.parent}: {Path(words[0]).name} ended with {code}: {_complaint(log)} (more: {log})"
+            raise UnitFailed(f"{ended}. Start the same command again to go on.")
 
 
 def _complaint(log: Path) -> str:

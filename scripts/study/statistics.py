@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-LEVEL = 0.95
-SAMPLES = 10_000
+from llava.statistics import LEVEL, SAMPLES
+
 DRAWS_AT_ONCE = 500  # counts of every question held in memory at a time
 
 

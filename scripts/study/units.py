@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from scripts.study.config import ROOT, TUNE, Arm, Config, as_words, located
+from scripts.study.config import ROOT, TUNE, Arm, Config, Data, as_words, located
 
 TRAIN = "train/llava_hound_dpo/train_dpo_multi_hpc_a100.sh"
 ANSWER = "inference/llava_hound_dpo/my_inference_hpc.sh"
@@ -74,50 +74,36 @@ def _prepared(config: Config) -> Iterable[Unit]:
 
 def _of_arm(config: Config, arm: Arm) -> Iterable[Unit]:
     for seed in arm.seeds:
+        model, trained = config.base, ()
         if arm.data:
-            yield _train(config, arm, seed)
-        yield _answer(config, arm, seed, PLAIN)
-        for way in arm.adaptviz:
-            if TUNE in config.adaptviz[way] and seed == arm.seeds[0]:
-                yield _tune(config, arm, way)
-            yield _answer(config, arm, seed, way)
+            trained = (train_name(arm, seed),)
+            model = f"{{output}}/{trained[0]}/adapter"
+            yield _unit(trained[0], (TRAIN,), {
+                "model_name_or_path": config.base, "data_path": arm.data.file, "image_folder": arm.data.images,
+                "output_dir": "{own}/adapter", "report_to": "none", **config.training, **arm.flags, "seed": seed,
+            })  # fmt: skip
+        for way in (PLAIN, *arm.adaptviz):
+            yield from _answers(config, arm, seed, way, model, trained)
 
 
-def _train(config: Config, arm: Arm, seed: int) -> Unit:
-    flags = {
-        "model_name_or_path": config.base, "data_path": arm.data.file, "image_folder": arm.data.images,
-        "output_dir": "{own}/adapter", "report_to": "none", **config.training, **arm.flags, "seed": seed,
-    }  # fmt: skip
-    return _unit(train_name(arm, seed), (TRAIN,), flags)
+def _answers(
+    config: Config, arm: Arm, seed: int, way: str, model: str, trained: tuple[str, ...]
+) -> Iterable[Unit]:
+    """The test questions answered in one way; before, if the way is tuned, its settings, chosen with the first seed."""
 
+    def asking(data: Data, **flags: Any) -> dict[str, Any]:
+        asked = {"model_name_or_path": model, "data_path": data.file, "image_folder": data.images}
+        return {**asked, **config.answering, **flags}
 
-def _answer(config: Config, arm: Arm, seed: int, way: str) -> Unit:
-    flags, inputs = _asking(config, arm, seed, config.test.file, config.test.images)
-    flags["output"] = "{own}/answers.jsonl"
-    if way == PLAIN:
-        return _unit(answer_name(arm, seed, way), (ANSWER,), flags, inputs)
-    own = dict(config.adaptviz[way])
-    if own.pop(TUNE, None) is not None:
-        own["config"], inputs = f"{{output}}/{_tune_name(arm, way)}/tuned.json", (*inputs, _tune_name(arm, way))
-    return _unit(answer_name(arm, seed, way), (STEER,), {**flags, **own}, inputs)
-
-
-def _tune(config: Config, arm: Arm, way: str) -> Unit:
-    """AdaptViz's settings for the arm, chosen with its first seed."""
-    flags, inputs = _asking(config, arm, arm.seeds[0], config.validation.file, config.validation.images)
-    flags |= {"output": "{own}", **config.adaptviz[way][TUNE]}
-    return _unit(_tune_name(arm, way), (JOB, *TUNER), flags, inputs)
-
-
-def _tune_name(arm: Arm, way: str) -> str:
-    return f"tune/{arm.name}/{way}"
-
-
-def _asking(config: Config, arm: Arm, seed: int, file: str, images: str) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Flags of a stage that asks an arm's model, and the units that the model needs."""
-    model = f"{{output}}/{train_name(arm, seed)}/adapter" if arm.data else config.base
-    flags = {"model_name_or_path": model, "data_path": file, "image_folder": images, **config.answering}
-    return flags, (train_name(arm, seed),) if arm.data else ()
+    own = {} if way == PLAIN else dict(config.adaptviz[way])
+    tuning, inputs = own.pop(TUNE, None), trained
+    if tuning is not None:
+        tuned = f"tune/{arm.name}/{way}"
+        if seed == arm.seeds[0]:
+            yield _unit(tuned, (JOB, *TUNER), asking(config.validation, output="{own}", **tuning), trained)
+        own["config"], inputs = f"{{output}}/{tuned}/tuned.json", (*trained, tuned)
+    flags = asking(config.test, output="{own}/answers.jsonl", **own)
+    yield _unit(answer_name(arm, seed, way), (ANSWER if way == PLAIN else STEER,), flags, inputs)
 
 
 def _digest(identity: Mapping[str, Any]) -> str:

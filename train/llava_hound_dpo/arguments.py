@@ -53,15 +53,6 @@ RETIRED = {
     "attention_schedule": f"decay of λ: {NO_GAIN}",
 }
 
-# What others call our flags.
-SYNONYMS = {
-    "lora_rank": "lora_r", "rank": "lora_r", "attention_lambda": "attention_weight", "lambda": "attention_weight",
-    "alpha": "dpo_alpha", "tau": "attention_threshold", "attention_tau": "attention_threshold",
-    "layers": "attention_layers", "heads": "attention_heads", "lr": "learning_rate", "epochs": "num_train_epochs",
-    "batch_size": "per_device_train_batch_size", "model": "model_name_or_path", "data": "data_path",
-    "images": "image_folder", "output": "output_dir",
-}  # fmt: skip
-
 
 @dataclass
 class ModelArguments:
@@ -139,6 +130,11 @@ class DataArguments:
     )  # fmt: skip
     model_max_length: int = flag("Tokens of prompt and longer answer, images included.", 4096)
     overlong: str = flag("Pairs above model_max_length: stop, or list and drop.", "error", choices=["error", "drop"])
+    bad_records: str = flag(
+        "Records that cannot be used: stop and say the first, or list and drop them all.", "error",
+        choices=["error", "drop"],
+    )  # fmt: skip
+    leave_out: str | None = flag("Ids of records to leave out, as scripts.doctor --fix_list writes them.", None)
     check_images: str = flag(
         "Before training: decode every picture, read its header, or only see that it is there.", "full",
         choices=["full", "header", "exists"],
@@ -266,4 +262,4 @@ def parse(argv: Sequence[str] | None = None) -> tuple[ModelArguments, DataArgume
     """The four groups of flags. Raises ValueError with a nearest name for an unknown flag."""
     groups = (ModelArguments, DataArguments, LossArguments, TrainArguments)
     usage = "run_dpo --model_name_or_path MODEL --data_path PAIRS --image_folder IMAGES --output_dir OUTPUT ..."
-    return command_line.parse(groups, "Attention-aware DPO and SFT of LLaVA-1.5.", argv, RETIRED, SYNONYMS, usage)
+    return command_line.parse(groups, "Attention-aware DPO and SFT of LLaVA-1.5.", argv, RETIRED, usage)

@@ -2,8 +2,9 @@
 
 import logging
 import random
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +12,11 @@ import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from llava.asked import FORMATS
+from llava.checks import check_pictures
 from llava.families import Family
 from llava.image import ImageStore
-from llava.records import FORMATS, DataError, Preference
+from llava.records import DataError, Preference, parse_preference, parse_records, read_json
 from llava.regions import target_weights
 from llava.runtime import is_main_process
 from train.llava_hound_dpo.packing import EncodedPair, PackedRow, pack
@@ -42,20 +45,88 @@ class Pair:
         return self.prompt_tokens + max(map(len, (self.chosen, *self.rejected)))
 
 
+@dataclass(frozen=True)
+class PairReader:
+    """How pairs are read: which are left out unseen, and whether bad ones stop the run or are dropped and listed."""
+
+    family: Family
+    store: ImageStore
+    max_length: int = 4096
+    overlong: str = "error"
+    bad_records: str = "error"  # or "drop"
+    check_images: str = "full"
+    leave_out: frozenset[str] = frozenset()
+
+    def read(self, path: str) -> tuple[list[Pair], list[str]]:
+        """(pairs of a file, a line for each that was dropped). Raises DataError, FileNotFoundError."""
+        records, problems = parse_records(path, parse_preference, self.leave_out)
+        if problems and self.bad_records == "error":
+            raise DataError(problems)
+        pairs, refused = _tokenized(records, self.family, self.store)
+        refused += _everywhere(self._bad_pictures, pairs, self.bad_records == "drop")
+        if refused and self.bad_records == "error":
+            raise DataError(refused)
+        bad = named_by(refused, {pair.record.where for pair in pairs})
+        problems += refused
+        for problem in problems:
+            logger.info("dropped: %s", problem)
+        pairs = [pair for pair in pairs if pair.record.where not in bad]
+        if not pairs:
+            raise DataError(problems or [f"{path}: the file holds no record"])
+        fitting, long = within_length(pairs, self.max_length, self.overlong)
+        return fitting, [*problems, *(f"{p.record.where}: {p.num_tokens} tokens, too long" for p in long)]
+
+    def _bad_pictures(self, pairs: Sequence[Pair]) -> list[str]:
+        try:
+            check_pictures([pair.record for pair in pairs], self.store, self.family, self.check_images)
+        except DataError as error:
+            return error.problems
+        return []
+
+
+def read_leave_out(path: str | None) -> frozenset[str]:
+    """Names of records, as `scripts.doctor --fix_list` writes them. Raises DataError, FileNotFoundError."""
+    names = read_json(path) if path else []
+    if not all(isinstance(name, str) for name in names):
+        raise DataError([f"{path}: a list of record ids is due, as `python -m scripts.doctor --fix_list` writes it"])
+    return frozenset(names)
+
+
+def named_by(problems: Sequence[str], names: set[str]) -> set[str]:
+    """Those of the records' names that lines of problems begin with."""
+    starts = {problem[: colon.start()] for problem in problems for colon in re.finditer(": ", problem)}
+    return starts & names
+
+
+def _everywhere(check: Callable[[Sequence[Pair]], list[str]], pairs: Sequence[Pair], is_shared: bool) -> list[str]:
+    """What a check of the first process finds; the others hear of it, or are ended with it by the launcher."""
+    found = [check(pairs) if is_main_process() else []]
+    if is_shared and torch.distributed.is_initialized():
+        torch.distributed.broadcast_object_list(found)
+    return found[0]
+
+
 def tokenize(records: Sequence[Preference], family: Family, store: ImageStore | None) -> list[Pair]:
     """Token ids of every record. Raises DataError listing all records that cannot be tokenised as a pair.
 
     `store` is read for the sizes of pictures where a family's image tokens depend on them, else never.
     """
+    pairs, problems = _tokenized(records, family, store)
+    if problems:
+        raise DataError(problems)
+    return pairs
+
+
+def _tokenized(
+    records: Sequence[Preference], family: Family, store: ImageStore | None
+) -> tuple[list[Pair], list[str]]:
     pairs, problems = [], []
     for record in tqdm(records, desc="tokenising", disable=not is_main_process() or len(records) < 1000 or None):
         try:
             pairs.append(tokenize_one(record, family, store))
         except (OSError, ValueError) as error:
             problems.append(f"{record.where}: {error}")
-    if problems:
-        raise DataError(problems)
-    return pairs
+    return pairs, problems
 
 
 def tokenize_one(record: Preference, family: Family, store: ImageStore | None) -> Pair:
@@ -98,11 +169,13 @@ def split(pairs: Sequence[Pair], share: float, seed: int) -> tuple[list[Pair], l
 
 
 def describe(pairs: Sequence[Pair]) -> dict[str, Any]:
-    """Counts for run.json and the plan: pairs by format and number of images, token lengths."""
+    """Counts for run.json and the plan: pairs by format, how many of these were derived, by images, token lengths."""
     lengths = sorted(pair.num_tokens for pair in pairs)
     return {
         "pairs": len(pairs),
         "by_format": dict(Counter(pair.record.image_type for pair in pairs)),
+        "derived_formats": sum(pair.record.is_derived for pair in pairs),
+        "several_rejected": sum(len(pair.rejected) > 1 for pair in pairs),
         "by_images": dict(sorted(Counter(len(pair.record.images) for pair in pairs).items())),
         "tokens": {"min": lengths[0], "median": lengths[len(lengths) // 2], "max": lengths[-1]},
     }

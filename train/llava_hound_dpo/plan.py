@@ -44,7 +44,8 @@ class Inputs:
     heads: Heads | None  # of these layers; None: all
     train: list[Pair]
     evaluation: list[Pair]
-    dropped: list[Pair]
+    dropped: list[str]  # a line each
+    leave_out: frozenset[str]  # names of records that were not looked at
     batches: BatchPlan  # of the training pairs
     reference: ReferenceCache | None = None  # None: computed at every step, or not needed
 
@@ -113,8 +114,10 @@ def _what(model: ModelArguments, loss: LossArguments, args: TrainArguments, inpu
     lengths, split = counts["tokens"], (len(inputs.train), len(inputs.evaluation), len(inputs.dropped))
     return {
         "trained": model.trained,
-        "pairs": "{:,} to train on, {:,} held out, {:,} dropped as too long".format(*split),
-        "formats": _counts(counts["by_format"]),
+        "pairs": "{:,} to train on, {:,} held out, {:,} dropped".format(*split)
+        + (f", {len(inputs.leave_out):,} named by --leave_out" if inputs.leave_out else "")
+        + (f"; {counts['several_rejected']:,} with several rejected answers" if counts["several_rejected"] else ""),
+        "formats": f"{_counts(counts['by_format'])} ({counts['derived_formats']:,} derived from prompts)",
         "images": f"{_counts(counts['by_images'])} (images: pairs), {_per_image(inputs.train)} tokens each",
         "tokens/pair": f"{lengths['min']:,} to {lengths['max']:,}, median {lengths['median']:,} (longer answer)",
         "loss": f"{loss.dpo_alpha:g} x (dpo + {weight}) + {loss.gamma:g} x (sft + {weight})",

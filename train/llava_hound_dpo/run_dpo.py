@@ -17,11 +17,8 @@ from transformers import Trainer, get_scheduler, set_seed
 from llava import runtime
 from llava.attention import layer_range
 from llava.checkpoints import PEFT_ADAPTER, Checkpoint, open_checkpoint
-from llava.checks import check_pictures
-from llava.families import Family
 from llava.heads import Heads, select_heads
 from llava.image import ImageStore
-from llava.records import read_preferences
 from llava.run_folder import only_writer
 from llava.weights import first_line
 from train.llava_hound_dpo.arguments import DataArguments, LossArguments, ModelArguments, TrainArguments, parse
@@ -34,7 +31,7 @@ from train.llava_hound_dpo.checkpoints import (
     whole_or_nothing,
 )
 from train.llava_hound_dpo.costs import Zero
-from train.llava_hound_dpo.data import Pair, describe, split, tokenize, within_length
+from train.llava_hound_dpo.data import Pair, PairReader, describe, read_leave_out, split
 from train.llava_hound_dpo.model import make_trainable, parameter_table, quantisation, refuse_quantised
 from train.llava_hound_dpo.outcome import check_place
 from train.llava_hound_dpo.plan import Inputs, plan, shape_of, world_size
@@ -152,20 +149,22 @@ def read_inputs(model: ModelArguments, data: DataArguments, loss: LossArguments,
     adapter = open_adapter(checkpoint, model, Zero.read(args.deepspeed_file).stage) if model.adapter else None
     layers, heads = _probed(loss, checkpoint)
     store = ImageStore(data.image_folder)
-    pairs, dropped = _pairs(data.data_path, data, family, store)
+    reader = PairReader(
+        family, store, data.model_max_length, data.overlong, data.bad_records, data.check_images,
+        read_leave_out(data.leave_out),
+    )  # fmt: skip
+    pairs, dropped = reader.read(data.data_path)
     if data.eval_data_path:
         train = pairs
-        evaluation, dropped_too = _pairs(data.eval_data_path, data, family, store)
+        evaluation, dropped_too = reader.read(data.eval_data_path)
         dropped = dropped + dropped_too
     else:
         train, evaluation = split(pairs, data.eval_split, args.seed)
     if args.eval_strategy != "no" and not evaluation:
         raise ValueError("--eval_strategy needs something to evaluate on: give --eval_split or --eval_data_path")
-    if runtime.is_main_process():  # if it finds something it ends, and the launcher ends the others
-        check_pictures([pair.record for pair in (*train, *evaluation)], store, family, data.check_images)
     batches = plan_batches(train, loss, args)
     reference = open_reference(adapter if model.reference == "adapter" else checkpoint, model, loss, args, store)
-    return Inputs(checkpoint, store, layers, heads, train, evaluation, dropped, batches, reference)
+    return Inputs(checkpoint, store, layers, heads, train, evaluation, dropped, reader.leave_out, batches, reference)
 
 
 def open_adapter(checkpoint: Checkpoint, model: ModelArguments, zero_stage: int) -> Checkpoint:
@@ -235,11 +234,6 @@ def _probed(loss: LossArguments, checkpoint: Checkpoint) -> tuple[frozenset[int]
     return heads.layers, heads
 
 
-def _pairs(path: str, data: DataArguments, family: Family, store: ImageStore) -> tuple[list[Pair], list[Pair]]:
-    pairs = tokenize(read_preferences(path), family, store)
-    return within_length(pairs, data.model_max_length, data.overlong)
-
-
 def load_policy(checkpoint: Checkpoint, model: ModelArguments, args: TrainArguments):
     """The policy in the training precision. Must come after TrainArguments exist, or ZeRO-3 is not seen.
 
@@ -291,7 +285,6 @@ def build_trainer(policy, model, loss, args, inputs: Inputs, identity: dict[str,
 
 def describe_run(model, data, loss, args, inputs: Inputs) -> dict[str, Any]:
     """What makes two runs the same experiment: a checkpoint resumes only into the same."""
-    content = hashlib.sha256(repr([(p.record, p.prompt) for p in inputs.train]).encode()).hexdigest()[:16]
     return {
         **dataclasses.asdict(model),
         **dataclasses.asdict(loss),
@@ -300,15 +293,22 @@ def describe_run(model, data, loss, args, inputs: Inputs) -> dict[str, Any]:
         "image_aspect_ratio": data.image_aspect_ratio,
         "pairs_per_step": inputs.batches.pairs_per_step,
         "deepspeed": args.deepspeed_file,
-        "train_pairs": f"{len(inputs.train)} ({content})",
+        "bad_records": data.bad_records,
+        "leave_out": f"{len(inputs.leave_out)} named ({_digest(sorted(inputs.leave_out))})",
+        "dropped": f"{len(inputs.dropped)} ({_digest(inputs.dropped)})",
+        "train_pairs": f"{len(inputs.train)} ({_digest([(p.record, p.prompt) for p in inputs.train])})",
     }
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
 
 
 def record_run(model, data, loss, args, inputs: Inputs) -> None:
     """Write run.json, once per job: resolved arguments, versions, commit, counts."""
     if not args.should_save:
         return
-    counts = {"train": describe(inputs.train), "dropped": [pair.record.where for pair in inputs.dropped]}
+    counts = {"train": describe(inputs.train), "dropped": inputs.dropped, "leave_out": sorted(inputs.leave_out)}
     if inputs.evaluation:
         counts["evaluation"] = describe(inputs.evaluation)
     runtime.write_run_json(
