@@ -20,7 +20,7 @@ from llava.checkpoints import PEFT_ADAPTER, Checkpoint, open_checkpoint
 from llava.heads import Heads, select_heads
 from llava.image import ImageStore
 from llava.run_folder import only_writer
-from llava.weights import first_line
+from llava.weights import first_line, local_folder
 from train.llava_hound_dpo.arguments import DataArguments, LossArguments, ModelArguments, TrainArguments, parse
 from train.llava_hound_dpo.batches import BatchPlan, flags_for, make_plan, num_steps
 from train.llava_hound_dpo.checkpoints import (
@@ -33,8 +33,8 @@ from train.llava_hound_dpo.checkpoints import (
 from train.llava_hound_dpo.costs import Zero
 from train.llava_hound_dpo.data import Pair, PairReader, describe, read_leave_out, split
 from train.llava_hound_dpo.model import make_trainable, parameter_table, quantisation, refuse_quantised
-from train.llava_hound_dpo.outcome import check_place
-from train.llava_hound_dpo.plan import Inputs, plan, shape_of, world_size
+from train.llava_hound_dpo.outcome import check_place, draw_curves, licence_of
+from train.llava_hound_dpo.plan import Inputs, describe_training, plan, shape_of, world_size
 from train.llava_hound_dpo.reference import ReferenceCache, describe_reference
 from train.llava_hound_dpo.stopping import one_line_errors
 from train.llava_hound_dpo.tracking import check_trackers, prepare_wandb
@@ -91,9 +91,17 @@ def run() -> int:
         policy = load_policy(inputs.checkpoint, model_args, args)
     trainer = build_trainer(policy, model_args, loss_args, args, inputs, identity)
     record_run(model_args, data_args, loss_args, args, inputs)
+    trainer.about = {
+        "base": model_args.model_name_or_path,
+        "data": f"{Path(data_args.data_path).name}: {identity['train_pairs']}",
+        **describe_training(model_args, loss_args, args, inputs),
+        "licence": licence_of(local_folder(model_args.model_name_or_path)),
+    }
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if not trainer.stop.stopped:
         save(trainer, identity)
+    if args.should_save:
+        draw_curves(trainer.state.log_history, Path(args.output_dir) / "curves.png")
     runtime.leave(trainer.stop.exit_code)
     return trainer.stop.exit_code
 

@@ -25,6 +25,7 @@ from train.llava_hound_dpo import checkpoints
 from train.llava_hound_dpo.batches import BatchPlan, RowLoader
 from train.llava_hound_dpo.data import PairCollator, PairDataset
 from train.llava_hound_dpo.losses import LossSettings, logits_margin, mean_by_pair, total_loss
+from train.llava_hound_dpo.outcome import write_card
 from train.llava_hound_dpo.packing import PackedRow
 from train.llava_hound_dpo.progress import StepLines, WatchChosen
 from train.llava_hound_dpo.reference import ReferenceCache
@@ -66,6 +67,7 @@ class AttentionAwareDPOTrainer(Trainer):
         assert self.args.world_size == batches.world_size
         self.model_accepts_loss_kwargs = False  # our loss is a mean over pairs: let the Trainer average micro-batches
         self.compute_metrics = _mean_metrics
+        self.about: Mapping[str, Any] = {}  # of the card that lies beside weights
         self._sums = torch.zeros(2, len(METRICS), dtype=torch.float64)
         self.shares_images = not any(p.requires_grad for p in self._projector())
         self.starts_as_reference = on_adapter or not isinstance(self.model, PeftModel)
@@ -179,6 +181,12 @@ class AttentionAwareDPOTrainer(Trainer):
         if self.is_world_process_zero():
             checkpoints.complete(folder, self.identity, limit, self.state.best_model_checkpoint)
         self._saved_step = self.state.global_step
+
+    def _save(self, output_dir=None, state_dict=None):
+        """As the Trainer's, with a card in place of peft's empty template."""
+        super()._save(output_dir, state_dict)
+        if self.args.should_save and self.about:
+            write_card(Path(output_dir or self.args.output_dir), self.about, self.state.log_history)
 
     def _save_optimizer_and_scheduler(self, output_dir):
         if not self.is_deepspeed_enabled:
