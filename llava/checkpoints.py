@@ -44,6 +44,7 @@ from llava.weights import (
     reason,
     refuse,
     stored_numbers,
+    tensor_names,
 )
 
 logger = logging.getLogger(__name__)
@@ -272,17 +273,29 @@ def shapes_of(config: PreTrainedConfig) -> dict[str, torch.Size]:
 
 def _load_peft(model, folder: Path, family: type[Family], is_exact: bool) -> PeftModel:
     """A PEFT adapter, checked: plain `PeftModel.from_pretrained` leaves a missing tensor at its random start."""
-    settings, given = read_object(folder / ADAPTER_CONFIG), read_tensors(folder, ADAPTER_FILES)
+    settings = adapter_settings(folder, family)
+    adapted = get_peft_model(model, settings, autocast_adapter_dtype=is_exact)
+    fill_adapter(adapted, folder, family)
+    return adapted
+
+
+def adapter_settings(folder: Path, family: type[Family]) -> PeftConfig:
+    """Of a PEFT adapter, with today's names of modules."""
+    settings, names = read_object(folder / ADAPTER_CONFIG), tensor_names(folder, ADAPTER_FILES)
     settings.pop("bits", None)
-    if any(family.is_older_name(name) for name in given):
+    if any(map(family.is_older_name, names)):
         settings = {name: family.renewed(value) if name in NAMING else value for name, value in settings.items()}
-    adapted = get_peft_model(model, PeftConfig.from_peft_type(**settings), autocast_adapter_dtype=is_exact)
+    return PeftConfig.from_peft_type(**settings)
+
+
+def fill_adapter(adapted: PeftModel, folder: Path, family: type[Family]) -> None:
+    """Put a folder's tensors into the adapter of its settings. Raises ValueError naming those that do not fit."""
+    given = read_tensors(folder, ADAPTER_FILES)
     wanted = get_peft_model_state_dict(adapted)
     given = _under_our_names(folder, given, wanted, family)
     account(str(folder), _shapes(wanted), _shapes(given))
-    if not next(model.parameters()).is_meta:
+    if not next(adapted.parameters()).is_meta:
         set_peft_model_state_dict(adapted, given)
-    return adapted
 
 
 def _under_our_names(folder: Path, given: Mapping[str, torch.Tensor], wanted: Iterable[str], family: type[Family]):

@@ -15,6 +15,7 @@ from typing import Any
 
 from transformers import HfArgumentParser
 
+ABOVE_0, BELOW_1 = math.ulp(0.0), math.nextafter(1.0, 0.0)  # limits that leave out 0, or 1
 SYNONYMS = {  # what a flag is called elsewhere: words are for the first of these flags that a command has
     "model_name_or_path": "model model_path model_name model_id checkpoint adapter adapter_path pretrained",
     "base_model": "base model_base",
@@ -141,7 +142,8 @@ def check_numbers(settings: Any, **ranges: tuple[float | None, float | None]) ->
         for value in found if isinstance(found, list | tuple) else [found]:
             if value is None or (low <= value <= high and abs(value) != math.inf):
                 continue
-            limits = [f"at least {least}"] * (least is not None) + [f"at most {most}"] * (most is not None)
+            limits = ["above 0" if least == ABOVE_0 else f"at least {least}"] * (least is not None)
+            limits += ["below 1" if most == BELOW_1 else f"at most {most}"] * (most is not None)
             raise ValueError(f"--{name} {value}: must be {' and '.join(limits) or 'a finite number'}")
 
 

@@ -137,17 +137,6 @@ def without_compiler() -> None:
         compatible["deepspeed_shm_comm"] = False
 
 
-def offline_wandb(report_to: list[str] | str | None) -> None:
-    """Let wandb log offline when nobody is logged in, so that a run never stops at its login prompt."""
-    if "wandb" not in (report_to or []) or os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE"):
-        return
-    netrc = Path(os.environ.get("NETRC", Path.home() / ".netrc"))
-    if netrc.is_file() and "wandb" in netrc.read_text(encoding="utf-8", errors="replace"):
-        return
-    os.environ["WANDB_MODE"] = "offline"
-    logging.getLogger(__name__).info("wandb: no login found, logging offline (send it later with `wandb sync`)")
-
-
 def leave(code: int = 0) -> None:
     """End a process of a distributed CPU job without running destructors.
 
