@@ -14,13 +14,13 @@ from tests.conftest import tiny_model
 SHAPE = Shape(images=2, chosen=7, rejected=4, count=3)
 
 
-@pytest.fixture
-def steps(processor, tmp_path):
-    """Every way of the benchmark on the miniature, with the same three pairs."""
-    build = partial(tiny_model, processor)
+@pytest.fixture(scope="module")
+def steps(processor, tmp_path_factory):
+    """Every way of the benchmark on the miniature, with the same three pairs. A step changes no weight."""
+    folder, build = tmp_path_factory.mktemp("steps"), partial(tiny_model, processor)
     family = Llava15(build().config, processor.tokenizer, processor.image_processor)
-    pairs = build_pairs(tmp_path / "data", SHAPE, family)
-    return build_steps(NAMES, add_lora(build(), family, rank=4), build, pairs, tmp_path)
+    pairs = build_pairs(folder / "data", SHAPE, family)
+    return build_steps(NAMES, add_lora(build(), family, rank=4), build, pairs, folder)
 
 
 def test_all_compute_the_same_loss_and_gradients(steps):

@@ -122,6 +122,7 @@ def check_tests(rest: list[str]) -> None:
             raise WrongError(f"{word}: no such file")
 
 
+@cache
 def names_in(path: Path) -> list[str]:
     """Names of a file's tests and classes."""
     tree = ast.parse(path.read_text(encoding="utf-8"))

@@ -1,16 +1,15 @@
 """The study: its config, its plan, going on after a kill; a stub stands in for the launch scripts."""
 
 import json
-import os
-import signal
-import subprocess
+import multiprocessing
+import shlex
 import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from inference_optimization.llava_hound_dpo import run_adaptive
+from scripts.miniature import make_data
 from scripts.study.__main__ import main
 from scripts.study.config import ROOT, parse_config, read_config
 from scripts.study.running import FINISHED, LOG, Runner, UnitFailed, finished
@@ -132,17 +131,18 @@ def test_a_failed_study_says_why_and_goes_on_where_it_was(folder, capsys):
     assert len(calls(folder)) == done + 8  # all but the base's two
 
 
-def test_killed_hard_it_keeps_others_out_until_its_child_ends_and_goes_on(folder, capsys):
+def test_killed_hard_it_keeps_others_out_until_its_child_ends_and_goes_on(folder, capsys, monkeypatch):
     """The child of a killed study holds its lock."""
+    monkeypatch.setattr("llava.run_folder.PATIENCE_S", 0.5)
     (folder / "slow").touch()
-    job = subprocess.Popen([sys.executable, "-m", "scripts.study", *words(folder)], cwd=ROOT, stdout=subprocess.DEVNULL,
-                           stderr=subprocess.DEVNULL)  # fmt: skip
+    job = multiprocessing.get_context("fork").Process(target=main, args=(words(folder),))
+    job.start()
     deadline = time.monotonic() + 120
     while not (folder / "out/train/dpo/seed_0/adapter").is_dir():
-        assert job.poll() is None and time.monotonic() < deadline
-        time.sleep(0.1)
-    os.kill(job.pid, signal.SIGKILL)
-    job.wait()
+        assert job.is_alive() and time.monotonic() < deadline
+        time.sleep(0.05)
+    job.kill()
+    job.join()
     assert "another process is writing there" in refused(capsys, *words(folder))
     (folder / "slow").unlink()
     main(words(folder))
@@ -184,12 +184,15 @@ def test_a_unit_waits_for_its_inputs_with_several_jobs(tmp_path):
         Runner(tmp_path, 2).run(units)
 
 
-def test_the_real_scripts_answer_for_the_base(tmp_path):
-    """Pictures drawn by a prepared command, then plain answers through the real launch script."""
-    make = "python -m scripts.miniature.make_data --output {own} --num_train 0 --num_validation 0 --num_test 4"
+def test_the_real_scripts_answer_for_the_base(tmp_path, monkeypatch):
+    """Data from a prepared command, then plain answers through the real launch script."""
+    made = str(tmp_path / "made")
+    monkeypatch.setattr(sys, "argv", ["make_data", "--output", made, "--num_train", "0", "--num_test", "4"])
+    make_data.main()
+    copy = f"cp -r {shlex.quote(made)}/. {{own}}"
     data = {"file": "{output}/world/test.json", "images": "{output}/world/images"}
     config = {
-        "base": "scripts/miniature/base", "data": data, "test": data, "prepare": {"world": [make]}, "seeds": [0],
+        "base": "scripts/miniature/base", "data": data, "test": data, "prepare": {"world": [copy]}, "seeds": [0],
         "arms": {}, "training": {}, "answering": {"max_new_tokens": 4, "num_workers": 0, "attention_maps": 0},
     }  # fmt: skip
     write(tmp_path, config)
@@ -197,14 +200,3 @@ def test_the_real_scripts_answer_for_the_base(tmp_path):
     (arm,) = json.loads((tmp_path / "out/results.json").read_text())["arms"]
     assert arm["label"] == "base" and 0 <= arm["numbers"]["ratio"]["mean"] <= 1
     assert set(arm["numbers"]) > {"format/sequence", "format/collage", "format/pip", "format/single"}
-
-
-def test_flags_of_answering_and_steering_exist(shipped, monkeypatch, capsys):
-    """Those of the shipped config: a run of the command with them and no model ends with the model, not with a flag."""
-    (call,) = shipped["answers/base/seed_0/AdaptViz"].commands
-    flags = [word for word in call[1:] if word.startswith("--")]
-    monkeypatch.setattr(sys, "argv", ["run_adaptive", "--help"])
-    with pytest.raises(SystemExit):
-        run_adaptive.main()
-    known = capsys.readouterr().out
-    assert flags and all(flag in known for flag in flags)
