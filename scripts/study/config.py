@@ -24,7 +24,8 @@ from llava.command_line import check, check_numbers
 from llava.messages import one_line
 from llava.run_folder import read_object
 from llava.settings import AnswerSettings, ModelSettings, QuestionFiles
-from train.llava_hound_dpo.arguments import RANGES, DataArguments, LossArguments, ModelArguments, TrainArguments
+from train.llava_hound_dpo import trainer_flags
+from train.llava_hound_dpo.arguments import DataArguments, LossArguments, ModelArguments, TrainArguments
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE = "base"
@@ -256,7 +257,7 @@ def _check_flags(
                 raise ValueError(f"--{name} is for the study to set")
         found = check(groups, as_words({**flags, **dict.fromkeys(needed, "-")}), trained)
         if trained:
-            check_numbers(found, **RANGES)
+            check_numbers(found, **trainer_flags.RANGES)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
 
