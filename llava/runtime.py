@@ -5,8 +5,9 @@ import logging
 import os
 import subprocess
 import sys
+import tempfile
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -118,8 +119,27 @@ def write_bytes(path: Path, content: bytes) -> None:
     """As `write_text`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(content)
-    temporary.replace(path)
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    except BaseException:  # a full disk, a folder of that name
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def check_outputs(outputs: Sequence[Path], inputs: Iterable[Path | str | None]) -> None:
+    """Raises ValueError, before any work, for a file that cannot be written or that would replace one that is read."""
+    read = {Path(path).resolve() for path in inputs if path}
+    for path in outputs:
+        if path.resolve() in read:
+            raise ValueError(f"{path} is read and would be overwritten: choose another --output")
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder, where a file is to be written: choose another --output")
+        there = next(parent for parent in path.absolute().parents if parent.exists())
+        try:
+            tempfile.TemporaryFile(dir=there).close()
+        except OSError as error:
+            raise ValueError(f"{path} cannot be written ({error.strerror} in {there})") from error
 
 
 def write_records(path: Path, records: Iterable[dict[str, Any]], **options: Any) -> None:

@@ -47,7 +47,7 @@ class ModelSettings:
     )
 
     def __post_init__(self):
-        check_numbers(self, batch_size=(1, None), num_workers=(0, None))
+        check_numbers(self, batch_size=(1, None), num_workers=(0, 512))
 
     def open(self) -> Checkpoint:
         """The checkpoint to answer with. Raises like `open_checkpoint`."""
@@ -79,6 +79,7 @@ class AnswerSettings(HeadSettings):
 
     def __post_init__(self):
         check_numbers(self, max_new_tokens=(1, None), num_beams=(1, None), temperature=(0, None), top_p=(0, 1))
+        check_numbers(self, top_heads=(1, None), attention_maps=(0, None), seed=(0, 2**32 - 1))
         if self.top_p == 0:
             raise ValueError("--top_p must be above 0")
         if self.num_beams > 1 and self.temperature > 0:

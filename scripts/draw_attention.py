@@ -43,7 +43,7 @@ class DrawSettings(HeadSettings):
     max_new_tokens: int = flag("tokens of an answer at most", 128)
 
     def __post_init__(self):
-        check_numbers(self, limit=(1, None), height=(1, None))
+        check_numbers(self, limit=(1, None), height=(16, 4096))
 
     def answering(self) -> AnswerSettings:
         """The same, as a job takes them."""

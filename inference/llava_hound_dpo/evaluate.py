@@ -3,6 +3,7 @@
 `python -m inference.llava_hound_dpo.evaluate --answers base.jsonl tuned.jsonl --questions test.json --output DIR`
 """
 
+import errno
 import itertools
 import json
 import logging
@@ -20,10 +21,13 @@ from llava.endpoint import KEY_VARIABLE, Endpoint
 from llava.image import ImageStore
 from llava.records import Answer, DataError, Question, read_answers, read_questions, refuse_duplicates, texts
 from llava.run_folder import only_writer
-from llava.runtime import setup_logging, user_errors, write_text
+from llava.runtime import check_outputs, setup_logging, user_errors, write_text
 from llava.scorers import SCORERS
 
 log = logging.getLogger(__name__)
+
+WRITTEN = ("scores.json", "scores.md", "report.html")
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class Evaluation:
         check_numbers(self, samples=(0, None))
         if self.output.exists() and not self.output.is_dir():
             raise NotADirectoryError(f"--output {self.output} is a file; give a folder")
+        check_outputs([self.output / name for name in WRITTEN], [*self.answers, self.questions])
         if self.scorer.startswith(("lmms_eval", "vlmevalkit")):
             harness = self.scorer.split("_eval")[0].replace("lmms", "lmms_eval")
             raise ValueError(
@@ -72,7 +77,7 @@ class JudgeFlags:
             return None
         if not self.judge_model:
             raise ValueError("--judge_url needs --judge_model: the name that the endpoint has for its model")
-        check_numbers(self, judge_workers=(1, None))
+        check_numbers(self, judge_workers=(1, 1000))
         if self.judge_pictures and not settings.questions:
             raise ValueError(
                 "--judge_pictures needs --questions: only the test set says which pictures are asked about"
@@ -88,20 +93,34 @@ def main(argv: Sequence[str] | None = None) -> None:
     with ExitStack() as stack, user_errors():
         settings, judge_flags = parse((Evaluation, JudgeFlags), __doc__, argv)
         settings.check()
-        store = ImageStore(settings.image_folder) if settings.image_folder else None
         llm = judge_flags.judge(settings)
-        stack.enter_context(only_writer(settings.output / "scores"))
+        stack.enter_context(only_writer(settings.output.absolute()))  # beside it: bad input makes no folder
         try:
-            scores, rows = evaluate(settings.answers, settings.questions, settings.scorer, llm)
-            questions = read_questions(settings.questions) if settings.questions and store else ()
+            text = write(settings, llm)
         except DataError as error:
             more = len(error.problems) - 1
             raise ValueError(error.problems[0] + (f" (and {more} more problems)" if more else "")) from error
-        text = markdown(scores)
-        write_text(settings.output / "scores.json", json.dumps(scores, indent=2, ensure_ascii=False) + "\n")
-        write_text(settings.output / "scores.md", text)
-        write_text(settings.output / "report.html", report(scores, rows, questions, store, settings.samples))
+        except OSError as error:
+            if error.errno in DISK_FULL:
+                raise ValueError(f"{settings.output}: {error.strerror}; make room and start again") from error
+            raise
     log.info(text)
+
+
+def write(settings: Evaluation, llm: LlmJudge | None) -> str:
+    """Score, and write all files once all are made; gives scores.md. Raises as `evaluate`, and OSError."""
+    store = ImageStore(settings.image_folder) if settings.image_folder else None
+    scores, rows = evaluate(settings.answers, settings.questions, settings.scorer, llm)
+    questions = read_questions(settings.questions) if settings.questions and store else ()
+    text = markdown(scores)
+    made = (
+        json.dumps(scores, indent=2, ensure_ascii=False) + "\n",
+        text,
+        report(scores, rows, questions, store, settings.samples),
+    )
+    for name, content in zip(WRITTEN, made, strict=True):
+        write_text(settings.output / name, content)
+    return text
 
 
 def evaluate(

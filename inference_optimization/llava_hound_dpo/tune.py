@@ -35,7 +35,7 @@ from llava.answering import Answers, Job, digest_of, identify, prepare
 from llava.command_line import flag, parse
 from llava.markdown import table
 from llava.records import FORMATS, Question, read_json, read_questions, texts
-from llava.runtime import is_main_process, leave, setup_logging, user_errors, write_text
+from llava.runtime import check_outputs, is_main_process, leave, setup_logging, user_errors, write_text
 from llava.scaling import RULES
 from llava.scorers import SCORERS, resolve, score
 from llava.settings import AnswerSettings, ModelSettings
@@ -71,6 +71,7 @@ class TuneSettings(PlaceSettings):
             raise ValueError(f"--factors {bad[0]}: a factor must be a finite number above 0")
         if self.output.exists() and not self.output.is_dir():
             raise NotADirectoryError(f"--output {self.output} is a file; give a folder")
+        check_outputs([self.output / name for name in ("grid.jsonl", "tuned.json", "table.md")], [self.data_path])
 
 
 @dataclass(kw_only=True)
