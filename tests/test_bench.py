@@ -82,3 +82,13 @@ def test_the_command_writes_its_table(tmp_path, monkeypatch):
     assert "`python -m scripts.bench.training --size tiny --repeats 1 --images 1`" in text
     rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| 1")]
     assert [len(row) for row in rows] == [9, 9] and [row.count("-") for row in rows] == [0, 4]
+
+
+@pytest.mark.parametrize("flag", ["--repeats", "--images"])
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "1.5", "100000000000"])
+def test_numbers_that_cannot_be_meant_are_one_line(flag, value, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["training", flag, value])
+    with pytest.raises(SystemExit) as ended:
+        training.main()
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and flag in error and value in error and error.count("\n") == 1

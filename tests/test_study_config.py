@@ -116,6 +116,7 @@ def test_a_file_that_is_no_study_is_one_line(folder, capsys, text, message):
         ("arms.new", {"flags": {"learning_rate": "inf"}}, "arms.new.flags: --learning_rate inf"),
         ("arms.new", {"flags": {"seed": 3}}, "arms.new.flags: --seed is for the study to set"),
         ("arms.new", {"flags": {"output-dir": "x"}}, "arms.new.flags: --output-dir is for the study to set"),
+        ("arms.new", {"flags": {"output_dir=x": []}}, "arms.new.flags: --output_dir=x is for the study to set"),
         ("arms.new", {"like": ["dpo"]}, "arms.new.like: [\"dpo\"] must be a text"),
         ("arms.new", {"like": "new"}, "arms.new, an arm before: unknown 'new'"),
         ("arms.new", {"like": "dpo"}, "arms.new: trains as arms.dpo, with the same data, seeds and flags"),

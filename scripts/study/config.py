@@ -253,7 +253,7 @@ def _check_flags(
     needed = OURS - {"output" if trained else "output_dir"}
     try:
         for name in flags:
-            if name.replace("-", "_") in set_by_us:
+            if name.partition("=")[0].replace("-", "_") in set_by_us:
                 raise ValueError(f"--{name} is for the study to set")
         found = check(groups, as_words({**flags, **dict.fromkeys(needed, "-")}), trained)
         if trained:
