@@ -219,6 +219,7 @@ def _load_peft(model, folder: Path) -> PeftModel:
     given = read_tensors(folder, ADAPTER_FILES)
     wanted = get_peft_model_state_dict(adapted)
     account(str(folder), _shapes(wanted), _shapes(given))
+    check_numbers(str(folder), given)
     if not next(model.parameters()).is_meta:
         set_peft_model_state_dict(adapted, given)
     return adapted
@@ -227,6 +228,7 @@ def _load_peft(model, folder: Path) -> PeftModel:
 def _load_original_lora(model, folder: Path) -> PeftModel:
     """Base, then fully trained tensors, then LoRA, each checked by name and shape."""
     lora, trained = original.translate_lora(folder)
+    check_numbers(str(folder), lora | trained)
     own = dict(model.named_parameters())
     refuse(
         str(folder),

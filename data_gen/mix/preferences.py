@@ -16,6 +16,7 @@ from data_gen.mix.pictures import free_name
 from data_gen.pictures import PictureFiles, decode
 from llava.records import IMAGE, DataError, Preference, parse_preference, read_json, read_preferences
 from llava.runtime import write_records
+from llava.strict_json import loads
 from llava.tables import is_arrow, read_rows
 
 TYPED = ("image_type", "target", "target_box", "grid", "gt", "attention_ratio", "perplexity", "rejected_from")
@@ -98,12 +99,13 @@ def import_pairs(path: Path, output: Path) -> int:
     if path.exists() and not is_arrow(path):
         raise ValueError(f"{path}: neither a folder of save_to_disk nor a .parquet file")
     records, problems, put = [], [], pictures_in(output / "images")
+    beside = PictureFiles(path.parent)
     for number, row in enumerate(read_rows(path), 1):
         where = f"{path} row {number}"
         try:
             if isinstance(row, ValueError):
                 raise row
-            records.append(_record(row, number, put))
+            records.append(_record(row, number, put, beside))
             parse_preference(records[-1], where)
         except ValueError as error:
             problems.append(f"{where}: {error}")
@@ -132,7 +134,9 @@ def pictures_in(folder: Path) -> Callable[[str, bytes], str]:
     return put
 
 
-def _record(row: dict[str, Any], number: int, put: Callable[[str, bytes], str]) -> dict[str, Any]:
+def _record(
+    row: dict[str, Any], number: int, put: Callable[[str, bytes], str], beside: PictureFiles
+) -> dict[str, Any]:
     """The record of a row. Raises ValueError."""
     own = {"images", "image", "image_paths", "id", MORE, *ROLES}
     pictures = row.get("images") or ([row["image"]] if row.get("image") else [])
@@ -141,7 +145,7 @@ def _record(row: dict[str, Any], number: int, put: Callable[[str, bytes], str]) 
         raise ValueError(f"{len(pictures)} images but {len(names)} `image_paths`")
     stored = []
     for place, (picture, name) in enumerate(zip(pictures, names, strict=True), 1):
-        data, plain_name = _bytes(picture), f"{number:07d}_{place}"
+        data, plain_name = _bytes(picture, beside), f"{number:07d}_{place}"
         suffix = decode(data, name or plain_name).suffix
         stored.append(put(name or plain_name + suffix, data))
     prompt, chosen, rejected = _texts(row)
@@ -150,13 +154,14 @@ def _record(row: dict[str, Any], number: int, put: Callable[[str, bytes], str]) 
     record = {"id": row.get("id") or f"row_{number}", "image": stored}
     record |= {"prompt": prompt, "chosen": chosen, "rejected": rejected}
     typed = {name: _plain(value) for name, value in row.items() if name not in own and value is not None}
-    return record | typed | json.loads(row.get(MORE) or "{}")
+    return record | typed | loads(row.get(MORE) or "{}")
 
 
-def _bytes(picture: Any) -> bytes:
+def _bytes(picture: Any, beside: PictureFiles) -> bytes:
+    """Those of a picture, or of its file below the folder of the table."""
     data = picture.get("bytes") if isinstance(picture, dict) else picture
     if data is None and isinstance(picture, dict) and picture.get("path"):
-        data = Path(picture["path"]).read_bytes()
+        data = beside.read(picture["path"])
     if not isinstance(data, bytes):
         raise ValueError("a picture must come as bytes, or as the path of a file")
     return data
