@@ -294,6 +294,7 @@ def fill_adapter(adapted: PeftModel, folder: Path, family: type[Family]) -> None
     wanted = get_peft_model_state_dict(adapted)
     given = _under_our_names(folder, given, wanted, family)
     account(str(folder), _shapes(wanted), _shapes(given))
+    check_numbers(str(folder), given)
     if not next(adapted.parameters()).is_meta:
         set_peft_model_state_dict(adapted, given)
 
@@ -316,6 +317,7 @@ def _under_our_names(folder: Path, given: Mapping[str, torch.Tensor], wanted: It
 def _load_original_lora(model, folder: Path, family: type[Family], is_exact: bool) -> PeftModel:
     """Base, then fully trained tensors, then LoRA, each checked by name and shape."""
     lora, trained = original.translate_lora(folder)
+    check_numbers(str(folder), lora | trained)
     own = dict(model.named_parameters())
     refuse(
         str(folder),

@@ -8,5 +8,10 @@ def one_line(text: str, longest: int = LONGEST) -> str:
     if len(text) > longest:
         end = longest // 3
         text = f"{text[: longest - end - 5]} ... {text[-end:]}"
-    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+    line = printable(text)
     return line if len(line) <= longest or line == text else one_line(line, longest)
+
+
+def printable(text: str) -> str:
+    """The text with everything escaped that is no visible character or blank."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)

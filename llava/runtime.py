@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import torch
 from transformers.utils import logging as transformers_logging
 
-from llava.messages import one_line
+from llava.messages import one_line, printable
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "datasets", "pillow", "numpy")
 OURS = ("__main__", "llava", "train", "inference", "inference_optimization", "data_gen", "scripts")
@@ -27,7 +27,9 @@ USER_ERROR = 2  # exit code of bad input, as argparse has it
 def setup_logging() -> None:
     """Our INFO lines on the first process, warnings elsewhere and of libraries; Ctrl-C ends in a line."""
     sys.excepthook = _say_interrupted
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout, force=True)
+    logging.basicConfig(level=logging.WARNING, stream=sys.stdout, force=True)
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(_Printable())
     # Deprecations inside the pinned libraries are not the user's to act on.
     warnings.filterwarnings(
         "ignore", category=FutureWarning, module=r"(torch|transformers|peft|accelerate|deepspeed)\."
@@ -36,6 +38,13 @@ def setup_logging() -> None:
     if is_main_process():
         for name in OURS:
             logging.getLogger(name).setLevel(logging.INFO)
+
+
+class _Printable(logging.Formatter):
+    """The message in lines of printable characters: nothing that a file holds steers a terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return "\n".join(map(printable, super().format(record).split("\n")))
 
 
 def is_main_process() -> bool:

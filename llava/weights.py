@@ -31,7 +31,7 @@ NO_WEIGHTS = {b"version https://git-lfs": "a git-lfs pointer (git lfs pull)", b"
 def check_settings(folder: Path) -> None:
     """Raises ValueError naming a file of settings that holds no JSON object."""
     for path in (folder / f"{name}.json" for name in SETTINGS):
-        if path.is_file():
+        if path.exists():
             read_object(path)
 
 

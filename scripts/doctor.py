@@ -27,6 +27,7 @@ from llava.checks import check_pictures
 from llava.command_line import check_numbers, flag, parse
 from llava.families import Family
 from llava.image import ImageStore
+from llava.messages import one_line
 from llava.records import DataError, Preference, Prompt, name_of, parse_preference, parse_question, read_json
 from llava.runtime import git_commit, setup_logging, user_errors, versions, without_compiler, write_text
 from scripts import selftest
@@ -51,7 +52,7 @@ class Report:
     def bad(self, text: str) -> None:
         """A check that failed."""
         self.problems += 1
-        print(f"  FAIL  {text}")
+        print(f"  FAIL  {one_line(text)}")
 
     def all_bad(self, texts: Sequence[str]) -> None:
         """As many failed checks; the first of them are printed."""
@@ -150,6 +151,8 @@ def check_data(report: Report, own: DoctorSettings, family: Family | None) -> li
     """Every record: fields, tokens, length, pictures. Gives the ids of the bad ones ("record N" without an id)."""
     try:
         raw = read_json(own.data_path)
+        if not raw:
+            raise ValueError(f"{own.data_path}: the file holds no record")
     except (ValueError, OSError) as error:
         report.bad(str(error))
         report.skip("the records")

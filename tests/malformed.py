@@ -5,6 +5,7 @@ import io
 import json
 import re
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -92,7 +93,7 @@ class World:
     def run(self, command, *more):
         """(exit code, standard output, standard error) of a command in this process; later flags win."""
         out, err = io.StringIO(), io.StringIO()
-        code = 0
+        code, handler = 0, signal.getsignal(signal.SIGTERM)  # which a study changes
         words = [*self.words(command), *map(self.placed, more)]
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", [command, *words])
@@ -100,6 +101,8 @@ class World:
                 code = MAINS[command]() or 0
             except SystemExit as error:
                 code = error.code or 0
+            finally:
+                signal.signal(signal.SIGTERM, handler)
         return code, out.getvalue(), err.getvalue()
 
     def refused(self, command, line, *more):

@@ -54,6 +54,7 @@ def forked(world, command, number=0, signum=None):  # noqa: F811
         code = 99
         try:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             count = killed_at(world / place, number, signum)
             code, out, err = world.run(command, *more)
             (world / "said").write_text(out + err)

@@ -1,10 +1,15 @@
 """Malformed JSON files of every kind, at every command that reads them: one line that names the file, exit code 2."""
 
+import contextlib
+import io
+import os
 import shutil
 
+import pyarrow.parquet
 import pytest
 
 from tests import malformed
+from tests.conftest import picture
 
 NESTED = 200_000
 BROKEN = {
@@ -27,8 +32,9 @@ BROKEN = {
     "pickle": b"\x80\x04\x95\x00\x00\x00",
     "other object": b'{"a": 1}',
 }
-ALLOWED = {  # an object without anything known in it is a default, or a record that comes later to be refused
-    "zero.json": {"other object"},
+LEFT_OUT = {
+    ("zero.json", "train"): {"other object", "half a character"},  # an object without anything known in it: defaults
+    ("train.json", "doctor"): BROKEN.keys() - {"list", "cut", "nested lists"},  # which takes a second
 }
 # file, command, further flags
 FILES = [
@@ -64,7 +70,7 @@ FILES = [
     ("out/set/run.json", "mix", ()),
 ]
 CASES = [(file, command, more, kind) for file, command, more in FILES for kind in BROKEN
-         if kind not in ALLOWED.get(file, ())]  # fmt: skip
+         if kind not in LEFT_OUT.get((file, command), ())]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -84,3 +90,37 @@ def test_broken_json(world, file, command, more, kind):
     (world / file).write_bytes(BROKEN[kind])
     line = world.refused(command, r"", *more)
     assert file.split("/")[0] in line
+
+
+INPUTS = [entry for entry in FILES if not entry[0].startswith(("trained", "out/", "hf/tok", "clip/prep"))]
+
+
+@pytest.mark.parametrize("kind", ["folder", "device", "missing"])
+@pytest.mark.parametrize(("file", "command", "more"), INPUTS)
+def test_no_file_at_all(world, file, command, more, kind):
+    (world / file).unlink()
+    if kind == "folder":
+        (world / file).mkdir()
+    elif kind == "device":
+        (world / file).symlink_to(os.devnull)
+    assert file.split("/")[0] in world.refused(command, r"", *more)
+
+
+def test_a_byte_order_mark_is_no_mistake(world):
+    for name in ("train.json", "test.json", "answers.jsonl", "adaptviz.json"):
+        (world / name).write_bytes(b"\xef\xbb\xbf" + (world / name).read_bytes())
+    for command, more in (("train", ()), ("evaluate", ()), ("steer", ("--config", "@adaptviz.json"))):
+        assert world.run(command, *more)[0] == 0
+
+
+@pytest.mark.parametrize("path", ["../secret.png", "{}/secret.png"])
+def test_a_table_does_not_bring_pictures_from_elsewhere(world, path):
+    picture("red").save(world / "secret.png")
+    (world / "set").mkdir()
+    row = {"images": [{"bytes": None, "path": path.format(world.folder)}],
+           **{"prompt": "What?", "chosen": "red", "rejected": "blue"}}  # fmt: skip
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), world / "set/x.parquet")
+    flags = ["import", "--path", str(world / "set/x.parquet"), "--output", str(world / "out")]
+    with pytest.raises(SystemExit), contextlib.redirect_stderr(io.StringIO()) as err:
+        malformed.MAINS["mix"](flags)
+    assert "secret.png" in err.getvalue() and not list((world / "out").rglob("*.png"))

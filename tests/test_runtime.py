@@ -1,6 +1,9 @@
 """What every entry point needs around its work: the commit of the code, whole files, errors in one line."""
 
+import logging
+import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -82,3 +85,26 @@ def test_only_the_first_process_says_what_all_of_them_find(capsys, monkeypatch):
     with pytest.raises(SystemExit):
         runtime.stop("found here", from_any_process=True)
     assert capsys.readouterr().err == "error: found here\n"
+
+
+HOSTILE = "a\x1b[2J\r\x00\u202e\u2028b"
+
+
+def test_what_a_file_holds_steers_no_terminal(capsys):
+    """Neither in a line of the log, whose own new lines stay, nor in the line of an error."""
+    runtime.setup_logging()
+    logging.getLogger("llava").info("one %s\ntwo", HOSTILE)
+    with pytest.raises(SystemExit), runtime.user_errors():
+        raise ValueError(f"{HOSTILE}\n{'x' * 10**6}\nfix it")
+    out, err = capsys.readouterr()
+    assert out == "one a\\x1b[2J\\r\\x00\\u202e\\u2028b\ntwo\n"
+    assert err[:-1].isprintable() and len(err) < 500
+    assert err.startswith("error: a\\x1b[2J") and err.endswith("fix it\n")
+
+
+def test_an_interrupt_ends_in_a_line():
+    code = "import os; from llava.runtime import setup_logging; setup_logging(); os.kill(os.getpid(), 2)"
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGINT
+    assert done.stderr.strip().splitlines() == ["interrupted: the same command does what is left"]

@@ -12,6 +12,7 @@ from data_gen.gen_chosen_rejected.correctness import edit_distance, is_right, le
 from llava.records import FORMATS, DataError, Question, check_answer, texts
 from llava.regions import num_parts
 from llava.scorers import true_choice, words
+from llava.strict_json import loads
 
 # Highest share of the image attention on the target at which a wrong answer is kept: format, pictures of the prompt.
 THRESHOLDS = {
@@ -157,7 +158,7 @@ def read_thresholds(text: str | None) -> dict[str, dict[int, float]]:
     """The table with changes as `{"sequence": {"2": 0.75}}`. Raises ValueError."""
     table = {image_type: dict(by_number) for image_type, by_number in THRESHOLDS.items()}
     try:
-        for image_type, by_number in json.loads(text or "{}").items():
+        for image_type, by_number in loads(text or "{}").items():
             changes = {int(number): float(value) for number, value in by_number.items()}
             table[FORMATS[FORMATS.index(image_type)]] = table.get(image_type, {}) | changes
     except (AttributeError, TypeError, ValueError) as error:
