@@ -60,6 +60,7 @@ def test_what_a_recipe_has_not_is_said_and_no_number_is_no_point(drawn):
 
 
 def test_the_card_tells_base_data_recipe_numbers_and_licence(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
     write_card(tmp_path, ABOUT, HISTORY)
     card = ModelCard.load(tmp_path / "README.md")
     assert (card.data.base_model, card.data.license, card.data.library_name) == ("owner/base", "llama2", "peft")

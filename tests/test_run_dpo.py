@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from llava.attention import layer_range
 from llava.run_folder import only_writer
 from tests.test_arguments import parsed
 from train.llava_hound_dpo import run_dpo
@@ -41,6 +42,11 @@ def test_an_optimiser_or_schedule_that_cannot_be_made_is_one_line_before_anythin
     with pytest.raises(ValueError, match=r"^--optim .*, --lr_scheduler_type .*: ") as caught:
         run_dpo.check_schedule(parsed(*flags.split())[3])
     assert "\n" not in str(caught.value)
+
+
+def test_layers_that_are_not_there_are_refused_without_counting_to_them():
+    with pytest.raises(ValueError, match="has layers 0 to 3"):
+        layer_range(4, "0-99999999999")
 
 
 @pytest.mark.parametrize(("flags", "named"), [({"max_steps": 10**14}, "max_"), ({"num_train_epochs": 1e9}, "num_")])

@@ -65,7 +65,8 @@ def write_card(folder: Path, about: Mapping[str, Any], history: Sequence[Mapping
     `about` has `base` (folder or hub name) and `licence` (None: unknown), and rows as they are printed.
     """
     data = ModelCardData(
-        base_model=about["base"], license=about["licence"], library_name="peft", pipeline_tag="image-text-to-text",
+        base_model=about["base"], license=about["licence"], pipeline_tag="image-text-to-text",
+        library_name="peft" if (folder / "adapter_config.json").is_file() else "transformers",
         tags=["llava", "dpo", "attention-aware"],
     )  # fmt: skip
     last = next((log for log in reversed(history) if "loss" in log), {})

@@ -298,6 +298,7 @@ def describe_run(model, data, loss, args, inputs: Inputs) -> dict[str, Any]:
         **dataclasses.asdict(loss),
         "attention_heads": inputs.heads and inputs.heads.to_json(),  # wherever their file lies
         **{name: getattr(args, name) for name in SCHEDULE},
+        **({"fp16": True} if args.fp16 else {}),
         "image_aspect_ratio": data.image_aspect_ratio,
         "pairs_per_step": inputs.batches.pairs_per_step,
         "deepspeed": args.deepspeed_file,
