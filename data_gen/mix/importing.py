@@ -17,6 +17,7 @@ from data_gen.pictures import PictureFiles, decode
 from data_gen.sources import below
 from llava.records import IMAGE, parse_preference
 from llava.runtime import write_records, write_run_json, write_text
+from llava.strict_json import loads
 from llava.tables import read_rows
 
 
@@ -118,7 +119,7 @@ def _record(row: Row, name: str) -> tuple[dict[str, Any], list[tuple[Any, str | 
     record = {"id": _id(row, name), "image": [], "prompt": prompt, "chosen": _answer(said.chosen)}
     rejected = [_answer(content) for content in said.rejected]
     record["rejected"] = rejected[0] if len(rejected) == 1 else rejected
-    more = json.loads(row.pop(MORE)) if _is_ours(row) else {}
+    more = loads(row.pop(MORE)) if _is_ours(row) else {}
     names, beside = row.pop("image_paths", None), [listed(row.get(key)) for key in ("images", "image", "image_path")]
     pictures = inside or next(filter(None, beside), [])
     row.pop("images", None)
