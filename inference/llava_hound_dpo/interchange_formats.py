@@ -22,6 +22,7 @@ from PIL import Image, UnidentifiedImageError
 from llava import tables
 from llava.asked import TARGET
 from llava.choices import same_text, true_choice
+from llava.pixels import DECODER_ERRORS, as_seen
 from llava.records import IMAGE, PLACEHOLDER_OF_MIA_DPO
 
 SUFFIXES = (".parquet", ".arrow", ".jsonl", ".json", ".tsv")
@@ -112,17 +113,15 @@ def picture_file(value: Any, folder: Path) -> tuple[bytes, str]:
     content = _content(value, folder)
     try:
         with Image.open(io.BytesIO(content)) as picture:
-            picture.load()
-            if 0 in picture.size:
-                raise ValueError("the picture has no area")
+            seen = as_seen(picture)
             if picture.format in EXTENSIONS:
                 return content, EXTENSIONS[picture.format]
             stored = io.BytesIO()
-            picture.convert("RGB").save(stored, "PNG")
+            seen.save(stored, "PNG")
             return stored.getvalue(), ".png"
     except UnidentifiedImageError as error:
         raise ValueError("not a picture that pillow can read") from error
-    except (OSError, SyntaxError, EOFError, ValueError, Image.DecompressionBombError) as error:
+    except (*DECODER_ERRORS, Image.DecompressionBombError) as error:
         raise ValueError(f"truncated or damaged picture ({error})") from error
 
 
