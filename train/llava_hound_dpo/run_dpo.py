@@ -29,7 +29,7 @@ from train.llava_hound_dpo.checkpoints import (
     latest_checkpoint,
     mark_complete,
     whole_or_nothing,
-)
+)  # fmt: skip
 from train.llava_hound_dpo.costs import Zero
 from train.llava_hound_dpo.data import Pair, PairReader, describe, read_leave_out, split
 from train.llava_hound_dpo.model import make_trainable, parameter_table, quantisation, refuse_quantised
