@@ -22,6 +22,7 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
+from PIL import Image
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedConfig
 
@@ -38,6 +39,7 @@ from llava.weights import (
     digest,
     first_line,
     local_folder,
+    naming,
     read_tensors,
     reason,
     refuse,
@@ -80,16 +82,12 @@ class Checkpoint:
         """The whole model's config. Raises ValueError for one that this code would read wrongly."""
         if self.base:
             return self.root.config
-        try:
+        with naming(self.path):
             if self.dialect == ORIGINAL:
                 config = original.translate_config(self.raw, self.tower)
             else:
                 config = AutoConfig.from_pretrained(self.path, trust_remote_code=False)
             find_family(config.model_type).check_config(config)
-        except FileNotFoundError:  # of a vision tower
-            raise
-        except Exception as error:  # whatever settings of strange types make transformers stumble over
-            raise ValueError(f"{self.path}: {reason(error)}") from error
         return config
 
     @property
@@ -114,12 +112,14 @@ class Checkpoint:
                 tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
                 # With torchvision installed the default backend would resample otherwise.
                 image_processor = AutoImageProcessor.from_pretrained(place, backend="pil", trust_remote_code=False)
-            except Exception as error:  # as above
+            except Exception as error:  # whatever settings of strange types make them stumble over
                 raise FileNotFoundError(f"{place}: no processor to load ({reason(error)})") from error
-        try:
-            return find_family(self.config.model_type)(self.config, tokenizer, image_processor, self.pad)
-        except ValueError as error:
-            raise ValueError(f"{place}: {error}") from error
+        with naming(place):
+            family = find_family(self.config.model_type)(self.config, tokenizer, image_processor, self.pad)
+            picture = Image.new("RGB", (8, 8))  # of which the processor's settings must make something
+            family.image(picture.size)
+            check_numbers(place, family.pixels([picture]))
+        return family
 
     @property
     def tower(self) -> str:
@@ -215,7 +215,8 @@ def shapes_of(config: PreTrainedConfig) -> dict[str, torch.Size]:
 
 def _load_peft(model, folder: Path) -> PeftModel:
     """A PEFT adapter, checked: plain `PeftModel.from_pretrained` leaves a missing tensor at its random start."""
-    adapted = get_peft_model(model, PeftConfig.from_pretrained(folder), autocast_adapter_dtype=False)
+    with naming(folder / ADAPTER_CONFIG):
+        adapted = get_peft_model(model, PeftConfig.from_pretrained(folder), autocast_adapter_dtype=False)
     given = read_tensors(folder, ADAPTER_FILES)
     wanted = get_peft_model_state_dict(adapted)
     account(str(folder), _shapes(wanted), _shapes(given))
@@ -241,8 +242,10 @@ def _load_original_lora(model, folder: Path) -> PeftModel:
             own[name].copy_(tensor)
     settings = read_object(folder / ADAPTER_CONFIG)
     modules = sorted({name.rsplit(".lora_", 1)[0] for name in lora})
-    config = LoraConfig(r=settings["r"], lora_alpha=settings["lora_alpha"], lora_dropout=0.0, target_modules=modules)
-    adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
+    with naming(folder / ADAPTER_CONFIG):
+        scale = {name: settings[name] for name in ("r", "lora_alpha")}
+        config = LoraConfig(**scale, lora_dropout=0.0, target_modules=modules)
+        adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
     wanted = {n: p for n, p in adapted.named_parameters() if ".lora_" in n}
     given = {f"base_model.model.{name.replace('.weight', '.default.weight')}": tensor for name, tensor in lora.items()}
     account(str(folder), _shapes(wanted), _shapes(given))

@@ -208,13 +208,17 @@ class Zero:
 
     @classmethod
     def read(cls, file: str | None) -> "Zero":
-        """Of a config file; of none, no sharing at all."""
+        """Of a config file; of none, no sharing at all. Raises ValueError."""
         if not file:
             return cls()
         found = read_object(Path(file)).get("zero_optimization", {})
-        parts = (found.get(f"offload_{part}", {}) for part in ("param", "optimizer"))
-        offloads = (part.get("device", "none") != "none" for part in parts)
-        return cls(found.get("stage", 0), *offloads, float(found.get("stage3_max_live_parameters", LIVE_PARAMETERS)))
+        try:
+            parts = (found.get(f"offload_{part}", {}) for part in ("param", "optimizer"))
+            offloads = (part.get("device", "none") != "none" for part in parts)
+            live = float(found.get("stage3_max_live_parameters", LIVE_PARAMETERS))
+            return cls(range(4).index(found.get("stage", 0)), *offloads, live)
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ValueError(f"{file}: `zero_optimization` is not as DeepSpeed has it ({error})") from error
 
 
 def estimate_memory(
