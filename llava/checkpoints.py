@@ -22,6 +22,7 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
+from PIL import Image
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedConfig, ProcessorMixin
 from transformers.utils.peft_utils import find_adapter_config_file
@@ -40,6 +41,7 @@ from llava.weights import (
     digest,
     first_line,
     local_folder,
+    naming,
     read_tensors,
     reason,
     refuse,
@@ -87,16 +89,12 @@ class Checkpoint:
         """The whole model's config. Raises ValueError for one that this code would read wrongly."""
         if self.base:
             return self.root.config
-        try:
+        with naming(self.path):
             if self.dialect == ORIGINAL:
                 config = original.translate_config(self.raw, self.tower)
             else:
                 config = AutoConfig.from_pretrained(self.path, trust_remote_code=False)
             find_family(config.model_type).check_config(config)
-        except FileNotFoundError:  # of a vision tower
-            raise
-        except Exception as error:  # whatever settings of strange types make transformers stumble over
-            raise ValueError(f"{self.path}: {reason(error)}") from error
         return config
 
     @property
@@ -125,13 +123,14 @@ class Checkpoint:
                 # With torchvision installed the default backend would resample otherwise.
                 image_processor = AutoImageProcessor.from_pretrained(place, backend="pil", trust_remote_code=False)
                 settings = ProcessorMixin.get_processor_dict(place)[0]
-            except Exception as error:  # as above
+            except Exception as error:  # whatever settings of strange types make them stumble over
                 raise FileNotFoundError(f"{place}: no processor to load ({reason(error)})") from error
-        try:
+        with naming(place):
             family = find_family(self.config.model_type)(self.config, tokenizer, image_processor, pad)
-        except ValueError as error:
-            raise ValueError(f"{place}: {error}") from error
-        problem = None if is_original else family.check_processor(settings)
+            picture = Image.new("RGB", (8, 8))  # of which the processor's settings must make something
+            family.image(picture.size)
+            check_numbers(place, family.pixels([picture]))
+            problem = None if is_original else family.check_processor(settings)
         if problem:
             logger.warning("%s: %s", place, problem)
         return family
@@ -273,8 +272,9 @@ def shapes_of(config: PreTrainedConfig) -> dict[str, torch.Size]:
 
 def _load_peft(model, folder: Path, family: type[Family], is_exact: bool) -> PeftModel:
     """A PEFT adapter, checked: plain `PeftModel.from_pretrained` leaves a missing tensor at its random start."""
-    settings = adapter_settings(folder, family)
-    adapted = get_peft_model(model, settings, autocast_adapter_dtype=is_exact)
+    with naming(folder / ADAPTER_CONFIG):
+        settings = adapter_settings(folder, family)
+        adapted = get_peft_model(model, settings, autocast_adapter_dtype=is_exact)
     fill_adapter(adapted, folder, family)
     return adapted
 
@@ -328,9 +328,10 @@ def _load_original_lora(model, folder: Path, family: type[Family], is_exact: boo
     with torch.no_grad():
         for name, tensor in trained.items():
             own[name].copy_(tensor)
-    settings = original.translate_settings(read_object(folder / ADAPTER_CONFIG))
-    settings["target_modules"] = sorted({name.rsplit(".lora_", 1)[0] for name in lora})
-    adapted = get_peft_model(model, PeftConfig.from_peft_type(**settings), autocast_adapter_dtype=is_exact)
+    with naming(folder / ADAPTER_CONFIG):
+        settings = original.translate_settings(read_object(folder / ADAPTER_CONFIG))
+        settings["target_modules"] = sorted({name.rsplit(".lora_", 1)[0] for name in lora})
+        adapted = get_peft_model(model, PeftConfig.from_peft_type(**settings), autocast_adapter_dtype=is_exact)
     wanted = {n: p for n, p in adapted.named_parameters() if ".lora_" in n}
     given = {f"base_model.model.{name.replace('.weight', '.default.weight')}": tensor for name, tensor in lora.items()}
     account(str(folder), _shapes(wanted), _shapes(given))

@@ -4,7 +4,8 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -179,6 +180,17 @@ def reason(error: Exception) -> str:
     """What an error says in a line, with its kind where that is not of bad input."""
     kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
     return kind + first_line(error)
+
+
+@contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Raises a ValueError naming the path for whatever libraries raise where settings are of strange types."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{path}: {reason(error)}") from error
 
 
 def digest(paths: Sequence[str]) -> str:

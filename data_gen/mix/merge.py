@@ -112,7 +112,7 @@ def _written(raw: dict[str, Any], pair: Preference, name: str, images: list[str]
     derived = {"image_type": pair.image_type}
     if TARGET.search(pair.prompt) or pair.image_type == "pip":
         derived["target"] = pair.target + 1
-    return own | {name: value for name, value in (derived | raw).items() if name not in own}
+    return own | {name: value for name, value in (derived | raw | derived).items() if name not in own}
 
 
 def data_digest(path: str | Path) -> str:
