@@ -95,7 +95,8 @@ class AttentionAwareDPOTrainer(Trainer):
         ratio = mean_over_layers(attention_ratio(policy.masses), self.heads)
         z = self._margin(policy, reference, row) if reference else None
         loss, parts = total_loss(
-            self.settings, policy.chosen, policy.chosen_tokens, ratio, z, row.rejected_owner if reference else None
+            self.settings, policy.chosen, row.answer_tokens[row.chosen].to(policy.chosen.dtype), ratio, z,
+            row.rejected_owner if reference else None,
         )
         if not torch.isfinite(parts["total"]).all():
             bad = inputs["index"][~torch.isfinite(parts["total"])].tolist()
@@ -235,11 +236,8 @@ class AttentionAwareDPOTrainer(Trainer):
 
     def _reference(self, model, inputs, pictures: dict[str, Any], dataset: PairDataset) -> Scores:
         if self.reference is not None:
-            row = inputs["row"]
             pairs = [dataset.pairs[index] for index in inputs["index"].tolist()]
-            chosen, rejected = self.reference.lookup(pairs, row.labels.device)
-            tokens = row.answer_tokens.to(chosen.dtype)
-            return Scores(chosen, rejected, tokens[row.chosen], tokens[row.rejected], None)
+            return Scores(*self.reference.lookup(pairs, inputs["row"].labels.device))
         with torch.no_grad(), self._as_reference(model):
             return score(model, inputs["row"], **pictures)
 
@@ -249,11 +247,12 @@ class AttentionAwareDPOTrainer(Trainer):
 
     def _margin(self, policy: Scores, reference: Scores, row: PackedRow) -> Tensor:
         """(M,) z of every rejected answer."""
-        of = row.rejected_owner
+        of, found = row.rejected_owner, (policy.chosen, policy.rejected, reference.chosen, reference.rejected)
         if self.settings.averages_logps:
-            (chosen, rejected), (ref_chosen, ref_rejected) = policy.per_token, reference.per_token
-            return logits_margin(chosen[of], rejected, ref_chosen[of], ref_rejected)
-        return logits_margin(policy.chosen[of], policy.rejected, reference.chosen[of], reference.rejected)
+            lengths = 2 * (row.answer_tokens[row.chosen], row.answer_tokens[row.rejected])
+            found = [logps / length for logps, length in zip(found, lengths, strict=True)]
+        chosen, rejected, reference_chosen, reference_rejected = found
+        return logits_margin(chosen[of], rejected, reference_chosen[of], reference_rejected)
 
     def _metrics(
         self, parts: dict, policy: Scores, reference: Scores | None, ratio: Tensor, formats: Tensor, row: PackedRow
