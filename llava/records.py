@@ -180,7 +180,9 @@ def _rejected(raw: dict) -> tuple[str, ...]:
 
 def parse_question(raw: Any, where: str) -> Question:
     """One question of a test set. Raises ValueError saying what is wrong with it."""
-    return Question(**_parse_prompt(raw, where, KNOWN | {"answer"}), answer=_text(raw, "answer").strip())
+    question = Question(**_parse_prompt(raw, where, KNOWN | {"answer"}), answer=_text(raw, "answer").strip())
+    _check_texts(raw)
+    return question
 
 
 def _parse_prompt_of_any(raw: Any, where: str) -> Question:
@@ -195,6 +197,7 @@ def _parse_instruction(raw: Any, where: str) -> Question:
     known = KNOWN | {"answer", "conversations", "turn_targets"}
     parsed = _parse_prompt(flat, where, known, names_nothing=is_refusal)
     question = Question(**parsed, answer=check_answer(_text(flat, "answer")).strip())
+    _check_texts(flat)
     return replace(question, target=None) if is_refusal else question
 
 
@@ -349,6 +352,11 @@ def _check_object(raw: Any) -> None:
     if not isinstance(raw, dict):
         raise ValueError(f"a record must be a JSON object, not {type(raw).__name__}")
     check_text(raw)
+
+
+def _check_texts(raw: dict) -> None:
+    for name in ("choices", "others"):
+        texts(raw, name)
 
 
 def _is_number(value: Any) -> bool:

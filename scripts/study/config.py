@@ -69,9 +69,9 @@ def read_config(path: Path, is_quick: bool = False, only: Iterable[str] = ()) ->
     if not path.is_file():
         raise FileNotFoundError(f"--config {path}: no such file; scripts/miniature/study.json is one")
     raw = read_object(path)
-    quick = dict(raw.pop("quick", {}))
-    names = list(only) or quick.pop("only", []) if is_quick else list(only)
     try:
+        quick = dict(raw.pop("quick", {}))
+        names = list(only) or quick.pop("only", []) if is_quick else list(only)
         config = parse_config(_merged(raw, quick) if is_quick else raw)
         _refuse_unknown(names, config.arms, "--only")
     except KeyError as error:
@@ -94,6 +94,14 @@ def parse_config(raw: Mapping[str, Any]) -> Config:
     _refuse_unknown(raw, (*REQUIRED, *OPTIONAL), "the file")
     for name in REQUIRED:
         raw[name]
+    for name in ("training", "answering", "arms", "adaptviz", "prepare"):
+        if not isinstance(raw.get(name, {}), dict):
+            raise ValueError(f"`{name}` must be an object")
+    if not isinstance(raw["base"], str):
+        raise ValueError("`base` must be the folder or hub name of a model")
+    for name, flags in raw.get("adaptviz", {}).items():
+        if not isinstance(flags, dict) or not isinstance(flags.get(TUNE, {}), dict):
+            raise ValueError(f"adaptviz.{name} must be an object, and so must its `{TUNE}`")
     validation = _data(raw["validation"], "validation") if "validation" in raw else None
     config = Config(
         raw["base"], _data(raw["test"], "test"), validation, raw.get("prepare", {}), raw["training"], raw["answering"],
