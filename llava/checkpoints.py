@@ -153,7 +153,8 @@ class Checkpoint:
         `settings` go to transformers' `from_pretrained` (a quantisation). Raises ValueError naming missing, unexpected
         and mis-shaped tensors.
         """
-        model = self.root._load_whole(dtype, **settings)
+        with naming(self.root.path):
+            model = self.root._load_whole(dtype, **settings)
         install(model)
         logger.info("loaded %s: %s parameters in %s", self, f"{model.num_parameters():,}", dtype)
         if exact_adapter:
@@ -164,7 +165,9 @@ class Checkpoint:
 
     def check_tensors(self) -> int:
         """Number of tensors, each accounted for by name and shape, their numbers unread. Raises like `load`."""
-        return len(self._with_adapters(self.root._load_whole(torch.float32, device_map="meta")).state_dict())
+        with naming(self.root.path):
+            model = self.root._load_whole(torch.float32, device_map="meta")
+        return len(self._with_adapters(model).state_dict())
 
     def __str__(self) -> str:
         return f"{self.path} ({self.dialect})" + (f" on {self.base}" if self.base else "")

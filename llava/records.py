@@ -182,7 +182,9 @@ def parse_question(raw: Any, where: str) -> Question:
     """One question of a test set, whose `answer` may be absent or null. Raises ValueError saying what is wrong."""
     if isinstance(raw, dict) and "chosen" in raw:
         _required(raw, "answer")  # a preference pair
-    return Question(**_parse_prompt(raw, where, KNOWN | {"answer"}), answer=_true_answer(raw))
+    question = Question(**_parse_prompt(raw, where, KNOWN | {"answer"}), answer=_true_answer(raw))
+    _check_texts(raw)
+    return question
 
 
 def _true_answer(raw: dict) -> str:
@@ -201,6 +203,7 @@ def _parse_instruction(raw: Any, where: str) -> Question:
     known = KNOWN | {"answer", "conversations", "turn_targets"}
     parsed = _parse_prompt(flat, where, known, names_nothing=is_refusal)
     question = Question(**parsed, answer=check_answer(_text(flat, "answer")).strip())
+    _check_texts(flat)
     return replace(question, target=None) if is_refusal else question
 
 
@@ -355,6 +358,11 @@ def _check_object(raw: Any) -> None:
     if not isinstance(raw, dict):
         raise ValueError(f"a record must be a JSON object, not {type(raw).__name__}")
     check_text(raw)
+
+
+def _check_texts(raw: dict) -> None:
+    for name in ("choices", "others"):
+        texts(raw, name)
 
 
 def _is_number(value: Any) -> bool:

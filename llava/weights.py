@@ -190,7 +190,8 @@ def naming(path: str | Path) -> Iterator[None]:
     except FileNotFoundError:
         raise
     except Exception as error:
-        raise ValueError(f"{path}: {reason(error)}") from error
+        said = reason(error)
+        raise ValueError(said if said.startswith(str(path)) else f"{path}: {said}") from error
 
 
 def digest(paths: Sequence[str]) -> str:

@@ -315,12 +315,17 @@ CHECKPOINTS = {
     "no vocabulary": (settings("orig/config.json", vocab_size=None), "orig", "orig"),
     "a tower of a number": (settings("orig/config.json", mm_vision_tower=7), "orig", ""),
     "a projector of another": (settings("orig/config.json", mm_projector_type="linear"), "orig", "mlp2x_gelu"),
+    "layers of no tower": (settings("orig/config.json", mm_vision_select_layer=7), "orig", "vision_feature_layer is 7"),
     "pieces of noise": (replaced("orig/tokenizer.model", b"\7" * 99), "orig", "tokenizer"),
     "no pieces": (replaced("orig/tokenizer.model", b""), "orig", "tokenizer"),
     "pictures of a size as text": (
         lambda w: settings("hf/processor_config.json", image_processor={
             **w.read("hf/processor_config.json")["image_processor"], "size": "large"})(w), "hf", "hf: "),
 }  # fmt: skip
+AT_THE_WEIGHTS = {
+    "an unknown activation": (settings("orig/config.json", hidden_act="x"), "orig", "orig: KeyError: 'x'"),
+    "a rank for nothing": (settings(ADAPTER, alpha_pattern=True), "adapter", "adapter_config"),
+}
 
 CASES = {
     **{f"{command}: {name}": (record(file, **changes), command, SECOND + f".*({line})")
@@ -338,6 +343,8 @@ CASES = {
        for name, (spoil, line) in ARCHIVES.items() for command in ("train", "answer")},
     **{f"export: weights, {name}": (spoil, "export", line, "--model_name_or_path", f"@{model}")
        for name, (spoil, model, line) in WEIGHTS.items()},
+    **{f"export: {name}": (spoil, "export", line, "--model_name_or_path", f"@{model}")
+       for name, (spoil, model, line) in AT_THE_WEIGHTS.items()},
     **{f"answer: checkpoint, {name}": (spoil, "answer", line, "--model_name_or_path", f"@{model}")
        for name, (spoil, model, line) in CHECKPOINTS.items()},
 }  # fmt: skip

@@ -84,6 +84,10 @@ class Llava15(Family):
                 f"vision_feature_select_strategy is {config.vision_feature_select_strategy!r}; regions need the patch "
                 "tokens alone ('default'), as LLaVA-1.5 has them"
             )
+        layers, number = config.vision_feature_layer, config.vision_config.num_hidden_layers
+        wrong = [n for n in (layers if isinstance(layers, list) else [layers]) if not -number - 1 <= n <= number]
+        if wrong:
+            raise ValueError(f"vision_feature_layer is {wrong[0]}, but the vision tower has {number} layers")
 
     @cached_property
     def _feeding(self) -> LlavaImageProcessorPil:
