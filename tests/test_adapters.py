@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import LlavaForConditionalGeneration
+from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from llava.checkpoints import open_checkpoint
 from llava.families.llava15 import Llava15
 from llava.weights import UNREAD
+from tests.test_trainer import make_trainer, pairs  # noqa: F401  fixtures
 from train.llava_hound_dpo.arguments import ModelArguments
 from train.llava_hound_dpo.model import make_trainable
 
@@ -180,6 +182,22 @@ def test_a_relative_base_of_a_run_elsewhere_is_found_above_the_adapter(changed, 
 def test_a_base_that_is_gone_is_named_with_the_flag(changed):
     with pytest.raises(FileNotFoundError, match=r"copy stands on /gone/base: no such .*--base_model"):
         open_checkpoint(str(changed(base_model_name_or_path="/gone/base")))
+
+
+@pytest.mark.parametrize("aspect", ["pad", "crop"])
+def test_the_folder_of_a_training_feeds_plain_transformers_as_the_training_did(make_trainer, tmp_path, aspect):  # noqa: F811
+    trainer = make_trainer("--image_aspect_ratio", aspect)
+    trainer.save_model(str(tmp_path / "saved"))
+    processor, family = AutoProcessor.from_pretrained(tmp_path / "saved"), trainer.family
+    picture = Image.radial_gradient("L").convert("RGB").resize((144, 72))
+    message = {"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "\nWhat?"}]}
+    found = processor.apply_chat_template(
+        [message], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    torch.testing.assert_close(found["pixel_values"], family.pixels([picture])["pixel_values"], atol=1e-6, rtol=0)
+    wanted = family.expand(family.encode_prompt("<image>\nWhat?"), [family.image(picture.size)])
+    assert found["input_ids"][0].tolist() == wanted
+    assert open_checkpoint(str(tmp_path / "saved")).family.pad == (aspect == "pad")
 
 
 # ---- what it stood on
