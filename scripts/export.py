@@ -32,6 +32,7 @@ from llava.merging import in_float32, merge
 from llava.records import Question, read_prompts
 from llava.run_folder import only_writer, read_object
 from llava.runtime import setup_logging, stop, user_errors
+from llava.weights import first_line
 
 logger = logging.getLogger("scripts.export")
 _held = ExitStack()  # the lock of this run
@@ -155,16 +156,29 @@ def prompts(own: ExportSettings, checkpoint: Checkpoint) -> list[Asked]:
 
     Raises DataError, ValueError, FileNotFoundError for what the flags name.
     """
-    family, data = checkpoint.family, (own.questions, own.image_folder)
-    if own.questions is None:
-        data = run_data(Path(own.model_name_or_path))
-    if data is None:
-        logger.info("compared on drawn pictures: no --questions given, and the folder names no data that is here")
-        return drawn(family)[: own.num]
-    questions, store = read_prompts(data[0]), ImageStore(data[1])
-    chosen = [questions[number] for number in sorted(spread(questions, own.num))]
-    logger.info("compared on %d prompts of %s", len(chosen), data[0])
-    return [asked_of(family, question, [store.open(name) for name in question.images]) for question in chosen]
+    family = checkpoint.family
+    if own.questions is not None:
+        return read_asked(family, own.questions, own.image_folder, own.num)
+    data = run_data(Path(own.model_name_or_path))
+    try:
+        if data:
+            return read_asked(family, *data, own.num)
+        reason = "no --questions given, and the folder names no data that is here"
+    except (OSError, ValueError) as error:  # the data has changed since: no reason not to export
+        reason = f"the run's own cannot be read ({first_line(error)}), and no --questions given"
+    logger.info("compared on drawn pictures: %s", reason)
+    return drawn(family)[: own.num]
+
+
+def read_asked(family: Family, path: Path, image_folder: Path, num: int) -> list[Asked]:
+    """`num` prompts of a file, in turn from every format. Raises DataError, ValueError, FileNotFoundError."""
+    questions, store = read_prompts(path), ImageStore(image_folder)
+    asked = [
+        asked_of(family, questions[number], [store.open(name) for name in questions[number].images])
+        for number in sorted(spread(questions, num))
+    ]
+    logger.info("compared on %d prompts of %s", len(asked), path)
+    return asked
 
 
 def run_data(folder: Path) -> tuple[Path, Path] | None:

@@ -217,6 +217,12 @@ def test_it_is_compared_on_the_prompts_given_or_on_those_of_the_run(export, form
     run = {"data": {"data_path": str(questions), "image_folder": str(data.images)}}
     (folder / "run.json").write_text(json.dumps(run))
     assert f"compared on 3 prompts of {questions}" in export(folder, tmp_path / "b").stdout
+    (data.images / "red.png").unlink()  # since the run
+    done = export(folder, tmp_path / "d")
+    assert done.returncode == 0 and "drawn pictures: the run's own cannot be read" in done.stdout
+    assert "red.png: no such picture" in done.stdout
+    done = export(folder, tmp_path / "e", *words)
+    assert done.returncode == 2 and "red.png: no such picture" in done.stderr
     done = export(formats.adapter, tmp_path / "c", *words[:2])
     assert done.returncode == 2 and "--questions and --image_folder go together" in done.stderr
 
