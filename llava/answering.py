@@ -29,7 +29,7 @@ from llava.generation import Generated, PromptBatch, Steer, batch_prompts, gener
 from llava.heads import Heads, select_heads
 from llava.heatmap import attention_map
 from llava.image import ImageStore
-from llava.records import Question, read_questions, refuse_duplicates
+from llava.records import Question, messages, read_questions, refuse_duplicates
 from llava.regions import collage_grid, prompt_regions
 from llava.run_folder import only_writer
 from llava.runtime import is_main_process, stop, user_errors
@@ -340,7 +340,7 @@ def record(job: Job, number: int, given: Generated) -> dict[str, Any]:
         "num_images": parts,
     }
     if question.context:
-        own["context"] = [{"role": role, "content": text} for role, text in question.context]
+        own["context"] = messages(question.context)
     if parts > len(question.images):  # of a collage, and perhaps read off its size
         own["grid"] = list(grid)
     if number in job.mapped:

@@ -3,7 +3,7 @@
 A record's `target` is 1-based in files and prompts ("Image1") and 0-based inside; it is converted here, once.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -270,7 +270,7 @@ def _shares(raw: dict, name: str) -> tuple[float, ...] | None:
 
 def _parse_prompt(raw: Any, where: str, known: set[str], names_nothing: bool = False) -> dict[str, Any]:
     _check_object(raw)
-    images, context = _images(raw), _context(raw)
+    images, context = _images(raw), context_of(raw)
     prompt = _text(raw, "prompt").replace(PLACEHOLDER_OF_MIA_DPO, IMAGE)
     asked = [*(text for role, text in context if role == "user"), prompt]
     found = sum(text.count(IMAGE) for text in asked)
@@ -292,7 +292,17 @@ def _parse_prompt(raw: Any, where: str, known: set[str], names_nothing: bool = F
     }
 
 
-def _context(raw: dict) -> tuple[tuple[str, str], ...]:
+def messages(context: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
+    """A context as records have it."""
+    return [{"role": role, "content": text} for role, text in context]
+
+
+def transcript(context: Sequence[tuple[str, str]], prompt: str) -> str:
+    """A prompt with what was said before it, as one text."""
+    return "\n\n".join(f"{role}: {text}" for role, text in (*context, ("user", prompt))) if context else prompt
+
+
+def context_of(raw: dict) -> tuple[tuple[str, str], ...]:
     """What is said before the prompt. Raises ValueError."""
     given = raw.get("context") or []
     if not isinstance(given, list) or not all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in given):

@@ -70,7 +70,7 @@ def main() -> None:
     drawn: list[dict[str, str]] = []
     for model, (number,), batch in batches_of(job, range(len(chosen))):
         question = job.questions[number]
-        text, masses = look(model, job, batch, None if texts is None else (question.prompt, texts[question.id]))
+        text, masses = look(model, job, batch, question, texts and texts[question.id])
         path = own.output / file_name(question.id, {one["file"] for one in drawn})
         draw(job, number, masses, own.height, text).save(path)
         asked = asked_of(question)
@@ -80,14 +80,17 @@ def main() -> None:
 
 
 @torch.no_grad()
-def look(model, job: Job, batch: PromptBatch, given: tuple[str, str] | None) -> tuple[str, torch.Tensor]:
-    """(answer, mass on each image token): the model's own answer to a batch of one, or a `given` one to its prompt."""
+def look(
+    model, job: Job, batch: PromptBatch, question: Question, given: str | None
+) -> tuple[str, torch.Tensor]:
+    """(answer, mass on each image token): the model's own answer to a question, its batch alone, or a `given` one."""
     if given is None:
         (found,) = generate(model, job.family, batch, job.layers, None, job.selected, **job.settings.generation)
         return found.text, found.by_token
-    masses = masses_of(model, batch, job.family.encode_answer(*given), job.layers, job.selected)
+    answer = job.family.encode_answer(question.prompt, given, question.context)
+    masses = masses_of(model, batch, answer, job.layers, job.selected)
     is_image = batch.input_ids[0] == job.family.image_id
-    return given[1], mean_over_layers(masses[:, batch.num_regions[0] :][:, is_image], job.selected)
+    return given, mean_over_layers(masses[:, batch.num_regions[0] :][:, is_image], job.selected)
 
 
 def draw(job: Job, number: int, masses: torch.Tensor, height: int, text: str) -> Image.Image:

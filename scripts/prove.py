@@ -259,7 +259,7 @@ def differing(job: Job, ours: Sequence[Given], theirs: Sequence[Given]) -> list[
 def _difference(job: Job, model, number: int, ours: Given, theirs: Given) -> Difference:
     family, question = job.family, job.questions[number]
     one = asked_of(family, question, [job.store.open(name) for name in question.images])
-    a, b = ours.tokens, theirs.tokens or family.encode_answer(question.prompt, theirs.text)
+    a, b = ours.tokens, theirs.tokens or family.encode_answer(question.prompt, theirs.text, question.context)
     place = next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)) - 1)
     ids = family.expand([*one.ids, *a[:place]], [family.image(picture.size) for picture in one.pictures])
     pixels = {name: tensor.to(model.device) for name, tensor in family.pixels(one.pictures).items()}

@@ -118,6 +118,24 @@ class TestNumbers:
                 assert [t / sum(total) for t in total] == pytest.approx(a["attention_by_image"], abs=5e-3)
 
 
+def test_earlier_turns_are_part_of_the_prompt_and_of_the_answer(answer, world, tmp_path):
+    """The answer is what plain `generate` gives to the rendered conversation."""
+    record = json.loads((world / "small.json").read_text())[0] | {
+        "context": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello?"},
+                    {"role": "assistant", "content": "Hello."}],
+    }  # fmt: skip
+    (tmp_path / "turns.json").write_text(json.dumps([record]))
+    (given,) = answer("turns.jsonl", "--data_path", tmp_path / "turns.json")
+    assert given["context"] == record["context"]
+    checkpoint = open_checkpoint(str(BASE))
+    model, family = checkpoint.load(), checkpoint.family
+    pictures = [ImageStore(world / "images").open(name) for name in record["image"]]
+    text = family.render([("Hello?", "Hello."), (record["prompt"], None)], system="Be brief.")
+    inputs = family.processor()(text=text, images=pictures, return_tensors="pt")
+    tokens = model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert given["text"] == family.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+
+
 def test_sampling_repeats_with_its_seed_and_differs_without(answer):
     flags = ("--temperature", 2.0, "--top_p", 0.95, "--batch_size", 16)
     first, again = answer("a.jsonl", *flags), answer("b.jsonl", *flags)

@@ -155,6 +155,11 @@ def test_the_request(judge, ask, monkeypatch, variable, value):
     assert all(f"- {rubric}: " in told for rubric in RUBRICS)
 
 
+def test_earlier_turns_are_shown(judge, ask):
+    ask([RED | {"context": [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Hi."}]}])
+    assert "<question>\nuser: Hi?\n\nassistant: Hi.\n\nuser: Image1:[picture]" in text_in(judge.requests[0])
+
+
 @pytest.fixture
 def shown(tmp_path):
     """The flags that show the judge the two pictures of the question q1."""

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from llava.records import DataError, read_answers, read_json, read_preferences, read_questions
+from llava.records import DataError, read_answers, read_json, read_preferences, read_questions, transcript
 
 SEQUENCE = "Image1:<image>\nImage2:<image>\nImage3:<image>\nIn Image2, what colour is the car?"
 
@@ -248,6 +248,12 @@ def test_earlier_turns_come_before_the_prompt(read):
     )  # fmt: skip
     assert (found.image_type, found.target, found.prompt, found.extra) == ("sequence", 1, "Which colour?", {})
     assert (another.image_type, another.target) == ("sequence", 0)
+
+
+def test_a_transcript_has_all_that_was_said():
+    assert transcript((), "Why?") == "Why?"
+    said = (("system", "Be brief."), ("user", "<image>Red?"), ("assistant", "Yes."))
+    assert transcript(said, "Why?") == "system: Be brief.\n\nuser: <image>Red?\n\nassistant: Yes.\n\nuser: Why?"
 
 
 # ---- what is refused

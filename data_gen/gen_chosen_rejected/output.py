@@ -10,7 +10,7 @@ from typing import Any
 from data_gen.gen_chosen_rejected.correctness import is_right
 from data_gen.gen_chosen_rejected.rules import Candidate, Rules, judge, num_pictures, unfit
 from llava import markdown
-from llava.records import Question
+from llava.records import Question, messages
 from llava.runtime import write_records, write_text
 
 KEPT = "kept"
@@ -74,6 +74,7 @@ def pair(candidate: Candidate) -> dict[str, Any]:
     record = {
         "id": question.id,
         "image": list(question.images),
+        "context": messages(question.context) or None,
         "prompt": question.prompt,
         "chosen": question.answer,
         "rejected": candidate.text,

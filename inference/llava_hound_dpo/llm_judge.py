@@ -18,7 +18,7 @@ from tqdm import tqdm
 from inference.llava_hound_dpo.summary import Row
 from llava.endpoint import Endpoint, EndpointError, Failed, messages_of, url_part
 from llava.image import ImageStore
-from llava.records import FORMATS, IMAGE, DataError, Question, read_questions
+from llava.records import FORMATS, IMAGE, DataError, Question, context_of, read_questions, transcript
 from llava.run_folder import Log, only_writer
 from llava.statistics import bootstrap_interval, paired_difference
 
@@ -151,6 +151,7 @@ class LlmJudge:
         if wrong:
             problems.extend(wrong)
             return FAILED
+        prompt = transcript(question.context if question else context_of(given.extra), prompt)
         stamps = [[name, self.store.stamp(name)] for name in images]
         decisive = [self.endpoint.model, PROMPT_DIGEST, prompt, row.asked.answer, given.text, stamps]
         digest = hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
