@@ -134,7 +134,7 @@ def test_forty_kills(healthy, whole, folder, command, number):  # noqa: F811
 
 LOCKED = {  # what the other process writes
     "train": "trained/training", "answer": "out/answers.jsonl", "steer": "out/steered.jsonl",
-    "tune": "out/tuned/grid.jsonl", "evaluate": "out/scores/scores", "generate": "out/made/unfinished",
+    "tune": "out/tuned/grid.jsonl", "evaluate": "out/scores", "generate": "out/made/unfinished",
     "pairs": "out/pairs/pairs", "mix": "out/set/mix", "study": "out/study/study", "export": "out/merged",
 }  # fmt: skip
 
@@ -150,5 +150,5 @@ def test_a_second_one_is_refused_in_a_line(world, monkeypatch, command):  # noqa
 
 def test_a_second_judge_is_refused_before_it_asks(world, monkeypatch):  # noqa: F811
     monkeypatch.setattr(run_folder, "PATIENCE_S", 0.05)
-    with run_folder.only_writer(world / "out/scores/scores"):
+    with run_folder.only_writer(world / "out/scores"):
         world.refused("evaluate", "another process", "--judge_url", "http://localhost:9", "--judge_model", "m")

@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         settings.check()
         store = ImageStore(settings.image_folder) if settings.image_folder else None
         llm = judge_flags.judge(settings)
-        stack.enter_context(only_writer(settings.output / "scores"))
+        stack.enter_context(only_writer(settings.output))
         try:
             scores, rows = evaluate(settings.answers, settings.questions, settings.scorer, llm)
             questions = read_questions(settings.questions) if settings.questions and store else ()
