@@ -185,8 +185,13 @@ def _path(raw: dict) -> str:
     path = raw.get("image") or raw.get("path") or raw.get("image_url")
     if not isinstance(path, str):
         raise ValueError("`image` must be the path of one picture")
-    if "://" in path:
-        raise ValueError(f"{path} is an address, not a file: download the pictures and name the files in `image`")
+    return below(path)
+
+
+def below(path: str) -> str:
+    """The path of a picture, which must stay in its folder. Raises Unusable, or ValueError for an address."""
+    if "://" in path or path.startswith("data:"):
+        raise ValueError(f"{path[:80]} is an address, not a file: download the pictures and name the files in `image`")
     pure = PurePosixPath(path.replace("\\", "/"))
     if pure.is_absolute() or ".." in pure.parts or re.match(r"[A-Za-z]:", path):
         raise Unusable("path outside the image folder", f"{path} must lie below it")

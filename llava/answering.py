@@ -30,7 +30,7 @@ from llava.heads import Heads, select_heads
 from llava.heatmap import attention_map
 from llava.image import ImageStore
 from llava.records import Question, read_questions, refuse_duplicates
-from llava.regions import prompt_regions
+from llava.regions import collage_grid, prompt_regions
 from llava.run_folder import only_writer
 from llava.runtime import is_main_process, stop, user_errors
 from llava.settings import AnswerSettings, ModelSettings
@@ -56,11 +56,17 @@ class Job:
     mapped: frozenset[int]  # questions whose attention map is kept
     alter: Callable[[Question, list[Image.Image]], list[Image.Image]] | None = None  # what is shown for the pictures
     heads: Heads | None = None  # those of `layers` whose attention is measured; None: all
+    lengths: Sequence[int] = ()  # tokens of each expanded prompt
 
     @property
     def family(self) -> Family:
         """The checkpoint's."""
         return self.checkpoint.family
+
+    @property
+    def context(self) -> int:
+        """Tokens of prompt and answer that the model was made for."""
+        return self.checkpoint.config.get_text_config().max_position_embeddings
 
     @property
     def selected(self) -> torch.Tensor | None:
@@ -83,14 +89,9 @@ def prepare(model: ModelSettings, settings: AnswerSettings, questions: str | Pat
     prompts = [encode_prompt(family, question) for question in questions]
     extra = _image_lengths(family, questions, store)
     lengths = [len(ids) + sum(more) for ids, more in zip(prompts, extra, strict=True)]
-    limit = checkpoint.config.get_text_config().max_position_embeddings
-    if max(lengths) + settings.max_new_tokens > limit:
-        logger.warning(
-            "the longest prompt has %d tokens; the model was made for %d with the answer", max(lengths), limit
-        )
     layers, heads = _measured(settings, checkpoint)
     order = sorted(range(len(prompts)), key=lambda number: -lengths[number])  # out of memory comes first, not last
-    return Job(
+    job = Job(
         model=model,
         settings=settings,
         checkpoint=checkpoint,
@@ -101,7 +102,16 @@ def prepare(model: ModelSettings, settings: AnswerSettings, questions: str | Pat
         layers=layers,
         mapped=spread(questions, settings.attention_maps) if layers else frozenset(),
         heads=heads,
+        lengths=lengths,
     )
+    too_long = sum(length + settings.max_new_tokens > job.context for length in lengths)
+    if too_long:
+        logger.warning(
+            "the longest prompt has %d tokens; the model was made for %d with the answer. %d of %d prompts may be too "
+            "long: answers that are get `is_too_long`, and are counted in scores", max(lengths), job.context, too_long,
+            len(lengths),
+        )  # fmt: skip
+    return job
 
 
 def encode_prompt(family: Family, question: Question) -> list[int]:
@@ -149,14 +159,22 @@ def identify(job: Job) -> dict[str, Any]:
         (q.id, q.prompt, q.images, q.answer, q.target, q.target_box, q.grid, q.extra, *q.context)
         for q in job.questions
     ]
-    content = hashlib.sha256(repr(asked).encode()).hexdigest()[:16]
     return {
         "arguments": {name: value for name, value in arguments.items() if name not in PROCESS_FLAGS},
-        "questions": f"{len(job.questions)} ({content})",
+        "questions": f"{len(job.questions)} ({_digest(asked)})",
         "weights": job.checkpoint.digest[:16],
         "attention_layers": job.layers,
         "attention_heads": job.heads and job.heads.to_json(),
     }
+
+
+def digest_of(question: Question) -> str:
+    """Of what is asked, whatever its id and its file."""
+    return _digest((question.prompt, question.images, question.image_type, question.target))
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
 
 
 class Answers:
@@ -205,11 +223,14 @@ class Answers:
 
     def _merge(self) -> None:
         with self._writing():
-            cut_off = self.store.finish([question.id for question in self.job.questions])
-        logger.info("%d answers in %s", len(self.job.questions), self.store.output)
-        if cut_off:
+            counts = self.store.finish([question.id for question in self.job.questions])
+        logger.info("%d answers in %s", counts["answers"], self.store.output)
+        if counts["cut_off"]:
             limit = self.job.settings.max_new_tokens
-            logger.warning("%d of them did not end and were cut off at --max_new_tokens %d", cut_off, limit)
+            logger.warning("%d of them did not end and were cut off at --max_new_tokens %d", counts["cut_off"], limit)
+        if counts["too_long"]:
+            limit = self.job.context
+            logger.warning("%d of them are beyond the %d tokens that the model was made for", counts["too_long"], limit)
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -295,7 +316,10 @@ def own_device() -> torch.device:
 def record(job: Job, number: int, given: Generated) -> dict[str, Any]:
     """One line of answers.jsonl, with the question's number for the merge and its own further fields."""
     question = job.questions[number]
-    has_target = question.target is not None
+    has_target, grid, parts = question.target is not None, question.grid, len(question.images)
+    if question.image_type == "collage":
+        grid = grid or collage_grid(job.store.size(question.images[0]))
+        parts = max(1, grid[0] * grid[1])
     own = {
         "number": number,
         "question_id": question.id,
@@ -308,14 +332,17 @@ def record(job: Job, number: int, given: Generated) -> dict[str, Any]:
         "scale": given.factor,
         "num_tokens": len(given.tokens),
         "is_complete": given.is_complete,
+        "is_too_long": job.lengths[number] + len(given.tokens) > job.context,
         "prompt": question.prompt,
-        "answer": question.answer,
+        "answer": question.answer or None,
         "image_type": question.image_type,
         "target": question.target + 1 if has_target else None,
-        "num_images": len(question.images) if question.grid is None else question.grid[0] * question.grid[1],
+        "num_images": parts,
     }
     if question.context:
         own["context"] = [{"role": role, "content": text} for role, text in question.context]
+    if parts > len(question.images):  # of a collage, and perhaps read off its size
+        own["grid"] = list(grid)
     if number in job.mapped:
         images = [job.family.image(job.store.size(name)) for name in question.images]
         own["attention_map"] = attention_map(given.by_token, images)

@@ -52,10 +52,9 @@ class AnswerStore:
         log = self._logs.setdefault(part, Log(self.parts / f"{part}.jsonl"))
         log.append(records)
 
-    def finish(self, ids: Sequence[str]) -> int:
-        """Write the answers file and its run.json, then remove the parts; how many answers were cut off.
-
-        Raises RuntimeError if one is missing.
+    def finish(self, ids: Sequence[str]) -> dict[str, int]:
+        """Write the answers file and its run.json, then remove the parts; how many `answers` there are, how many were
+        `cut_off`, and how many are `too_long` for what the model was made for. Raises RuntimeError if one is missing.
         """
         lines = {line.pop("number"): line for line in self._lines()}
         missing = [id for number, id in enumerate(ids) if number not in lines]
@@ -63,13 +62,17 @@ class AnswerStore:
             raise RuntimeError(
                 f"{len(missing)} questions have no answer, {missing[0]} first: start the same command again"
             )
-        cut_off = sum(line.get("is_complete") is False for line in lines.values())
+        counts = {
+            "answers": len(ids),
+            "cut_off": sum(line.get("is_complete") is False for line in lines.values()),
+            "too_long": sum(line.get("is_too_long") is True for line in lines.values()),
+        }
         write_text(self.output, "".join(json.dumps(lines[number]) + "\n" for number in range(len(ids))))
-        write_run_json(self.run_json, **self.identity, counts={"answers": len(ids), "cut_off": cut_off})
+        write_run_json(self.run_json, **self.identity, counts=counts)
         for path in sorted(self.parts.iterdir(), key=lambda path: path == self.marker):  # the marker goes last
             path.unlink()
         self.parts.rmdir()
-        return cut_off
+        return counts
 
     def _lines(self) -> Iterator[dict[str, Any]]:
         for path in sorted(self.parts.glob("*.jsonl")):

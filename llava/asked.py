@@ -17,7 +17,7 @@ def what_is_asked(raw: dict, asked: Sequence[str], num_images: int) -> tuple[str
     """Format and 0-based target: from the record's fields, else from the prompt, the last of the turns `asked`.
 
     `multi`, several images and no referred one, is never derived: a forgotten reference must not pass for it. Raises
-    ValueError where they contradict each other.
+    ValueError where they contradict each other, unless the record says that it `points_elsewhere`.
     """
     named = next(filter(None, ({int(k) for k in TARGET.findall(text)} for text in reversed(asked))), set())
     image_type, target = raw.get("image_type"), raw.get("target")
@@ -33,7 +33,7 @@ def what_is_asked(raw: dict, asked: Sequence[str], num_images: int) -> tuple[str
         raise ValueError(f"a {image_type} prompt has one image, this record lists {num_images}")
     if target is None and len(named) > 1:
         raise ValueError(f"the prompt names {_names(named)}: which one is meant? Give `target` (1-based)")
-    if target is not None and named and target not in named:
+    if target is not None and named and target not in named and raw.get("points_elsewhere") is not True:
         raise ValueError(f"`target` is {target!r}, but the prompt names {_names(named)}")
     if image_type in ("pip", "single"):
         if named - {1}:

@@ -268,7 +268,8 @@ def layer_range(num_layers: int, spec: str, reference: tuple[int, int] = (14, 22
         first, _, last = part.strip().partition("-")
         if not first.isdigit() or (last and not last.isdigit()):
             raise ValueError(f'layers {spec!r}: write "auto", "all", a range as "14-22" or a list as "3,5,7"')
-        layers.update(range(int(first), int(last or first) + 1))
+        start = int(first)
+        layers.update(range(start, min(int(last or first), max(start, num_layers)) + 1))
     if not layers or max(layers) >= num_layers:
         raise ValueError(f"layers {spec!r}: the language model has layers 0 to {num_layers - 1}")
     return frozenset(layers)

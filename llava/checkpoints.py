@@ -6,7 +6,8 @@ starts from random numbers.
 
 import logging
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +16,6 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from peft import (
-    LoraConfig,
     PeftConfig,
     PeftModel,
     get_peft_model,
@@ -24,11 +24,13 @@ from peft import (
 )
 from PIL import Image
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedConfig
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedConfig, ProcessorMixin
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from llava.attention import install
 from llava.families import Family, find_family
 from llava.families import llava15_original as original
+from llava.merging import merge
 from llava.run_folder import read_object
 from llava.weights import (
     ADAPTER_FILES,
@@ -43,11 +45,16 @@ from llava.weights import (
     read_tensors,
     reason,
     refuse,
+    stored_numbers,
+    tensor_names,
 )
 
 logger = logging.getLogger(__name__)
 
 ADAPTER_CONFIG = "adapter_config.json"
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+# What names modules in an adapter_config.json.
+NAMING = ("target_modules", "exclude_modules", "modules_to_save", "rank_pattern", "alpha_pattern", "layers_pattern")
 WHOLE, ORIGINAL, PEFT_ADAPTER, ORIGINAL_LORA = "llava-hf", "original LLaVA", "PEFT adapter", "original LLaVA LoRA"
 
 
@@ -59,7 +66,7 @@ class Checkpoint:
     dialect: str  # one of the four above
     base: "Checkpoint | None" = None  # below an adapter
     image_tower: str | None = None  # overrides the vision tower that an original checkpoint names
-    pad: bool = True  # pictures are padded to a square (`--image_aspect_ratio pad`)
+    pad: bool | None = None  # pictures are padded to a square; None: as the checkpoint says, else they are
     raw: Mapping[str, Any] = field(default_factory=dict, repr=False)  # config.json of a whole checkpoint
 
     @property
@@ -104,31 +111,45 @@ class Checkpoint:
     def family(self) -> Family:
         """Tokenizer, prompts and picture geometry. Raises ValueError if they are not the model's, FileNotFoundError."""
         place = self.path if (Path(self.path) / "processor_config.json").is_file() else self.root.path
-        if place == self.root.path and self.root.dialect == ORIGINAL:
+        is_original = place == self.root.path and self.root.dialect == ORIGINAL
+        pad, settings = self.pad, None
+        if is_original:
             tokenizer = original.build_tokenizer(local_folder(place), self.config.image_token_id)
             image_processor = original.load_image_processor(self.root.tower, self.config)
+            pad = self.root.raw.get("image_aspect_ratio", "pad") == "pad" if pad is None else pad
         else:
             try:
                 tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
                 # With torchvision installed the default backend would resample otherwise.
                 image_processor = AutoImageProcessor.from_pretrained(place, backend="pil", trust_remote_code=False)
+                settings = ProcessorMixin.get_processor_dict(place)[0]
             except Exception as error:  # whatever settings of strange types make them stumble over
                 raise FileNotFoundError(f"{place}: no processor to load ({reason(error)})") from error
         with naming(place):
-            family = find_family(self.config.model_type)(self.config, tokenizer, image_processor, self.pad)
+            family = find_family(self.config.model_type)(self.config, tokenizer, image_processor, pad)
             picture = Image.new("RGB", (8, 8))  # of which the processor's settings must make something
             family.image(picture.size)
             check_numbers(place, family.pixels([picture]))
+            problem = None if is_original else family.check_processor(settings)
+        if problem:
+            logger.warning("%s: %s", place, problem)
         return family
 
     @property
     def tower(self) -> str:
         """Folder or hub name of an original checkpoint's vision tower. Raises ValueError if nothing names one."""
-        return original.tower_of(self.raw, self.image_tower)
+        return original.tower_of(self.raw, self.image_tower, Path(self.path))
 
-    def load(self, dtype: torch.dtype = torch.float32, **settings) -> Any:
+    @property
+    def stored(self) -> Counter[torch.dtype]:
+        """How many numbers of each precision the whole model has on disk, read from headers. Raises like `load`."""
+        found = stored_numbers(local_folder(self.root.path))
+        return found + stored_numbers(local_folder(self.root.tower)) if self.root.dialect == ORIGINAL else found
+
+    def load(self, dtype: torch.dtype = torch.float32, exact_adapter: bool = False, **settings) -> Any:
         """The model with our attention function installed; with its adapter where this is one.
 
+        With `exact_adapter` what an adapter brings, and all but the language model, is in float32 whatever `dtype` is.
         `settings` go to transformers' `from_pretrained` (a quantisation). Raises ValueError naming missing, unexpected
         and mis-shaped tensors.
         """
@@ -136,7 +157,11 @@ class Checkpoint:
             model = self.root._load_whole(dtype, **settings)
         install(model)
         logger.info("loaded %s: %s parameters in %s", self, f"{model.num_parameters():,}", dtype)
-        return self._with_adapters(model)
+        if exact_adapter:
+            family = find_family(self.config.model_type)
+            for part in (family.tower, family.projector):
+                getattr(model.model, part).float()
+        return self._with_adapters(model, exact_adapter, is_quantised=bool(settings))
 
     def check_tensors(self) -> int:
         """Number of tensors, each accounted for by name and shape, their numbers unread. Raises like `load`."""
@@ -167,23 +192,39 @@ class Checkpoint:
         check_numbers(self.path, dict(model.named_parameters()))
         return model
 
-    def _with_adapters(self, model):
+    def _with_adapters(self, model, is_exact: bool = False, is_quantised: bool = False):
         if self.base is None:
             return model
+        model, folder = self.base._with_adapters(model, is_exact, is_quantised), Path(self.path)
+        if isinstance(model, PeftModel):  # PEFT would put this adapter in the lower one's place
+            model, _ = merge(model)
+        bits = read_object(folder / ADAPTER_CONFIG).get("bits", 16)
+        if bits != 16 and not is_quantised:
+            logger.warning(
+                "%s was trained on a base of %s bits, which is read at full precision here: answers may differ from "
+                "those it was trained to give", folder, bits,
+            )  # fmt: skip
         load = _load_original_lora if self.dialect == ORIGINAL_LORA else _load_peft
-        return load(self.base._with_adapters(model), Path(self.path))
+        return load(model, folder, find_family(self.config.model_type), is_exact)
 
 
-def open_checkpoint(path: str, base: str | None = None, image_tower: str | None = None, pad: bool = True) -> Checkpoint:
+def open_checkpoint(
+    path: str, base: str | None = None, image_tower: str | None = None, pad: bool | None = None
+) -> Checkpoint:
     """The checkpoint of a folder or hub name, its dialect found by its files; its config is read and checked.
 
-    `base` is what an adapter stands on, instead of the base it names. Raises FileNotFoundError if there is nothing to
-    read, ValueError if it is of no family that is known.
+    `base` is what an adapter stands on, instead of the base it names; `pad` whether pictures are padded to a square,
+    instead of what it says. Raises FileNotFoundError if there is nothing to read, ValueError if it is of no family that
+    is known.
     """
     return _open(str(path), base, image_tower, pad, above=())
 
 
-def _open(path: str, base: str | None, image_tower: str | None, pad: bool, above: tuple[Path, ...]) -> Checkpoint:
+def _open(
+    path: str, base: str | None, image_tower: str | None, pad: bool | None, above: tuple[Path, ...]
+) -> Checkpoint:
+    if not Path(path).exists() and HUB_NAME.fullmatch(path) and find_adapter_config_file(path):
+        path = str(local_folder(path))
     folder = Path(path)
     check_settings(folder)
     if not (folder / ADAPTER_CONFIG).is_file():
@@ -204,9 +245,25 @@ def _open(path: str, base: str | None, image_tower: str | None, pad: bool, above
     named = base or read_object(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
     if not named:
         raise ValueError(f"{path}: {ADAPTER_CONFIG} names no base model (base_model_name_or_path): give --base_model")
-    below = _open(str(named), None, image_tower, pad, (*above, folder.resolve()))
+    if not base:
+        named = _found(str(named), folder)
+    try:
+        below = _open(str(named), None, image_tower, pad, (*above, folder.resolve()))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path} stands on {error}; or name its base with --base_model") from error
     dialect = ORIGINAL_LORA if original.is_original_lora(folder) else PEFT_ADAPTER
     return Checkpoint(path, dialect, below, image_tower, pad)
+
+
+def _found(named: str, folder: Path) -> str:
+    """The base that an adapter names; a relative path of a run elsewhere is looked for above the adapter, too."""
+    if Path(named).exists() or Path(named).is_absolute():
+        return named
+    for above in folder.resolve().parents:
+        if (above / named / "config.json").is_file() or (above / named / ADAPTER_CONFIG).is_file():
+            logger.info("%s: its base %s is %s", folder, named, above / named)
+            return str(above / named)
+    return named
 
 
 def shapes_of(config: PreTrainedConfig) -> dict[str, torch.Size]:
@@ -216,20 +273,51 @@ def shapes_of(config: PreTrainedConfig) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in model.state_dict().items()}
 
 
-def _load_peft(model, folder: Path) -> PeftModel:
+def _load_peft(model, folder: Path, family: type[Family], is_exact: bool) -> PeftModel:
     """A PEFT adapter, checked: plain `PeftModel.from_pretrained` leaves a missing tensor at its random start."""
     with naming(folder / ADAPTER_CONFIG):
-        adapted = get_peft_model(model, PeftConfig.from_pretrained(folder), autocast_adapter_dtype=False)
-    given = read_tensors(folder, ADAPTER_FILES)
-    wanted = get_peft_model_state_dict(adapted)
-    account(str(folder), _shapes(wanted), _shapes(given))
-    check_numbers(str(folder), given)
-    if not next(model.parameters()).is_meta:
-        set_peft_model_state_dict(adapted, given)
+        settings = adapter_settings(folder, family)
+        adapted = get_peft_model(model, settings, autocast_adapter_dtype=is_exact)
+    fill_adapter(adapted, folder, family)
     return adapted
 
 
-def _load_original_lora(model, folder: Path) -> PeftModel:
+def adapter_settings(folder: Path, family: type[Family]) -> PeftConfig:
+    """Of a PEFT adapter, with today's names of modules."""
+    settings, names = read_object(folder / ADAPTER_CONFIG), tensor_names(folder, ADAPTER_FILES)
+    settings.pop("bits", None)
+    if any(map(family.is_older_name, names)):
+        settings = {name: family.renewed(value) if name in NAMING else value for name, value in settings.items()}
+    return PeftConfig.from_peft_type(**settings)
+
+
+def fill_adapter(adapted: PeftModel, folder: Path, family: type[Family]) -> None:
+    """Put a folder's tensors into the adapter of its settings. Raises ValueError naming those that do not fit."""
+    given = read_tensors(folder, ADAPTER_FILES)
+    wanted = get_peft_model_state_dict(adapted)
+    given = _under_our_names(folder, given, wanted, family)
+    account(str(folder), _shapes(wanted), _shapes(given))
+    check_numbers(str(folder), given)
+    if not next(adapted.parameters()).is_meta:
+        set_peft_model_state_dict(adapted, given)
+
+
+def _under_our_names(folder: Path, given: Mapping[str, torch.Tensor], wanted: Iterable[str], family: type[Family]):
+    """The tensors, those of older transformers, PEFT or wrappers renamed, which one line says."""
+    if set(given) == set(wanted):
+        return given
+    ours = {family.bare_name(name): name for name in wanted}
+    names = {name: ours.get(family.bare_name(name), name) for name in given}
+    renamed = {old: new for old, new in names.items() if old != new}
+    if len(set(names.values())) < len(names):
+        raise ValueError(f"{folder}: some of its tensors are there twice, under an older and a newer name")
+    if renamed:
+        old, new = next(iter(renamed.items()))
+        logger.info("%s: %d tensors have names of other versions, renamed: %s is %s", folder, len(renamed), old, new)
+    return {names[name]: tensor for name, tensor in given.items()}
+
+
+def _load_original_lora(model, folder: Path, family: type[Family], is_exact: bool) -> PeftModel:
     """Base, then fully trained tensors, then LoRA, each checked by name and shape."""
     lora, trained = original.translate_lora(folder)
     check_numbers(str(folder), lora | trained)
@@ -243,12 +331,10 @@ def _load_original_lora(model, folder: Path) -> PeftModel:
     with torch.no_grad():
         for name, tensor in trained.items():
             own[name].copy_(tensor)
-    settings = read_object(folder / ADAPTER_CONFIG)
-    modules = sorted({name.rsplit(".lora_", 1)[0] for name in lora})
     with naming(folder / ADAPTER_CONFIG):
-        scale = {name: settings[name] for name in ("r", "lora_alpha")}
-        config = LoraConfig(**scale, lora_dropout=0.0, target_modules=modules)
-        adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
+        settings = original.translate_settings(read_object(folder / ADAPTER_CONFIG))
+        settings["target_modules"] = sorted({name.rsplit(".lora_", 1)[0] for name in lora})
+        adapted = get_peft_model(model, PeftConfig.from_peft_type(**settings), autocast_adapter_dtype=is_exact)
     wanted = {n: p for n, p in adapted.named_parameters() if ".lora_" in n}
     given = {f"base_model.model.{name.replace('.weight', '.default.weight')}": tensor for name, tensor in lora.items()}
     account(str(folder), _shapes(wanted), _shapes(given))
@@ -268,7 +354,7 @@ def _read_config(path: str) -> dict[str, Any]:
         if not (folder / "config.json").is_file():
             raise FileNotFoundError(f"{path}: the folder has no config.json; is it a checkpoint?")
         return read_object(folder / "config.json")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+    if not HUB_NAME.fullmatch(path):
         raise FileNotFoundError(f"{path}: no such checkpoint folder, and not a hub name of the form owner/name")
     try:
         return PreTrainedConfig.get_config_dict(path)[0]

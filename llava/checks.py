@@ -48,7 +48,7 @@ def _look_at(store: ImageStore, names: Iterable[str], depth: str) -> dict[str, t
     names = sorted(names)
     with ThreadPoolExecutor() as pool:
         quiet = not is_main_process() or len(names) < 1000
-        found = list(tqdm(pool.map(look, names), total=len(names), desc="checking pictures", disable=quiet))
+        found = list(tqdm(pool.map(look, names), total=len(names), desc="checking pictures", disable=quiet or None))
     return dict(zip(names, found, strict=True))
 
 

@@ -9,12 +9,13 @@ import dataclasses
 import difflib
 import math
 import sys
-from argparse import SUPPRESS, Action, ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
+from argparse import SUPPRESS, Action, ArgumentDefaultsHelpFormatter, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import HfArgumentParser
 
+ABOVE_0, BELOW_1 = math.ulp(0.0), math.nextafter(1.0, 0.0)  # limits that leave out 0, or 1
 SYNONYMS = {  # what a flag is called elsewhere: words are for the first of these flags that a command has
     "model_name_or_path": "model model_path model_name model_id checkpoint adapter adapter_path pretrained",
     "base_model": "base model_base",
@@ -106,11 +107,17 @@ def parse(
     return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
 
 
-def check(groups: Sequence[type], argv: Sequence[str]) -> None:
-    """Raises ValueError for words that `parse` would not take; makes no dataclass of them, and so nothing happens."""
-    parser = Parser(groups, allow_abbrev=False)
+def check(groups: Sequence[type], argv: Sequence[str], only_parsed: Sequence[type] = ()) -> Namespace:
+    """Raises ValueError for words that `parse` would not take.
+
+    Dataclasses that do more when made than look at their fields are `only_parsed`: their fields are as given.
+    """
+    parser = Parser((*groups, *only_parsed), allow_abbrev=False)
     _check_names(argv, list(parser._option_string_actions), {})
-    parser.parse_args(argv)
+    found = parser.parse_args(argv)
+    for group in groups:
+        group(**{own.name: getattr(found, own.name) for own in dataclasses.fields(group) if own.init})
+    return found
 
 
 def command(argv: Sequence[str] | None, names: Sequence[str], description: str | None) -> tuple[str, list[str]]:
@@ -125,13 +132,18 @@ def command(argv: Sequence[str] | None, names: Sequence[str], description: str |
 
 
 def check_numbers(settings: Any, **ranges: tuple[float | None, float | None]) -> None:
-    """Raises ValueError for a number of a dataclass that is not finite, or outside of (least, most); None: no limit."""
+    """Raises ValueError for a number of a dataclass that is not finite, or outside of (least, most); None: no limit.
+
+    Of a list, for any of its numbers.
+    """
     for name, (least, most) in ranges.items():
-        value = getattr(settings, name)
-        if value is None:
-            continue
-        if not math.isfinite(value) or (least is not None and value < least) or (most is not None and value > most):
-            limits = [f"at least {least}"] * (least is not None) + [f"at most {most}"] * (most is not None)
+        low, high = -math.inf if least is None else least, math.inf if most is None else most
+        found = getattr(settings, name)
+        for value in found if isinstance(found, list | tuple) else [found]:
+            if value is None or (low <= value <= high and abs(value) != math.inf):
+                continue
+            limits = ["above 0" if least == ABOVE_0 else f"at least {least}"] * (least is not None)
+            limits += ["below 1" if most == BELOW_1 else f"at most {most}"] * (most is not None)
             raise ValueError(f"--{name} {value}: must be {' and '.join(limits) or 'a finite number'}")
 
 

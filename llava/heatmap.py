@@ -1,5 +1,6 @@
 """Where an answer looked: attention mass on every image token, drawn on the original pictures."""
 
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from llava.families import ImageTokens
 COLOURS = matplotlib.colormaps["inferno"]
 OPACITY = 0.75  # of the hottest patch
 OUTLINE = (0, 229, 255)  # cyan stands out on inferno and on most pictures
+SCALE = (120, 12)  # px of the scale of colours
 STRIP, GAP = 22, 8  # px of the line of text above a picture, and between pictures
 
 
@@ -59,6 +61,25 @@ def draw_prompt(
         sheet.paste(tile, (x, 0))
         x += tile.width + GAP
     return sheet
+
+
+def explained(sheet: Image.Image, texts: Sequence[str], hottest: float) -> Image.Image:
+    """A drawn prompt with texts above it, and below it the scale of its colours, whose end is the mass `hottest`."""
+    font, columns = ImageFont.load_default(size=14), max(20, sheet.width // 8)
+    lines = [line for text in texts for line in textwrap.wrap(textwrap.shorten(text, 8 * columns), columns)]
+    end = f"{hottest:.2g} of the attention on one patch"
+    width = max(sheet.width, SCALE[0] + 40 + round(font.getlength(end)))
+    page = Image.new("RGB", (width, STRIP * len(lines) + GAP + sheet.height + GAP + STRIP), "white")
+    draw = ImageDraw.Draw(page)
+    for number, line in enumerate(lines):
+        draw.text((2, STRIP * number + 3), line, fill="black", font=font)
+    page.paste(sheet, (0, STRIP * len(lines) + GAP))
+    bar = COLOURS(np.linspace(0.15, 1, SCALE[0]))[None, :, :3].repeat(SCALE[1], axis=0)
+    y = page.height - STRIP
+    page.paste(Image.fromarray((255 * bar).round().astype(np.uint8)), (16, y + 4))
+    draw.text((2, y + 2), "0", fill="black", font=font)
+    draw.text((SCALE[0] + 22, y + 2), end, fill="black", font=font)
+    return page
 
 
 def overlay(tile: Image.Image, one: dict, stored: tuple[int, int], hottest: float) -> Image.Image:

@@ -56,7 +56,7 @@ class Preference(Prompt):
 class Question(Prompt):
     """A prompt of a test set, or of an instruction, with its true answer."""
 
-    answer: str = ""
+    answer: str = ""  # "" where a test set does not say what is right: answered, but not scored
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Answer:
     where: str
     question_id: str
     text: str  # may be empty
-    answer: str  # the true one
+    answer: str  # the true one; "" where nobody says what is right
     image_type: str
     target: int | None  # 0-based image of a sequence or cell of a collage; None for multi; 0 otherwise
     num_images: int  # images of a sequence or multi, cells of a collage where its grid is known
@@ -179,10 +179,16 @@ def _rejected(raw: dict) -> tuple[str, ...]:
 
 
 def parse_question(raw: Any, where: str) -> Question:
-    """One question of a test set. Raises ValueError saying what is wrong with it."""
-    question = Question(**_parse_prompt(raw, where, KNOWN | {"answer"}), answer=_text(raw, "answer").strip())
+    """One question of a test set, whose `answer` may be absent or null. Raises ValueError saying what is wrong."""
+    if isinstance(raw, dict) and "chosen" in raw:
+        _required(raw, "answer")  # a preference pair
+    question = Question(**_parse_prompt(raw, where, KNOWN | {"answer"}), answer=_true_answer(raw))
     _check_texts(raw)
     return question
+
+
+def _true_answer(raw: dict) -> str:
+    return "" if raw.get("answer") is None else _text(raw, "answer").strip()
 
 
 def _parse_prompt_of_any(raw: Any, where: str) -> Question:
@@ -229,7 +235,7 @@ def _parse_answer(raw: Any, where: str) -> Answer:
         raise ValueError(f"`attention_by_image` has {len(by_image)} shares for {num_images} images and Image{target}")
     ratio = raw.get("attention_ratio")
     return Answer(
-        where, str(question_id), text, _text(raw, "answer").strip(), image_type,
+        where, str(question_id), text, _true_answer(raw), image_type,
         None if image_type == "multi" else target - 1 if image_type in ("sequence", "collage") else 0, num_images,
         choices=texts(raw, "choices") or (), others=texts(raw, "others"),
         attention_ratio=None if ratio is None else _shares({"attention_ratio": [ratio]}, "attention_ratio")[0],

@@ -24,7 +24,7 @@ def collage_box(size: tuple[int, int], target: int, grid: tuple[int, int] | None
     40 px label strips; any other is split evenly. Raises ValueError if there is no such cell.
     """
     width, height = size
-    rows, cols = grid or (height // CELL, width // CELL)
+    rows, cols = grid or collage_grid(size)
     if target >= rows * cols:
         raise ValueError(
             f"Image{target + 1} does not exist: a collage of {width} x {height} px is read as {rows} x {cols} cells; "
@@ -35,6 +35,11 @@ def collage_box(size: tuple[int, int], target: int, grid: tuple[int, int] | None
         x, y = (CELL + MARGIN) * col, MARGIN + (CELL + MARGIN) * row
         return x, y, x + CELL, y + CELL
     return width * col // cols, height * row // rows, width * (col + 1) // cols, height * (row + 1) // rows
+
+
+def collage_grid(size: tuple[int, int]) -> tuple[int, int]:
+    """(rows, columns) of a collage whose record has no grid: as many published cells as its px hold."""
+    return size[1] // CELL, size[0] // CELL
 
 
 def pip_box(size: tuple[int, int]) -> tuple[int, int, int, int]:
@@ -71,7 +76,7 @@ def num_parts(record: Prompt, sizes: Sequence[tuple[int, int]]) -> int:
     grid and another size, counts as one.
     """
     if record.image_type == "collage":
-        rows, cols = record.grid or (sizes[0][1] // CELL, sizes[0][0] // CELL)
+        rows, cols = record.grid or collage_grid(sizes[0])
         return max(1, rows * cols)
     return 2 if record.image_type == "pip" else len(record.images)
 

@@ -5,8 +5,9 @@ import logging
 import os
 import subprocess
 import sys
+import tempfile
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -127,8 +128,27 @@ def write_bytes(path: Path, content: bytes) -> None:
     """As `write_text`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(content)
-    temporary.replace(path)
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    except BaseException:  # a full disk, a folder of that name
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def check_outputs(outputs: Sequence[Path], inputs: Iterable[Path | str | None]) -> None:
+    """Raises ValueError, before any work, for a file that cannot be written or that would replace one that is read."""
+    read = {Path(path).resolve() for path in inputs if path}
+    for path in outputs:
+        if path.resolve() in read:
+            raise ValueError(f"{path} is read and would be overwritten: choose another --output")
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder, where a file is to be written: choose another --output")
+        there = next(parent for parent in path.absolute().parents if parent.exists())
+        try:
+            tempfile.TemporaryFile(dir=there).close()
+        except OSError as error:
+            raise ValueError(f"{path} cannot be written ({error.strerror} in {there})") from error
 
 
 def write_records(path: Path, records: Iterable[dict[str, Any]], **options: Any) -> None:
@@ -144,17 +164,6 @@ def without_compiler() -> None:
     compatible = getattr(deepspeed.ops, "__compatible_ops__", None)
     if not torch.cuda.is_available() and isinstance(compatible, dict):
         compatible["deepspeed_shm_comm"] = False
-
-
-def offline_wandb(report_to: list[str] | str | None) -> None:
-    """Let wandb log offline when nobody is logged in, so that a run never stops at its login prompt."""
-    if "wandb" not in (report_to or []) or os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE"):
-        return
-    netrc = Path(os.environ.get("NETRC", Path.home() / ".netrc"))
-    if netrc.is_file() and "wandb" in netrc.read_text(encoding="utf-8", errors="replace"):
-        return
-    os.environ["WANDB_MODE"] = "offline"
-    logging.getLogger(__name__).info("wandb: no login found, logging offline (send it later with `wandb sync`)")
 
 
 def leave(code: int = 0) -> None:

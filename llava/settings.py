@@ -33,7 +33,9 @@ class ModelSettings:
     only_base_model: bool = flag("answer with the base below the adapter", False)
     image_tower: str | None = flag("vision tower of an original checkpoint", None)
     image_folder: str = flag("folder, .zip or .tar of the pictures")
-    image_aspect_ratio: str = flag("as in training", "pad", choices=["pad", "crop"])
+    image_aspect_ratio: str = flag(
+        "as in training; auto: what the checkpoint says, else pad", "auto", choices=["auto", "pad", "crop"]
+    )
     batch_size: int = flag("prompts per batch", 8)
     num_workers: int = flag("processes that read pictures ahead", 2)
     check_images: str = flag(
@@ -45,11 +47,11 @@ class ModelSettings:
     )
 
     def __post_init__(self):
-        check_numbers(self, batch_size=(1, None), num_workers=(0, None))
+        check_numbers(self, batch_size=(1, None), num_workers=(0, 512))
 
     def open(self) -> Checkpoint:
         """The checkpoint to answer with. Raises like `open_checkpoint`."""
-        pad = self.image_aspect_ratio == "pad"
+        pad = None if self.image_aspect_ratio == "auto" else self.image_aspect_ratio == "pad"
         checkpoint = open_checkpoint(self.model_name_or_path, self.base_model, self.image_tower, pad)
         return checkpoint.root if self.only_base_model else checkpoint
 
@@ -77,6 +79,7 @@ class AnswerSettings(HeadSettings):
 
     def __post_init__(self):
         check_numbers(self, max_new_tokens=(1, None), num_beams=(1, None), temperature=(0, None), top_p=(0, 1))
+        check_numbers(self, top_heads=(1, None), attention_maps=(0, None), seed=(0, 2**32 - 1))
         if self.top_p == 0:
             raise ValueError("--top_p must be above 0")
         if self.num_beams > 1 and self.temperature > 0:

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +17,8 @@ from llava.run_folder import read_object
 
 WHOLE_FILES = ("model.safetensors", "pytorch_model.bin")
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+UNREAD = ("*.msgpack", "*.h5", "*.onnx", "checkpoint-*/*")  # of a hub's repository; the last: of a training
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # in a header
 SAMPLED_BYTES = 1 << 20
 # What transformers and peft read beside the tensors, as they like.
 SETTINGS = (
@@ -37,7 +41,7 @@ def local_folder(path: str) -> Path:
     if Path(path).is_dir():
         return Path(path)
     try:
-        return Path(snapshot_download(path, ignore_patterns=["*.msgpack", "*.h5", "*.onnx"]))
+        return Path(snapshot_download(path, ignore_patterns=UNREAD))
     except Exception as error:  # the hub client raises many kinds: offline, unknown name, no access
         reason = first_line(error)
         raise FileNotFoundError(f"{path}: not a folder here, and the hub did not give it ({reason})") from error
@@ -58,6 +62,20 @@ def tensor_names(folder: Path, names: Sequence[str] = WHOLE_FILES) -> list[str]:
                 found += file.keys()
         else:
             found += read_shard(shard)
+    return found
+
+
+def stored_numbers(folder: Path, names: Sequence[str] = WHOLE_FILES) -> Counter[torch.dtype]:
+    """How many numbers of each precision a folder's tensors hold, without reading them. Raises FileNotFoundError."""
+    found: Counter[torch.dtype] = Counter()
+    for shard in _shards(folder, names):
+        if shard.suffix == ".safetensors" and shard.is_file():
+            with safe_open(shard, framework="pt") as file:
+                for piece in map(file.get_slice, file.keys()):
+                    found[FLOATS.get(piece.get_dtype(), torch.uint8)] += math.prod(piece.get_shape())
+        else:
+            for tensor in read_shard(shard).values():
+                found[tensor.dtype] += tensor.numel()
     return found
 
 

@@ -19,7 +19,7 @@ from llava.command_line import check_numbers, flag, parse
 from llava.generation import generate
 from llava.heads import TOP, Ranking, rank, shares_of_parts
 from llava.records import Question, read_prompts
-from llava.runtime import setup_logging, user_errors
+from llava.runtime import check_outputs, setup_logging, user_errors
 from llava.settings import AnswerSettings, ModelSettings
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ def main() -> None:
     setup_logging()
     with user_errors():
         own, model = parse((DiscoverSettings, ModelSettings), __doc__)
-        check_output(own.output, model)
+        check_output(own, model)
         settings = AnswerSettings(attention_layers=own.layers, max_new_tokens=own.max_new_tokens, attention_maps=0)
         job = prepare(model, settings, choose(own))
     shares, targets = measure(job)
@@ -61,10 +61,12 @@ def main() -> None:
     print(f"{ranking.num_prompts} prompts; all {len(ranking.ranking)} heads in {own.output}")
 
 
-def check_output(output: Path, model: ModelSettings) -> None:
+def check_output(own: DiscoverSettings, model: ModelSettings) -> None:
     """Raises ValueError for a file that cannot be written, or that would change the checkpoint's digest."""
+    output = own.output
     if output.is_dir():
         raise ValueError(f"--output {output} is a folder; give a file, as heads.json")
+    check_outputs([output], [own.data_path])
     checkpoint = model.open()
     if output.resolve().parent in {Path(path).resolve() for path in (checkpoint.path, checkpoint.root.path)}:
         raise ValueError(

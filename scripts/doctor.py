@@ -84,6 +84,8 @@ class DoctorSettings:
         check_numbers(self, model_max_length=(1, None))
         if self.fix_list and not self.data_path:
             raise ValueError("--fix_list needs --data_path: it lists the bad records of that file")
+        if self.fix_list and self.fix_list.is_dir():
+            raise ValueError(f"--fix_list {self.fix_list}: is a folder; give a file's name")
 
 
 def main() -> None:
@@ -102,8 +104,9 @@ def main() -> None:
     if own.data_path:
         print("data")
         bad = check_data(report, own, family)
-        if own.fix_list:
-            write_fix_list(own.fix_list, bad, is_whole=not report.unchecked)
+        with user_errors():
+            if own.fix_list:
+                write_fix_list(own.fix_list, bad, is_whole=not report.unchecked)
     found = f"{report.problems} problems found" if report.problems else "no problem found"
     print(found + (", but not all was checked" if report.unchecked else ""))
     sys.exit(1 if report.problems else 0)

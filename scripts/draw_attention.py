@@ -1,4 +1,4 @@
-"""Heat maps of where a model looks, on the original pictures, one PNG a prompt:
+"""Heat maps of where a model looks, on the original pictures, one PNG a prompt and a page of all (index.html):
 `python -m scripts.draw_attention --model_name_or_path MODEL --data_path test.json --image_folder IMAGES --output DIR`
 
 Answers the questions and draws the attention mass of every image patch, averaged over layers and heads, with the target
@@ -7,9 +7,12 @@ outlined. With --answers, the answers of that file are looked at instead, whoeve
 
 import re
 import sys
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import jinja2
+import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
@@ -19,11 +22,11 @@ from llava.attention import mean_over_layers
 from llava.command_line import check_numbers, flag, parse
 from llava.generation import PromptBatch, generate
 from llava.heads import HeadSettings
-from llava.heatmap import attention_map, draw_prompt
+from llava.heatmap import attention_map, draw_prompt, explained
 from llava.measuring import masses_of
-from llava.records import read_answers
+from llava.records import IMAGE, Question, read_answers
 from llava.regions import needs_sizes, target_box
-from llava.runtime import setup_logging, user_errors
+from llava.runtime import check_outputs, setup_logging, user_errors, write_text
 from llava.settings import AnswerSettings, ModelSettings
 
 
@@ -43,7 +46,10 @@ class DrawSettings(HeadSettings):
     max_new_tokens: int = flag("tokens of an answer at most", 128)
 
     def __post_init__(self):
-        check_numbers(self, limit=(1, None), height=(1, None))
+        check_numbers(self, limit=(1, None), height=(16, 4096))
+        if self.output.exists() and not self.output.is_dir():
+            raise NotADirectoryError(f"--output {self.output} is a file; give a folder")
+        check_outputs([self.output / "index.html"], [self.data_path, self.answers])
 
     def answering(self) -> AnswerSettings:
         """The same, as a job takes them."""
@@ -61,12 +67,16 @@ def main() -> None:
         chosen = choose(own, [question.id for question in job.questions], job.mapped, texts)
         own.output.mkdir(parents=True, exist_ok=True)
     job = replace(job, mapped=frozenset(chosen), batches=[[number] for number in chosen])
+    drawn: list[dict[str, str]] = []
     for model, (number,), batch in batches_of(job, range(len(chosen))):
         question = job.questions[number]
         text, masses = look(model, job, batch, None if texts is None else (question.prompt, texts[question.id]))
-        path = own.output / f"{file_name(question.id)}.png"
-        draw(job, number, masses, own.height).save(path)
-        tqdm.write(f"{path}  {question.prompt.splitlines()[-1]}  {text}")
+        path = own.output / file_name(question.id, {one["file"] for one in drawn})
+        draw(job, number, masses, own.height, text).save(path)
+        asked = asked_of(question)
+        drawn.append({"file": path.name, "id": question.id, "question": asked, "answer": text, "true": question.answer})
+        tqdm.write(f"{path}  {asked}  {text}")
+    write_text(own.output / "index.html", page(job, drawn))
 
 
 @torch.no_grad()
@@ -80,13 +90,27 @@ def look(model, job: Job, batch: PromptBatch, given: tuple[str, str] | None) -> 
     return given[1], mean_over_layers(masses[:, batch.num_regions[0] :][:, is_image], job.selected)
 
 
-def draw(job: Job, number: int, masses: torch.Tensor, height: int) -> Image.Image:
-    """The pictures of a question with the map over them and its target outlined."""
+def draw(job: Job, number: int, masses: torch.Tensor, height: int, text: str) -> Image.Image:
+    """The pictures of a question with the map over them and its target outlined; question, answer and scale around."""
     question = job.questions[number]
     pictures = [job.store.open(name) for name in question.images]
     maps = attention_map(masses, [job.family.image(picture.size) for picture in pictures])
     box = target_box(question, pictures[0].size) if needs_sizes(question) else None
-    return draw_prompt(pictures, maps, question.target, box, height)
+    texts = [asked_of(question), f"Answer: {text}", *([f"Right: {question.answer}"] if question.answer else [])]
+    hottest = max(np.max(one["mass"]) for one in maps)
+    return explained(draw_prompt(pictures, maps, question.target, box, height), texts, hottest)
+
+
+def asked_of(question: Question) -> str:
+    """What a prompt asks, in one line and without its pictures."""
+    return " ".join(re.sub(rf"(?:Image\d+:)?\s*{IMAGE}\s*", " ", question.prompt).split()) or question.prompt
+
+
+def page(job: Job, drawn: list[dict[str, str]]) -> str:
+    """The page of all that was drawn."""
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    template = jinja2.Environment(loader=loader, autoescape=True).get_template("maps.html.j2")
+    return template.render(maps=drawn, model=job.checkpoint.path, layers=job.layers, heads=job.heads)
 
 
 def choose(own: DrawSettings, ids: list[str], spread: frozenset[int], texts: dict | None) -> list[int]:
@@ -99,9 +123,10 @@ def choose(own: DrawSettings, ids: list[str], spread: frozenset[int], texts: dic
     return [ids.index(id) for id in wanted]
 
 
-def file_name(id: str) -> str:
-    """An id as a file name."""
-    return re.sub(r"[^\w.-]+", "_", id)[:100]
+def file_name(id: str, taken: Collection[str]) -> str:
+    """An id as the name of a PNG file that no other id has."""
+    name = re.sub(r"[^\w.-]+", "_", id)[:100]
+    return next(n for n in (f"{name}.png", *(f"{name}_{k}.png" for k in range(2, len(taken) + 3))) if n not in taken)
 
 
 if __name__ == "__main__":

@@ -1,26 +1,36 @@
 """Merge an adapter into a plain checkpoint: `python -m scripts.export --model_name_or_path ADAPTER --output DIR`.
 
 Writes a llava-hf folder (safetensors, processor, chat template), which transformers reads without this repository, or
-with `--format original` the layout of liuhaotian/llava-v1.5. The result is loaded again and compared with the source.
+with `--format original` the layout of liuhaotian/llava-v1.5. The result is read again and compared with the source: the
+tokens and pixels that plain transformers makes of prompts, and the first token of their answers.
 """
 
+import json
 import logging
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
+import psutil
 import torch
 from huggingface_hub import save_torch_state_dict
-from peft import PeftModel
 from PIL import Image
+from transformers import AutoProcessor
 
-from llava.checkpoints import open_checkpoint
-from llava.command_line import flag, parse
+from llava.answering import encode_prompt, spread
+from llava.checkpoints import Checkpoint, open_checkpoint
+from llava.command_line import check_numbers, flag, parse
+from llava.endpoint import messages_of
 from llava.families import Family
-from llava.families.llava15 import SYSTEM
 from llava.families.llava15_original import write_checkpoint
-from llava.run_folder import only_writer
+from llava.image import ImageStore
+from llava.merging import in_float32, merge
+from llava.records import Question, read_prompts
+from llava.run_folder import only_writer, read_object
 from llava.runtime import setup_logging, stop, user_errors
 
 logger = logging.getLogger("scripts.export")
@@ -34,16 +44,11 @@ PUBLISHED = (
     ("model.vision_tower.", "vision_tower.vision_model."),
     ("model.multi_modal_projector.", "multi_modal_projector."),
 )
-# vicuna_v1 as in llava/families/llava15.py; the pictures of a turn come before its text, one a line.
-CHAT_TEMPLATE = (
-    SYSTEM + " {% for message in messages %}{% set content = message['content'] %}"
-    "{% if message['role'] == 'user' %}USER: {% if content is string %}{{ content }}{% else %}"
-    "{% for part in content %}{% if part['type'] == 'image' %}<image>\n{% endif %}{% endfor %}"
-    "{% for part in content %}{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %} "
-    "{% elif message['role'] == 'assistant' %}ASSISTANT: "
-    "{% if content is string %}{{ content }}{% else %}{{ content[0]['text'] }}{% endif %}</s>{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
-)
+SERVED_TEMPLATE = "chat_template_with_bos.jinja"  # for servers that add no start token to a template's text, as vLLM
+GB = 1e9
+SHARD_BYTES = 2 * 10**9  # of a written file, which is copied once while it is written
+# Between resampling by pillow and by torchvision: one or two of 255 steps. Another padding or crop is far beyond it.
+PIXELS_TOLERANCE = 0.06
 
 
 @dataclass(kw_only=True)
@@ -56,12 +61,27 @@ class ExportSettings:
     dtype: str = flag("precision", "bfloat16", choices=list(DTYPES))
     base_model: str | None = flag("what an adapter stands on, instead of the base it names", None)
     image_tower: str | None = flag("vision tower of an original checkpoint", None)
+    questions: Path | None = flag("prompts to compare on: a test set or pairs; default: the run's own data", None)
+    image_folder: Path | None = flag("folder, .zip or .tar of their pictures", None)
+    num: int = flag("prompts to compare on", 32)
 
     def __post_init__(self):
+        check_numbers(self, num=(1, None))
+        if (self.questions is None) != (self.image_folder is None):
+            raise ValueError("--questions and --image_folder go together: prompts and their pictures")
         if self.output.exists() and not self.output.is_dir():
             raise NotADirectoryError(f"--output {self.output} is a file; give a folder")
         if self.output.exists() and any(self.output.iterdir()):
             raise ValueError(f"{self.output}: the folder is not empty")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A prompt to compare on."""
+
+    ids: list[int]  # one image token per picture
+    turns: list[tuple[str, str]]  # (role, text)
+    pictures: list[Image.Image]
 
 
 def main() -> None:
@@ -71,33 +91,171 @@ def main() -> None:
         (own,) = parse((ExportSettings,), __doc__)
         _held.enter_context(only_writer(own.output))
         checkpoint = open_checkpoint(own.model_name_or_path, own.base_model, own.image_tower)
-        family, model = checkpoint.family, checkpoint.load(torch.float32).eval()
-    probe = example(family)
-    before = logits(model, family, probe)
-    merged = model.merge_and_unload() if isinstance(model, PeftModel) else model
-    with user_errors():
-        if own.format == "original":
-            write_checkpoint(merged.to(DTYPES[own.dtype]), family.image_processor, own.output, checkpoint.chain)
-        else:
-            write(merged.to(DTYPES[own.dtype]), family, own.output)
-    again = open_checkpoint(str(own.output)).load(torch.float32).eval()
-    difference = (logits(again, family, probe) - before).abs().max().item()
-    logger.info("wrote %s (%s, %s)", own.output, own.format, own.dtype)
+        asked = prompts(own, checkpoint)
+        export(checkpoint, own.output, own.dtype, own.format, asked)
+
+
+def export(checkpoint: Checkpoint, output: Path, dtype: str, layout: str, asked: Sequence[Asked]) -> None:
+    """Write a checkpoint merged as a folder, and compare the two. Ends the process where they are not the same."""
+    family = checkpoint.family
+    stored = max(checkpoint.stored, key=lambda kind: (kind.is_floating_point, kind.itemsize))
+    loaded = torch.float32 if dtype == "float32" else stored
+    logger.info(describe_memory(checkpoint, loaded))
+    model = checkpoint.load(loaded, exact_adapter=True).eval()
+    before = first_logits(model, family, asked)
+    model, rounding = merge(model, DTYPES[dtype])
+    if layout == "original":
+        write_checkpoint(model, family, output, checkpoint.chain)
+    else:
+        write(model, family, output)
+        compare_inputs(family, output, asked)
+    del model  # before the result is read: one model at a time
+    after = first_logits(open_checkpoint(str(output)).load(DTYPES[dtype], exact_adapter=True).eval(), family, asked)
+    logger.info("wrote %s (%s, %s)", output, layout, dtype)
+    difference = (after - before).abs().max().item()
     logger.info("largest difference of logits to the source: %.2e (logits up to %.1f)", difference, before.abs().max())
-    if own.dtype == "float32" and difference > 1e-3:
-        stop(f"{own.output}: the written checkpoint does not give the logits of {checkpoint}")
+    if dtype == "float32" and difference > 1e-3:
+        stop(f"{output}: the written checkpoint does not give the logits of {checkpoint}")
+    if rounding.lost and dtype != "float32":
+        logger.info(
+            "rounding to %s ate the adapter in %.1f %% of the %s numbers that it changes: there the base's own stay",
+            dtype, 100 * rounding.share, f"{rounding.changed:,}",
+        )  # fmt: skip
+    logger.info(verdict(before, after, dtype))
+
+
+def verdict(before: torch.Tensor, after: torch.Tensor, dtype: str) -> str:
+    """What the first tokens (N, V logits) say of an export, in a line."""
+    changed = int((before.argmax(dim=-1) != after.argmax(dim=-1)).sum())
+    largest = (before.softmax(dim=-1) - after.softmax(dim=-1)).abs().max().item()
+    share = 100 * changed / len(before)
+    found = f"first tokens that change: {changed} of {len(before)} ({share:.1f} %), probabilities by {largest:.1e}: "
+    if not changed:
+        return found + "it answers as its source"
+    return found + f"{dtype} costs answers; --dtype float32 keeps them"
+
+
+def describe_memory(checkpoint: Checkpoint, dtype: torch.dtype) -> str:
+    """What the merge will need, from the headers of the weights' files."""
+    numbers = checkpoint.stored.total()
+    weights = numbers * dtype.itemsize
+    file, precision = min(weights, SHARD_BYTES), str(dtype).removeprefix("torch.")
+    free = psutil.virtual_memory().available
+    return (
+        f"memory: {(weights + file) / GB:.3g} GB are needed ({numbers:,} numbers in {precision}, {file / GB:.2g} GB "
+        f"for a file in the making), {free / GB:.3g} GB are free"
+    )
+
+
+# ---- what is compared on
+
+
+def prompts(own: ExportSettings, checkpoint: Checkpoint) -> list[Asked]:
+    """Prompts of the flags, else of the data that the run in the folder names, else around drawn pictures.
+
+    Raises DataError, ValueError, FileNotFoundError for what the flags name.
+    """
+    family, data = checkpoint.family, (own.questions, own.image_folder)
+    if own.questions is None:
+        data = run_data(Path(own.model_name_or_path))
+    if data is None:
+        logger.info("compared on drawn pictures: no --questions given, and the folder names no data that is here")
+        return drawn(family)[: own.num]
+    questions, store = read_prompts(data[0]), ImageStore(data[1])
+    chosen = [questions[number] for number in sorted(spread(questions, own.num))]
+    logger.info("compared on %d prompts of %s", len(chosen), data[0])
+    return [asked_of(family, question, [store.open(name) for name in question.images]) for question in chosen]
+
+
+def run_data(folder: Path) -> tuple[Path, Path] | None:
+    """(pairs, pictures) that the run of a folder, or of its parent, was trained on, if they are still there."""
+    for place in (folder, folder.resolve().parent):
+        if (place / "run.json").is_file():
+            data = read_object(place / "run.json").get("data") or {}
+            found = Path(str(data.get("data_path"))), Path(str(data.get("image_folder")))
+            return found if all(path.exists() for path in found) else None
+    return None
+
+
+def drawn(family: Family) -> list[Asked]:
+    """Questions about pictures of colours that run into each other, wide, high and square."""
+    across, around = Image.linear_gradient("L"), Image.radial_gradient("L")
+    bands = [across, around, across.rotate(90), around.rotate(45), across.rotate(180), across.rotate(270)]
+    sizes = [(144, 72), (60, 200), (336, 336), (500, 333), (90, 97), (31, 17)]
+    pictures = [
+        Image.merge("RGB", (bands[n], bands[(n + 1) % 6], bands[(n + 2) % 6])).resize(size)
+        for n, size in enumerate(sizes)
+    ]
+    found = []
+    for number, pair in enumerate(pairwise([*pictures, pictures[0]])):
+        prompt = f"Image1:<image>\nImage2:<image>\nIn Image{1 + number % 2}, what is shown?"
+        found.append(Asked(family.encode_prompt(prompt), [("user", prompt)], [*pair]))
+    return found
+
+
+def asked_of(family: Family, question: Question, pictures: list[Image.Image]) -> Asked:
+    """A question and its pictures, ready to be compared on. Raises ValueError naming the record."""
+    return Asked(encode_prompt(family, question), turns_of(question), pictures)
+
+
+def turns_of(question: Question) -> list[tuple[str, str]]:
+    """(role, text) of what is said, up to where the answer begins."""
+    return [*question.context, ("user", question.prompt)]
+
+
+def compare_inputs(family: Family, folder: Path, asked: Sequence[Asked]) -> None:
+    """Ends the process where plain transformers makes other tokens or pixels of a prompt than it was trained on."""
+    processor, largest = AutoProcessor.from_pretrained(folder, trust_remote_code=False), 0.0
+    for one in asked:
+        inputs, expected = plain_inputs(processor, one.turns, one.pictures), model_inputs(family, one)
+        if inputs["input_ids"].tolist() != expected["input_ids"].tolist():
+            stop(f"{folder}: plain transformers makes other tokens of {one.turns[-1][1][:80]!r}")
+        for name, tensor in expected.items():
+            largest = max(largest, (inputs[name].float() - tensor.float()).abs().max().item())
+    if largest > PIXELS_TOLERANCE:
+        stop(f"{folder}: plain transformers makes other pictures, by {largest:.1e}")
+    logger.info("plain transformers makes the same tokens of %d prompts, and pixels within %.0e", len(asked), largest)
+
+
+def plain_inputs(processor, turns: Sequence[tuple[str, str]], pictures: Sequence[Image.Image]) -> dict[str, Any]:
+    """What plain transformers makes of a conversation."""
+    messages = messages_of(turns, pictures, lambda picture: {"type": "image", "image": picture})
+    return processor.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+
+
+def model_inputs(family: Family, asked: Asked) -> dict[str, torch.Tensor]:
+    """A prompt as training fed it."""
+    ids = family.expand(asked.ids, [family.image(picture.size) for picture in asked.pictures])
+    return {"input_ids": torch.tensor([ids]), **family.pixels(asked.pictures)}
+
+
+@torch.no_grad()
+def first_logits(model, family: Family, asked: Sequence[Asked]) -> torch.Tensor:
+    """(N, V) logits of the first token of every answer, over the vocabulary that both layouts have; in float32."""
+    with in_float32(model):
+        found = [model(**model_inputs(family, one), logits_to_keep=1).logits[0, -1, : family.image_id] for one in asked]
+    return torch.stack(found).float()
+
+
+# ---- what is written
 
 
 def write(model, family: Family, folder: Path) -> None:
     """The merged model as a llava-hf folder."""
     processor = family.processor()
-    processor.chat_template = processor.chat_template or CHAT_TEMPLATE
     processor.save_pretrained(folder)
+    # Where transformers 4, and servers on it, look for the pictures' settings.
+    pictures = processor.image_processor.to_dict() | {"processor_class": type(processor).__name__}
+    (folder / "preprocessor_config.json").write_text(json.dumps(pictures, indent=2) + "\n", encoding="utf-8")
+    (folder / SERVED_TEMPLATE).write_text("{{ bos_token }}" + processor.chat_template, encoding="utf-8")
     model.config.architectures, model.config.dtype = [type(model).__name__], model.dtype
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
     tower = model.config.vision_config.model_type
-    save_torch_state_dict({published_name(name, tower): t for name, t in model.state_dict().items()}, folder)
+    tensors = {published_name(name, tower): tensor for name, tensor in model.state_dict().items()}
+    save_torch_state_dict(tensors, folder, max_shard_size=SHARD_BYTES)
 
 
 def published_name(name: str, tower: str = CLIP) -> str:
@@ -111,22 +269,6 @@ def published_name(name: str, tower: str = CLIP) -> str:
         if name.startswith(ours):
             return theirs + name.removeprefix(ours)
     raise KeyError(name)
-
-
-def example(family: Family) -> dict[str, torch.Tensor]:
-    """A seeded random prompt around two random pictures."""
-    generator = torch.Generator().manual_seed(0)
-    words = torch.randint(3, family.image_id, (24,), generator=generator).tolist()
-    pixels = family.pixels([Image.new("RGB", (64, 64)), Image.new("RGB", (64, 64))])
-    pixels = {name: torch.randn(tensor.shape, generator=generator) for name, tensor in pixels.items()}
-    ids = [*words[:8], family.image_id, *words[8:12], family.image_id, *words[12:]]
-    return {"input_ids": torch.tensor([family.expand(ids, [family.image((64, 64))] * 2)]), **pixels}
-
-
-@torch.no_grad()
-def logits(model, family: Family, probe: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Logits at the last twelve places, over the vocabulary that both layouts have."""
-    return model(**probe, logits_to_keep=12).logits[..., : family.image_id].float()
 
 
 if __name__ == "__main__":

@@ -43,22 +43,21 @@ class FigureFlags:
 
 def main() -> None:
     """Draws every figure that the flags allow."""
+    matplotlib.use("Agg")
+    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
     with user_errors():
         (own,) = parse((FigureFlags,), __doc__)
         checkpoint = ModelSettings(model_name_or_path=str(BASE), image_folder="").open()
-    matplotlib.use("Agg")
-    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+        looks = {"look": draw_look(own.demo)} if own.demo else {}
+        own.output.mkdir(parents=True, exist_ok=True)
     model, family = checkpoint.load().eval(), checkpoint.family
-    own.output.mkdir(parents=True, exist_ok=True)
-    figures = {"row": draw_row(family), "mass": draw_mass(model, family)}
-    if own.demo:
-        figures["look"] = draw_look(own.demo)
+    figures = {"row": draw_row(family), "mass": draw_mass(model, family), **looks}
     for name, figure in figures.items():
         path = own.output / f"{name}.png"
         figure.savefig(path, dpi=110, bbox_inches="tight")
         Image.open(path).convert("RGB").quantize(160).save(path, optimize=True)
         print(path)
-    if not own.demo:
+    if not looks:
         print("look.png is left as it is: it needs --demo")
 
 
@@ -146,10 +145,16 @@ def draw_look(demo: Path):
     questions = {question.id: question for question in read_questions(demo / "data/test.json")}
     answers = {name: {a.question_id: a for a in read_answers(demo / f"answers/{name}.jsonl")} for name in MODELS}
     store = ImageStore(demo / "data/images")
-    mapped = [question for id, question in questions.items() if "attention_map" in answers[MODELS[0]][id].extra]
+    mapped = [
+        question for id, question in questions.items()
+        if all(id in own and "attention_map" in own[id].extra for own in answers.values())
+    ]  # fmt: skip
     right = {q.id: [answers[name][q.id].text == q.answer for name in MODELS] for q in mapped}
     mapped.sort(key=lambda question: right[question.id] != [False, True])  # the mended ones first
-    asked = [next(q for q in mapped if q.image_type == kind) for kind in ("sequence", "collage", "pip")]
+    first = {question.image_type: question for question in reversed(mapped)}
+    if {"sequence", "collage", "pip"} - first.keys():
+        raise ValueError(f"{demo}: no answer of every format has its map; a whole demo (bash scripts/demo.sh) has")
+    asked = [first[kind] for kind in ("sequence", "collage", "pip")]
     widths = [len(question.images) for question in asked]
     figure, axes = plt.subplots(2, len(asked), figsize=(8.4, 4.2), width_ratios=widths, layout="constrained")
     for line, name in zip(axes, MODELS, strict=True):

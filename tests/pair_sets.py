@@ -50,7 +50,7 @@ def two_files(folder):
 
 
 def run(*words):
-    mix.main([str(word) for word in words])
+    return mix.main([str(word) for word in words])
 
 
 def refused(capsys, *words):

@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from inference.llava_hound_dpo import run_inference
+from inference.llava_hound_dpo.evaluate import evaluate
+from inference.llava_hound_dpo.report import markdown, report
 from inference_optimization.llava_hound_dpo import run_adaptive, tune
 from inference_optimization.llava_hound_dpo.adaptviz import DEFAULTS, PRESETS, AdaptViz, Bands, read_config
 from inference_optimization.llava_hound_dpo.grid import ANOTHER, PLAIN, Variant, another_part, answer_grid
@@ -231,19 +233,27 @@ class TestAnswers:
         error = capsys.readouterr().err
         assert ended.value.code == 2 and said in error and error.count("\n") == 1
 
-    @pytest.mark.parametrize("module", [run_adaptive, tune], ids=["run_adaptive", "tune"])
-    def test_a_scope_that_needs_a_target(self, run, capsys, world, tmp_path, module):
+    def test_questions_that_refer_to_no_image_are_answered_plainly(self, run, capsys, world, tmp_path):
         records = json.loads((world / "test.json").read_text())
-        several = next(record for record in records if record["image_type"] == "sequence")
-        several |= {"image_type": "multi"}
-        del several["target"], several["target_box"]
-        (tmp_path / "multi.json").write_text(json.dumps(records))
+        several = [record for record in records if record["image_type"] == "sequence"]
+        for record in several:
+            record |= {"image_type": "multi"}
+            del record["target"], record["target_box"]
+        (tmp_path / "some.json").write_text(json.dumps(records))
+        (tmp_path / "only.json").write_text(json.dumps(several))
+        steered = run(run_adaptive, "some.jsonl", "--data_path", tmp_path / "some.json", "--alpha", 1.5)
+        assert f"{len(several)} of 60 questions refer to no image ({several[0]['id']} first)" in capsys.readouterr().out
+        scales = {kind: {a["scale"] for a in steered if a["image_type"] == kind} for kind in ("multi", "single", "pip")}
+        assert scales == {"multi": {1.0}, "single": {1.0}, "pip": {1.5}}
+        plain = {a["question_id"]: a for a in run(run_inference, "plain.jsonl", "--data_path", tmp_path / "some.json")}
+        texts = [(a["text"], plain[a["question_id"]]["text"]) for a in steered if a["image_type"] == "multi"]
+        assert all(one == other for one, other in texts)
         with pytest.raises(SystemExit) as ended:
-            run(module, "multi.jsonl", "--data_path", tmp_path / "multi.json")
+            run(run_adaptive, "only.jsonl", "--data_path", tmp_path / "only.json")
         error = capsys.readouterr().err
-        assert ended.value.code == 2 and "no image is referred to" in error and several["id"] in error
-        if module is run_adaptive:
-            assert len(run(module, "all.jsonl", "--data_path", tmp_path / "multi.json", "--scope", "all")) == 60
+        assert ended.value.code == 2 and "no image is referred to, nor in any other question" in error
+        found = run(run_adaptive, "all.jsonl", "--data_path", tmp_path / "only.json", "--scope", "all", "--alpha", 1.5)
+        assert {a["scale"] for a in found} == {1.5}
 
 
 class TestTuner:
@@ -261,6 +271,38 @@ class TestTuner:
         rights = [a["text"] == a["answer"] for a in plain if a["question_id"] not in chosen_on]
         assert record["all"]["plain"]["test"]["accuracy"] == pytest.approx(np.mean(rights))
         assert "at another image" in (tmp_path / "tuned" / "table.md").read_text()
+
+    def test_questions_that_were_tuned_on_are_marked_and_not_scored(self, run, tmp_path, world, capsys):
+        """By what they ask, whatever their ids; a choice from a few is said to be a guess."""
+        run(tune, "tuned", "--share", 0.5)
+        assert "Chosen on 30 questions" in (said := capsys.readouterr().out) and "Fewer than 50 questions" in said
+        record = json.loads((tmp_path / "tuned" / "tuned.json").read_text())
+        assert record["is_guess"] and len(record["validation"]["digests"]) == 30
+        records = json.loads((world / "test.json").read_text())
+        tuned_on = {f"new {r['id']}" for r in records if r["id"] in record["validation"]["ids"]}
+        (tmp_path / "new.json").write_text(json.dumps([r | {"id": f"new {r['id']}"} for r in records]))
+        flags = ["--data_path", tmp_path / "new.json"]
+        answers = run(run_adaptive, "steered.jsonl", "--config", tmp_path / "tuned" / "tuned.json", *flags)
+        assert {a["question_id"] for a in answers if a.get("is_tuned_on")} == tuned_on and len(tuned_on) == 30
+        assert "30 of 60 questions are those that" in (said := capsys.readouterr().out) and "a guess" in said
+        run(run_inference, "plain.jsonl", *flags)
+        files = [tmp_path / "steered.jsonl", tmp_path / "plain.jsonl"]
+        scores, rows = evaluate(files, tmp_path / "new.json")
+        assert set(scores["tuned_on"]) == tuned_on
+        assert [own["overall"]["questions"] for own in scores["answers"].values()] == [30, 30]
+        assert not tuned_on & {row.asked.id for own in rows.values() for row in own}
+        assert "Left out of all scores: 30 questions, because the settings of AdaptViz" in markdown(scores)
+        assert "Left out of all scores: 30 questions" in report(scores, rows)
+
+    def test_only_what_has_a_right_answer_is_tuned_on(self, run, tmp_path, world, capsys):
+        records = json.loads((world / "test.json").read_text())
+        for record in records[:7]:
+            del record["answer"]
+        (tmp_path / "some.json").write_text(json.dumps(records))
+        run(tune, "tuned", "--data_path", tmp_path / "some.json", "--factors", 1.5, "--scopes", "target")
+        assert "7 of 60 questions have no right answer: left out" in capsys.readouterr().out
+        record = json.loads((tmp_path / "tuned" / "tuned.json").read_text())
+        assert record["validation"]["questions"] + record["test"]["questions"] == 53
 
     def test_the_grid_is_not_answered_twice(self, run, tmp_path, capsys):
         first = run(tune, "tuned")

@@ -1,9 +1,14 @@
 """The command line of training: defaults of the design, and one line for every mistake."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
+import torch
+from transformers import TrainingArguments
 
+from llava.command_line import ABOVE_0
+from train.llava_hound_dpo import trainer_flags
 from train.llava_hound_dpo.arguments import (
     RETIRED,
     DataArguments,
@@ -12,6 +17,7 @@ from train.llava_hound_dpo.arguments import (
     TrainArguments,
     parse,
 )
+from train.llava_hound_dpo.trainer_flags import RANGES, REFUSED, WORKS
 
 REQUIRED = {"model_name_or_path": "m", "data_path": "train.json", "image_folder": "images.zip", "output_dir": "out"}
 GROUPS = (ModelArguments, DataArguments, LossArguments, TrainArguments)
@@ -186,7 +192,12 @@ def test_a_missing_required_flag_is_named(name):
         ("--learning_rate nan", "--learning_rate"),
         ("--learning_rate -1e-5", "--learning_rate"),
         ("--num_train_epochs inf", "--num_train_epochs"),
-        ("--max_steps 100000000000000", "--max_steps"),
+        ("--max_steps 1e14", "--max_steps"),
+        ("--warmup_ratio 1", "--warmup_ratio"),
+        ("--warmup_ratio nan", "--warmup_ratio"),
+        ("--warmup_ratio 0.1 --warmup_steps 5", "not both"),
+        ("--lora_r 100000000000", "--lora_r"),
+        ("--group_by_length True", "no longer exists"),
         ("--gradient_accumulation_steps 0", "--gradient_accumulation_steps"),
         ("--model_max_length 0", "--model_max_length"),
         ("--top_heads 0", "--top_heads"),
@@ -211,6 +222,92 @@ def test_a_missing_required_flag_is_named(name):
 )
 def test_bad_values_are_one_line(flags, reason):
     assert reason in refused(*flags.split())
+
+
+NUMERIC = (int, float, int | None, float | None)
+NUMBERS = [field.name for group in GROUPS for field in dataclasses.fields(group) if field.type in NUMERIC]
+FREE = {"attention_threshold", "local_rank"}  # below 0 as well: -1 is no launcher
+
+
+@pytest.mark.parametrize("name", sorted(set(NUMBERS) - set(REFUSED)))
+def test_numbers_without_meaning_are_refused_before_anything_is_read(name):
+    """Of every numeric flag, ours and transformers': no number, infinity, and what lies below its range."""
+    for value in ["nan", "inf", "-inf", *(["-2"] if name not in FREE else [])]:
+        assert f"--{name}" in refused(f"--{name}={value}")
+    least = {**RANGES, "mm_projector_lr": (0, None)}.get(name, (0, None))[0]
+    if least in (1, ABOVE_0):
+        assert f"--{name} 0" in refused(f"--{name}", "0")
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_field_of_transformers_that_does_nothing_or_harm_is_refused_with_the_reason(name):
+    field = next(f for f in dataclasses.fields(TrainArguments) if f.name == name)
+    args = TrainArguments.__new__(TrainArguments)
+    for other in dataclasses.fields(TrainArguments):
+        default = other.default if other.default is not dataclasses.MISSING else other.default_factory()
+        setattr(args, other.name, default)
+    trainer_flags.refuse(args)
+    setattr(args, name, not field.default if isinstance(field.default, bool) else 5)
+    with pytest.raises(ValueError, match=f"^--{name} .* must stay .*: ") as caught:
+        trainer_flags.refuse(args)
+    assert REFUSED[name] in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--neftune_noise_alpha 5", "--label_smoothing_factor 0.1", "--torch_compile True", "--push_to_hub True",
+        "--auto_find_batch_size True", "--train_sampling_strategy group_by_length", "--save_only_model True",
+        "--resume_from_checkpoint out/checkpoint-1", "--fsdp full_shard", "--use_liger_kernel",
+    ],
+)  # fmt: skip
+def test_such_flags_from_the_command_line(flags):
+    assert "must stay" in refused(*flags.split())
+
+
+def test_every_field_of_the_installed_transformers_is_sorted_once():
+    """A version with a new field fails here: read what it does, then sort it."""
+    fields = {f.name for f in dataclasses.fields(TrainingArguments)}
+    assert not WORKS & set(REFUSED)
+    assert fields == WORKS | set(REFUSED), fields ^ (WORKS | set(REFUSED))
+    assert set(RANGES) <= WORKS
+
+
+def test_warmup_ratio_is_the_share_of_steps_over_which_the_rate_rises():
+    """The flag of every LLaVA script, whether transformers has it or not."""
+    assert parsed("--warmup_ratio", "0.03")[3].get_warmup_steps(1000) == 30
+    assert parsed("--warmup_steps", "7")[3].get_warmup_steps(1000) == 7
+
+
+@pytest.mark.parametrize(
+    ("has_bf16", "asked", "dtype"),
+    [(True, "bf16", "bfloat16"), (False, "bf16", "float16"), (False, "fp16", "float16"), (False, None, "float32")],
+)
+def test_a_card_without_bfloat16_computes_in_float16_and_says_so(monkeypatch, caplog, has_bf16, asked, dtype):
+    """V100, T4, RTX 8000: torch emulates it there, and says that it is supported unless it is asked without that."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation or has_bf16)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla V100")
+    args = SimpleNamespace(bf16=asked == "bf16", fp16=asked == "fp16", use_cpu=False)
+    with caplog.at_level("INFO"):
+        TrainArguments._choose_precision(args)
+    assert str(TrainArguments.dtype.fget(args)) == f"torch.{dtype}"
+    assert caplog.messages == ["Tesla V100 has no bfloat16: computing in float16"] * (asked == "bf16" and not has_bf16)
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "null", "3", "{", *(f'{{"zero_optimization": {zero}}}' for zero in (
+        "[]", "null", '{"stage": 7}', '{"stage": "2"}', '{"offload_param": 1}', '{"stage3_max_live_parameters": {}}',
+    ))]
+)  # fmt: skip
+def test_a_file_that_is_no_deepspeed_config_is_one_line(tmp_path, content):
+    (tmp_path / "zero.json").write_text(content)
+    assert "zero.json" in refused("--deepspeed", str(tmp_path / "zero.json"))
+
+
+def test_bars_are_drawn_on_a_terminal_only(monkeypatch):
+    for is_terminal in (False, True):
+        monkeypatch.setattr("sys.stderr.isatty", lambda answer=is_terminal: answer, raising=False)
+        assert parsed()[3].disable_tqdm is not is_terminal
 
 
 @pytest.mark.parametrize("kind", ["sigmoid", "robust"])

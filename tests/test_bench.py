@@ -14,13 +14,13 @@ from tests.conftest import tiny_model
 SHAPE = Shape(images=2, chosen=7, rejected=4, count=3)
 
 
-@pytest.fixture
-def steps(processor, tmp_path):
-    """Every way of the benchmark on the miniature, with the same three pairs."""
-    build = partial(tiny_model, processor)
+@pytest.fixture(scope="module")
+def steps(processor, tmp_path_factory):
+    """Every way of the benchmark on the miniature, with the same three pairs. A step changes no weight."""
+    folder, build = tmp_path_factory.mktemp("steps"), partial(tiny_model, processor)
     family = Llava15(build().config, processor.tokenizer, processor.image_processor)
-    pairs = build_pairs(tmp_path / "data", SHAPE, family)
-    return build_steps(NAMES, add_lora(build(), family, rank=4), build, pairs, tmp_path)
+    pairs = build_pairs(folder / "data", SHAPE, family)
+    return build_steps(NAMES, add_lora(build(), family, rank=4), build, pairs, folder)
 
 
 def test_all_compute_the_same_loss_and_gradients(steps):
@@ -58,29 +58,37 @@ def test_gradients_of_other_weights_are_not_compared():
         difference({"a": torch.ones(1)}, {"b": torch.ones(1)})
 
 
-@pytest.fixture
-def results(tmp_path, monkeypatch):
-    """Where a benchmark writes."""
-    monkeypatch.setattr(common, "RESULTS", tmp_path / "output/bench/RESULTS.md")
-    return common.RESULTS
+@pytest.mark.parametrize("publish", [False, True])
+def test_only_what_is_published_changes_a_tracked_file(tmp_path, monkeypatch, publish):
+    """Smaller than small, from any folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(common, "PUBLISHED", tmp_path / "tracked/RESULTS.md")
+    monkeypatch.setattr(training, "compare", lambda own, shape, names, folder: ["-"] * 8)
+    monkeypatch.setattr("sys.argv", ["training", "--images", "1", *["--publish"] * publish])
+    for _ in range(2):
+        training.main()
+    (written,) = tmp_path.rglob("*.md")
+    assert written.relative_to(tmp_path).parts[0] == ("tracked" if publish else "output")
+    assert written.read_text().count("\n## ") == 2
 
 
-def test_the_command_writes_its_table(results, monkeypatch):
+def test_the_command_writes_its_table(tmp_path, monkeypatch):
     """Smaller than small."""
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["training", "--size", "tiny", "--images", "1", "--repeats", "1"])
     training.main()
-    text = results.read_text()
+    text = common.RESULTS.read_text()
     assert text.count("\n## ") == 1 and "out of memory" not in text
     assert "`python -m scripts.bench.training --size tiny --repeats 1 --images 1`" in text
     rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| 1")]
     assert [len(row) for row in rows] == [9, 9] and [row.count("-") for row in rows] == [0, 4]
 
 
-def test_results_are_appended_where_git_does_not_keep_them(results, capsys):
-    for _ in range(2):
-        common.record("Title", "command", "| table |")
-    assert results.read_text().count("## Title") == 2 == capsys.readouterr().out.count("## Title")
-
-
-def test_no_benchmark_changes_a_tracked_file():
-    assert common.RESULTS.parts[0] == "output"
+@pytest.mark.parametrize("flag", ["--repeats", "--images"])
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "1.5", "100000000000"])
+def test_numbers_that_cannot_be_meant_are_one_line(flag, value, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["training", flag, value])
+    with pytest.raises(SystemExit) as ended:
+        training.main()
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and flag in error and value in error and error.count("\n") == 1

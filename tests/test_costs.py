@@ -145,7 +145,7 @@ def test_rows_by_hand(costs):
     """1,000 pairs of 107.1 TFLOP in three epochs at 0.4 x 312 TFLOP/s: 0.715 hours of one GPU."""
     found = rows(costs)
     assert found["tokens"].startswith("1,938,000 per epoch, 1,938 a pair")
-    assert found["FLOPs"].startswith("107.1 TFLOP a pair") and "6.857 PFLOP a step" in found["FLOPs"]
+    assert found["FLOPs"].startswith("107.1 TFLOP a pair") and "6.696 PFLOP a step of 62.5 pairs" in found["FLOPs"]
     assert found["1 A100"].startswith(
         "0.715 hours, 0.7154 GPU-hours, 32.0 GiB and 1.0 GiB of the CPU's each"
     )

@@ -42,6 +42,44 @@ def test_original_lora_folder_gives_the_logits_of_the_peft_adapter(formats):
     torch.testing.assert_close(logits_of(formats.original_lora), adapter, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"use_rslora": True},
+        {"alpha_pattern": {"q_proj": 32}},
+        {"alpha_pattern": {"model.layers.1.self_attn.v_proj": 32, r"^model\.layers\.0\.mlp": 16}},
+    ],
+    ids=["rslora", "alpha by module", "alpha by layer"],
+)
+def test_settings_that_change_what_an_original_lora_folder_weighs_are_honoured(formats, tmp_path, change):
+    """As PEFT has them in an adapter of its own, where the modules' names are transformers'."""
+
+    def changed(folder, names):
+        copy, path = shutil.copytree(folder, tmp_path / folder.name), tmp_path / folder.name / "adapter_config.json"
+        text = names(json.dumps(change))
+        path.write_text(json.dumps(json.loads(path.read_text()) | json.loads(text)))
+        return logits_of(copy)
+
+    theirs = changed(formats.original_lora, str)
+    ours = changed(formats.adapter, lambda text: text.replace("model", "model.language_model"))
+    assert (theirs - logits_of(formats.original_lora)).abs().max() > 1e-3
+    torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"mm_projector_type": "linear"}, {"mm_projector_type": None}, {"mm_vision_select_feature": "cls_patch"},
+        {"mm_use_im_start_end": True}, {"mm_patch_merge_type": "spatial_unpad"}, {"image_aspect_ratio": "anyres"},
+    ],
+)  # fmt: skip
+def test_settings_of_another_llava_are_refused_by_name(formats, tmp_path, change):
+    folder = copied(formats.original, tmp_path)
+    edit_config(folder, **change)
+    with pytest.raises(ValueError, match=f"{next(iter(change))} .* no other LLaVA is read here"):
+        open_checkpoint(str(folder))
+
+
 def test_the_tower_can_be_given(formats, tmp_path):
     moved = tmp_path / "tower"
     shutil.copytree(formats.tower, moved)
@@ -51,6 +89,26 @@ def test_the_tower_can_be_given(formats, tmp_path):
         open_checkpoint(str(folder))
     expected = logits_of(formats.original)
     torch.testing.assert_close(logits_of(folder, image_tower=str(moved)), expected, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("place", ["inside", "beside"])
+def test_a_tower_that_moved_with_its_checkpoint_is_found(formats, tmp_path, caplog, place):
+    folder = copied(formats.original, tmp_path)
+    tower = shutil.copytree(formats.tower, (folder if place == "inside" else tmp_path) / "clip-vit")
+    edit_config(folder, mm_vision_tower="/gone/place/clip-vit")
+    caplog.set_level("INFO")
+    torch.testing.assert_close(logits_of(folder), logits_of(formats.original), atol=0, rtol=0)
+    assert f"its vision tower /gone/place/clip-vit is not there, {tower} is taken" in caplog.text
+    edit_config(folder, mm_vision_tower=str(formats.tower))  # it is there: nothing else is taken
+    assert open_checkpoint(str(folder)).tower == str(formats.tower)
+
+
+@pytest.mark.parametrize(("said", "pad"), [("pad", True), ("square", False)])
+def test_the_padding_that_a_checkpoint_says_counts_unless_another_is_asked_for(formats, tmp_path, said, pad):
+    folder = copied(formats.original, tmp_path)
+    edit_config(folder, image_aspect_ratio=said)
+    assert open_checkpoint(str(folder)).family.pad == pad
+    assert open_checkpoint(str(folder), pad=not pad).family.pad != pad
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,14 @@ def examine(capsys, monkeypatch):
 
 
 @pytest.fixture
+def examine_data(examine, monkeypatch):
+    """The same, without the checks that look at no data."""
+    monkeypatch.setattr(selftest, "run", lambda family: [])
+    monkeypatch.setattr(doctor, "packages_distributions", dict)
+    return examine
+
+
+@pytest.fixture
 def clean(data):
     return [preference(n, num_images=2 + n % 3, target=1 + n % 2) for n in range(4)]
 
@@ -43,14 +51,14 @@ def test_clean_input_passes_with_counts(examine, data, clean, checkpoint):
     assert "region mass equals eager attention" in printed
 
 
-def test_a_test_set_is_examined_too(examine, data, clean, checkpoint):
+def test_a_test_set_is_examined_too(examine_data, data, clean, checkpoint):
     questions = [
         {**{k: v for k, v in record.items() if k not in ("chosen", "rejected")}, "answer": record["chosen"]}
         for record in clean
     ]
     questions[2]["image"][0] = "no.png"
     words = ["--model_name_or_path", checkpoint, "--data_path", data(questions), "--image_folder", data.images]
-    code, failures, printed = examine(*words)
+    code, failures, printed = examine_data(*words)
     assert code == 1 and len(failures) == 1 and "no.png: no such picture" in failures[0], printed
     assert "questions of a test set: {'sequence': 4}" in printed
 
@@ -98,12 +106,12 @@ RECORD_FAULTS = {
 
 
 @pytest.mark.parametrize("name", RECORD_FAULTS)
-def test_a_bad_record_is_found_and_listed(examine, data, clean, checkpoint, tmp_path, name):
+def test_a_bad_record_is_found_and_listed(examine_data, data, clean, checkpoint, tmp_path, name):
     plant, expected = RECORD_FAULTS[name]
     plant(clean[1], data.images)
     path = data(clean)
     words = ["--model_name_or_path", checkpoint, "--data_path", path, "--image_folder", data.images]
-    code, failures, printed = examine(*words, "--model_max_length", 500, "--fix-list", tmp_path / "bad.json")
+    code, failures, printed = examine_data(*words, "--model_max_length", 500, "--fix-list", tmp_path / "bad.json")
     assert code == 1, printed
     line = next(line for line in failures if "record 2" in line)
     assert expected in line and str(path) in line
@@ -111,10 +119,10 @@ def test_a_bad_record_is_found_and_listed(examine, data, clean, checkpoint, tmp_
     assert "pair_2" not in (tmp_path / "bad.json").read_text()
 
 
-def test_all_problems_are_listed_not_only_the_first(examine, data, clean, checkpoint):
+def test_all_problems_are_listed_not_only_the_first(examine_data, data, clean, checkpoint):
     clean[0]["chosen"], clean[2]["image"][0] = "", "no.png"
     words = ["--data_path", data(clean), "--image_folder", data.images]
-    _, failures, printed = examine("--model_name_or_path", checkpoint, *words)
+    _, failures, printed = examine_data("--model_name_or_path", checkpoint, *words)
     assert len(failures) == 2 and "4 records, 2 of them bad" in printed
 
 
@@ -136,7 +144,7 @@ NOT_CHECKED = {"pictures": "the pictures", "tokens": "tokens, lengths", "records
     ],
 )
 def test_what_can_be_checked_is_and_a_fix_list_is_empty_only_after_all_of_it(
-    examine, data, clean, checkpoint, tmp_path, has, is_bad, not_checked, listed
+    examine_data, data, clean, checkpoint, tmp_path, has, is_bad, not_checked, listed
 ):
     shutil.copytree(checkpoint, tmp_path / "weightless", ignore=shutil.ignore_patterns("*.safetensors"))
     models = {"model": checkpoint, "no-model": tmp_path / "none", "weightless": tmp_path / "weightless"}
@@ -150,7 +158,7 @@ def test_what_can_be_checked_is_and_a_fix_list_is_empty_only_after_all_of_it(
         words += ["--image_folder", folders[word]] if word in folders else []
     if "broken" in has:
         path.write_text("[{]")
-    code, failures, printed = examine(*words)
+    code, failures, printed = examine_data(*words)
     skipped = [line for line in printed.splitlines() if "not checked: " in line]
     assert [any(f"not checked: {text}" in line for line in skipped) for text in NOT_CHECKED.values()] == [
         name in not_checked for name in NOT_CHECKED
@@ -160,10 +168,10 @@ def test_what_can_be_checked_is_and_a_fix_list_is_empty_only_after_all_of_it(
     assert ("not all was checked" in printed) == bool(not_checked)
 
 
-def test_a_name_with_a_colon_in_it_is_listed_too(examine, data, clean, checkpoint, tmp_path):
+def test_a_name_with_a_colon_in_it_is_listed_too(examine_data, data, clean, checkpoint, tmp_path):
     clean[1].update(id="coco: 17: a", chosen="")
     words = ["--model_name_or_path", checkpoint, "--data_path", data(clean), "--image_folder", data.images]
-    examine(*words, "--fix_list", tmp_path / "bad.json")
+    examine_data(*words, "--fix_list", tmp_path / "bad.json")
     assert json.loads((tmp_path / "bad.json").read_text()) == ["coco: 17: a"]
 
 
@@ -171,6 +179,7 @@ def test_a_name_with_a_colon_in_it_is_listed_too(examine, data, clean, checkpoin
     ("flags", "message"),
     [
         (["--fix_list", "bad.json"], "--fix_list needs --data_path"),
+        (["--fix_list", "/", "--data_path", "x.json"], "--fix_list /: is a folder"),
         (["--model_max_length", "0"], "--model_max_length 0: must be at least 1"),
         (["--model_max_length", "-3"], "--model_max_length -3: must be at least 1"),
         (["--model_max_length", "nan"], "invalid int value: 'nan'"),
@@ -185,10 +194,10 @@ def test_flags_that_cannot_be_meant_are_one_line(monkeypatch, capsys, flags, mes
     assert ended.value.code == 2 and message in error and error.count("\n") == 1
 
 
-def test_broken_json(examine, data, checkpoint, tmp_path):
+def test_broken_json(examine_data, data, checkpoint, tmp_path):
     (tmp_path / "broken.json").write_text('[{"id": 1,}]')
     words = ["--data_path", tmp_path / "broken.json", "--image_folder", data.images]
-    code, failures, _ = examine("--model_name_or_path", checkpoint, *words)
+    code, failures, _ = examine_data("--model_name_or_path", checkpoint, *words)
     assert code == 1 and "line 1, column 11" in failures[0]
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from inference.llava_hound_dpo import evaluate as command
 from inference.llava_hound_dpo.evaluate import main
-from inference.llava_hound_dpo.report import markdown
+from inference.llava_hound_dpo.report import markdown, report
 from llava.records import DataError, read_answers
 
 SEQUENCE = "Image1:<image>\nImage2:<image>\nIn Image{}, what colour is the car?"
@@ -136,6 +136,50 @@ def test_two_files_are_compared_on_the_same_questions(write):
     assert found["difference"] == pytest.approx(1 / 6) and found["low"] <= 0 < found["high"]
     assert (found["only_first_right"], found["only_second_right"]) == (1, 2)
     assert found["mcnemar_p"] == 1.0
+
+
+def test_questions_without_a_right_answer_are_not_scored(write):
+    """Counted and named; where no question has one, there is nothing to score."""
+    keyless = {name: value for name, value in QUESTIONS[1].items() if name != "answer"}
+    asked = [QUESTIONS[0], keyless, QUESTIONS[3] | {"answer": None}]
+    given = [answered(QUESTIONS[0], "red"), answered(keyless, "x"), answered(QUESTIONS[3], "y", answer=None)]
+    scores = evaluate([write("a.jsonl", given)], write("test.json", asked))
+    assert scores["without_answer"] == ["q2", "q4"] and scores["answers"]["a"]["overall"]["questions"] == 1
+    assert "Left out of all scores: 2 questions, because nobody says what is right (q2, q4;" in markdown(scores)
+    with pytest.raises(ValueError, match="no question has a right answer"):
+        evaluate([write("a.jsonl", given[1:])])
+    with pytest.raises(DataError, match="`answer` is empty"):
+        evaluate([write("a.jsonl", given)], write("test.json", [QUESTIONS[0] | {"answer": " "}]))
+
+
+def test_accuracy_by_part_of_the_test_set(write):
+    """As the record calls it: `category`, or `subtask` or `sub_task` of its own."""
+    parts = [{"category": "Art"}, {"sub_task": "Art"}, {"subtask": "Count"}, {}, {"category": 3}, {"category": "Count"}]
+    asked = [question | part for question, part in zip(QUESTIONS, parts, strict=True)]
+    found = evaluate([write("a.jsonl", ANSWERS)], write("test.json", asked))["answers"]["a"]["by_category"]
+    assert {name: (own["questions"], own["accuracy"]) for name, own in found.items()} == {
+        "Art": (2, 0.5), "Count": (2, 0.0)
+    }  # fmt: skip
+    alone = evaluate([write("a.jsonl", [a | part for a, part in zip(ANSWERS, parts, strict=False)])])
+    assert alone["answers"]["a"]["by_category"]["Art"]["questions"] == 2
+    assert "| Count | 2 | 0.0 [" in markdown(evaluate([write("a.jsonl", ANSWERS)], write("test.json", asked)))
+
+
+def test_what_is_too_long_for_the_model_is_counted(write):
+    scores, rows = command.evaluate([write("a.jsonl", [*ANSWERS[:3], answered(QUESTIONS[3], "red", is_too_long=True)])])
+    assert scores["answers"]["a"]["overall"]["too_long"] == 1
+    assert "| too long | 1 |" in markdown(scores)
+    assert "Too long: prompt and answer have more tokens" in report(scores, rows)
+
+
+def test_a_collage_whose_grid_was_read_off_its_size_has_its_chance(write):
+    """The test set has no grid; the answers say what it was."""
+    record = {"id": "c", "image": ["c.jpg"], "prompt": "<image>\nIn Image3, what?", "answer": "red"}
+    given = {"question_id": "c", "text": "red", "answer": "red", "image_type": "collage", "target": 3, "num_images": 4}
+    given |= {"grid": [2, 2], "attention_by_image": [0.1, 0.2, 0.4, 0.3], "attention_ratio": 0.4}
+    found = evaluate([write("a.jsonl", [given])], write("test.json", [record]))["answers"]["a"]
+    assert found["overall"]["chance"] == 0.25 and list(found["by_num_images"]) == ["4"]
+    assert found["looked_answered"]["judged_by"]["argmax"] == 1
 
 
 def test_order_of_the_lines_changes_nothing(write):

@@ -142,6 +142,7 @@ def test_killed_in_a_random_step_it_goes_on_with_the_same_weights(whole, data_se
     assert all(torch.equal(found[name], tensor) for name, tensor in whole[1].items())
 
 
+@pytest.mark.slow
 def test_full_fine_tuning_goes_on_also_where_a_process_is_slow(data_set, checkpoint, tmp_path, monkeypatch):  # noqa: F811
     """Weight decay makes two groups of parameters; the reference log-probs are shared out although one comes late."""
     words = ["--lora_enable", "False", "--learning_rate", "1e-4", "--weight_decay", "0.1"]

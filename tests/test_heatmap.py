@@ -1,6 +1,7 @@
 """Maps of attention by patch: their numbers against the region masses, their drawing against known places."""
 
 import json
+import re
 import sys
 
 import numpy as np
@@ -12,7 +13,7 @@ from llava.attention import mean_over_layers
 from llava.checkpoints import open_checkpoint
 from llava.generation import generate
 from llava.heads import Heads
-from llava.heatmap import OUTLINE, STRIP, attention_map, draw_prompt
+from llava.heatmap import COLOURS, OUTLINE, STRIP, attention_map, draw_prompt, explained
 from llava.measuring import masses_of
 from scripts import draw_attention
 from tests.conftest import tiny_model
@@ -132,6 +133,18 @@ def test_the_target_is_outlined():
     assert second.getpixel((2, STRIP + 100)) == (255, 0, 0) and second.getpixel((210, STRIP + 100)) == OUTLINE
 
 
+def test_texts_and_the_scale_of_colours_stand_around_a_drawing():
+    """Black on white above; below, the colours that `overlay` uses, from its palest to its hottest."""
+    sheet = Image.new("RGB", (400, 100), "red")
+    page = np.asarray(explained(sheet, ["What is it?", "word " * 60], 0.25))
+    assert (page[-100 - 8 - STRIP, 10] == (255, 0, 0)).all() and page.shape[1] == 400
+    above = page[: page.shape[0] - 100 - 16 - STRIP]
+    assert above.shape[0] > 4 * STRIP and (above[:STRIP] < 100).any() and not (page[:, 0] == 0).all()
+    scale = page[-STRIP + 8, 16 : 16 + 120].astype(int)
+    expected = 255 * COLOURS([0.15, 1.0])[:, :3]
+    assert np.abs(scale[[0, -1]] - expected).max() <= 1 and len(np.unique(scale, axis=0)) > 60
+
+
 def test_maps_survive_json(family):
     maps = attention_map(torch.rand(36), [family.image((72, 72))])
     assert json.loads(json.dumps(maps)) == maps
@@ -163,8 +176,29 @@ class TestCommand:
 
     def test_one_picture_a_prompt(self, draw):
         assert draw() == ["a_b.png", "c.png"]
-        with Image.open(draw.folder / "maps" / "a_b.png") as sheet:
-            assert sheet.size == (2 * 336 + 8, 336 + STRIP)
+        with Image.open(draw.folder / "maps" / "a_b.png") as sheet:  # three lines of text above, the scale below
+            assert sheet.size == (2 * 336 + 8, 3 * STRIP + 8 + 336 + STRIP + 8 + STRIP)
+
+    def test_a_page_of_all(self, draw):
+        draw()
+        text = (draw.folder / "maps" / "index.html").read_text()
+        assert re.findall(r'<img src="([^"]+)"', text) == ["a_b.png", "c.png"]
+        assert text.count("In Image1, what is the colour?") == 1 and "right answer: green; c" in text
+
+    def test_names_of_files_are_each_their_own(self):
+        names = []
+        for id in ("a/b", "a_b", "a:b", "../x"):
+            names.append(draw_attention.file_name(id, names))
+        assert names == ["a_b.png", "a_b_2.png", "a_b_3.png", ".._x.png"]
+
+    def test_bad_flags_and_places(self, draw, capsys):
+        (draw.folder / "file").write_text("")
+        bad = [("--height", 0, "at least 16"), ("--limit", -1, "at least 1"), ("--top_heads", 0, "at least 1")]
+        for *flags, said in (*bad, ("--output", draw.folder / "file", "is a file")):
+            with pytest.raises(SystemExit) as ended:
+                draw(*flags)
+            error = capsys.readouterr().err
+            assert ended.value.code == 2 and said in error and error.count("\n") == 1
 
     def test_chosen_ids_and_given_answers(self, draw):
         answers = draw.folder / "answers.jsonl"

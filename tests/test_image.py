@@ -17,9 +17,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import CLIPImageProcessorPil
-from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-from llava.families.llava15 import mean_colour, pad_to_square
 from llava.image import ImageStore
 from tests.conftest import llava15
 
@@ -231,28 +229,18 @@ def test_every_mode_becomes_rgb(tmp_path, mode):
 
 
 @pytest.mark.parametrize("size", SHAPES)
-def test_pad_to_square_by_numpy(size):
+def test_padded_pixels_are_those_of_a_square_made_by_numpy(size):
+    """Of the mean colour of CLIP, rounded down, as LLaVA pads."""
+    clip = CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
     width, height = size
-    side, colour = max(size), (122, 116, 104)
-    wanted = np.empty((side, side, 3), dtype=np.uint8)
-    wanted[:] = colour
-    top, left = (side - height) // 2, (side - width) // 2
-    wanted[top : top + height, left : left + width] = noise(*size)
-    np.testing.assert_array_equal(np.asarray(pad_to_square(Image.fromarray(noise(*size)), colour)), wanted)
-
-
-def test_mean_colour_of_clip():
-    assert mean_colour(CLIPImageProcessorPil()) == (122, 116, 104)
-
-
-@pytest.mark.parametrize("size", [(97, 40), (40, 97), (64, 64), (500, 333), (3, 7)])
-def test_padded_pixels_equal_transformers_own_padding(size):
-    settings = {"size": {"shortest_edge": 56}, "crop_size": {"height": 56, "width": 56}}
-    picture = Image.fromarray(noise(*size))
-    ours = llava15(CLIPImageProcessorPil(**settings)).pixels([picture])["pixel_values"]
-    theirs = LlavaImageProcessorPil(**settings, do_pad=True)(images=[picture], return_tensors="pt")["pixel_values"]
+    square = np.empty((max(size), max(size), 3), dtype=np.uint8)
+    square[:] = (122, 116, 104)
+    top, left = (max(size) - height) // 2, (max(size) - width) // 2
+    square[top : top + height, left : left + width] = noise(*size)
+    wanted = clip(images=[Image.fromarray(square)], return_tensors="pt")["pixel_values"]
+    ours = llava15(clip).pixels([Image.fromarray(noise(*size))])["pixel_values"]
     assert ours.shape == (1, 3, 56, 56) and ours.dtype == torch.float32
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    torch.testing.assert_close(ours, wanted, rtol=0, atol=0)
 
 
 def test_unpadded_pixels_are_the_processors_own(processor):

@@ -1,7 +1,10 @@
 """Tiny sources in every public format become test sets; what cannot is named."""
 
 import base64
+import io
 
+import numpy as np
+import PIL.Image
 import pytest
 from datasets import Dataset, DatasetDict, Features, Image, List, Value
 
@@ -41,6 +44,7 @@ EXPECTED = {
     "blink": (BLINK, {
         "id": "val_Art_Style_1", "prompt": "<image>\n<image>\n<image>\n" + BLINK["prompt"] + "\n" + CLOSING,
         "answer": "B", "choices": ["the second image", "the third image"], "image_type": "multi",
+        "category": "Art_Style",
     }),
     "mantis_eval": (MANTIS, {
         "id": "mantis_1", "prompt": f"<image><image> Are both red?\n(A) Yes\n(B) No\n{CLOSING}", "answer": "B",
@@ -92,6 +96,14 @@ def test_a_rare_picture_format_becomes_png(imported):
     _, (record,) = imported("qbench2", [QBENCH | {"image1": stored("red", kind="TIFF")}])
     assert record["image"] == ["000001_1.png", "000001_2.png"]
     assert (imported.output / "images/000001_1.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_rare_picture_is_stored_as_it_is_seen(imported):
+    """16 bits a pixel are not clipped to white, as pillow's own conversion would."""
+    file = io.BytesIO()
+    PIL.Image.fromarray(np.full((6, 8), 0x8000, dtype=np.uint16)).save(file, "TIFF")
+    imported("qbench2", [QBENCH | {"image1": {"bytes": file.getvalue(), "path": None}}])
+    assert ImageStore(imported.output / "images").open("000001_1.png").getpixel((3, 3)) == (128, 128, 128)
 
 
 def test_interleave_bench_as_json(imported, tmp_path):

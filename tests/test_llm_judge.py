@@ -16,10 +16,11 @@ import httpx
 import pytest
 from PIL import Image
 
-from inference.llava_hound_dpo import judge_endpoint, llm_judge
+from inference.llava_hound_dpo import llm_judge
 from inference.llava_hound_dpo.evaluate import main
-from inference.llava_hound_dpo.judge_endpoint import LARGEST_REPLY, TRIES
 from inference.llava_hound_dpo.llm_judge import READ_TRIES, RUBRICS
+from llava import endpoint
+from llava.endpoint import LARGEST_REPLY, TRIES
 
 KEY = "sk-Very-Secret-Key-0123456789"
 FOUR = {"relevance": 5, "accuracy": 4, "clarity": 3, "completeness": 2}
@@ -260,7 +261,7 @@ def test_passing_trouble(judge, ask, script, waits):
 @pytest.mark.parametrize("after", [0, 1], ids=["the first reply", "the second reply"])
 def test_a_reply_that_drips_is_given_up(judge, ask, refused, monkeypatch, after):
     """The limit is on the whole request, not on the wait for the next byte."""
-    monkeypatch.setattr(judge_endpoint, "TIMEOUT_S", 0.5)
+    monkeypatch.setattr(endpoint, "TIMEOUT_S", 0.5)
     judge.script = [GOOD] * after + ["drip"]
     assert counts(ask(answers(3))) == [2, 0, 1, 0, 0] and len(judge.requests) == 3
     judge.script, judge.requests = ["drip headers"], []

@@ -14,24 +14,34 @@ from PIL import Image
 
 from llava.checkpoints import open_checkpoint
 from llava.records import read_preferences, read_questions
+from scripts import figures
 from scripts.miniature import make_data, make_source, train_base, wrong_targets
 from scripts.miniature.lessons import conversation_batch
 from scripts.miniature.prompts import sample_prompt
 from scripts.miniature.world import ATTRIBUTES, combinations
+from tests.conftest import preference
 
 ROOT = Path(__file__).parent.parent
 BASE = ROOT / "scripts/miniature/base"
 
 
-def make(folder, seed=0):
-    command = [sys.executable, "-m", "scripts.miniature.make_data", "--output", str(folder), "--num_train", "30"]
-    subprocess.run([*command, "--num_test", "30", "--seed", str(seed)], cwd=ROOT, check=True, capture_output=True)
+def words_of(folder, seed=0):
+    return ["make_data", "--output", str(folder), "--num_train", "30", "--num_test", "30", "--seed", str(seed)]
+
+
+def make(folder, monkeypatch, seed=0):
+    monkeypatch.setattr(sys, "argv", words_of(folder, seed))
+    make_data.main()
     return folder
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    return make(tmp_path_factory.mktemp("world"))
+    """Made by a process of its own, so that nothing of it can depend on this one."""
+    folder = tmp_path_factory.mktemp("world")
+    command = [sys.executable, "-m", "scripts.miniature.make_data", *words_of(folder)[1:]]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    return folder
 
 
 def digest(folder):
@@ -39,9 +49,9 @@ def digest(folder):
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def test_the_same_seed_writes_the_same_bytes_and_another_seed_others(world, tmp_path):
-    assert digest(make(tmp_path / "again")) == digest(world)
-    assert digest(make(tmp_path / "other", seed=1))["train.json"] != digest(world)["train.json"]
+def test_the_same_seed_writes_the_same_bytes_and_another_seed_others(world, tmp_path, monkeypatch):
+    assert digest(make(tmp_path / "again", monkeypatch)) == digest(world)
+    assert digest(make(tmp_path / "other", monkeypatch, seed=1))["train.json"] != digest(world)["train.json"]
 
 
 def test_records_are_what_the_readers_take(world):
@@ -101,7 +111,7 @@ def record(image_type, **more):
 def test_a_wrong_target_is_another_region_and_nothing_else_changes(before):
     rng = np.random.default_rng(0)
     for _ in range(20):
-        after = wrong_targets.with_another_target(before, rng)
+        after = wrong_targets.with_another_target(before, "a record", rng)
         assert {name for name in before if before[name] != after[name]} <= {"target", "target_box"}
         assert after != before
         if before["image_type"] != "sequence":
@@ -126,6 +136,59 @@ def test_a_wrong_flag_is_one_line(command, tmp_path, monkeypatch, capsys):
         command.main()
     assert ended.value.code == 2
     assert capsys.readouterr().err == "error: unknown flag --sed; did you mean --seed?\n"
+
+
+BAD = ("nan", "inf", "-1", "1.5", "")
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "message"),
+    [
+        *((make_data, ["--num_test", bad], "--num_test") for bad in BAD),
+        *((make_data, ["--seed", bad], "--seed") for bad in BAD),
+        (make_data, ["--num_train", "100000000000000"], "at most 10000000"),
+        (make_data, ["--num_train", "0", "--num_test", "0"], "all 0: there is nothing to write"),
+        *((make_source, ["--num_pictures", bad], "--num_pictures") for bad in (*BAD, "0", "1000000000000")),
+        *((make_source, ["--group_size", bad], "--group_size") for bad in (*BAD, "0")),
+        *((make_source, ["--seed", bad], "--seed") for bad in BAD),
+        *((train_base, ["--num_test", bad], "--num_test") for bad in (*BAD, "0")),
+        *((train_base, ["--seed", bad], "--seed") for bad in (*BAD, "9" * 30)),
+        *((wrong_targets, ["--seed", bad], "--seed") for bad in BAD),
+        (wrong_targets, ["--pairs", "none.json"], "none.json: no such file"),
+        (figures, ["--output", __file__], "test_miniature.py"),
+        (figures, ["--demo", "no/demo"], "no/demo/data/test.json: no such file"),
+    ],
+)
+def test_values_that_cannot_be_meant_are_one_line(command, words, message, tmp_path, monkeypatch, capsys):
+    own = ["--pairs", str(tmp_path / "pairs.json")] if command is wrong_targets else []
+    (tmp_path / "pairs.json").write_text("[]")
+    monkeypatch.setattr(sys, "argv", ["command", "--output", str(tmp_path / "out"), *own, *words])
+    with pytest.raises(SystemExit) as ended:
+        command.main()
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and error.count("\n") == 1 and message in error and "Traceback" not in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image_type": None}, "not a pair about several images with image_type"),
+        ({"image": ["a.png"], "prompt": "<image>\nIn the centre, what?", "image_type": "pip"}, "with target_box"),
+        ({"image_type": "sequence"}, "images with target"),
+        ({"image": ["a.png"], "prompt": "<image>\nWhat?", "image_type": "sequence", "target": 1}, "no other image"),
+    ],
+)
+def test_a_pair_without_another_image_is_one_line(changes, message, tmp_path, monkeypatch, capsys):
+    pair = preference(0) | changes
+    record = {name: value for name, value in pair.items() if value is not None}
+    (tmp_path / "pairs.json").write_text(json.dumps([record]))
+    words = ["--pairs", str(tmp_path / "pairs.json"), "--output", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["wrong_targets", *words])
+    with pytest.raises(SystemExit) as ended:
+        wrong_targets.main()
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and "pairs.json record 1" in error and message in error, error
 
 
 class TestShippedBase:

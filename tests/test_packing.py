@@ -76,8 +76,8 @@ def test_packed_row_equals_two_forwards_of_every_pair(processor, heads):
     torch.testing.assert_close(found.chosen, chosen, atol=2e-5, rtol=1e-5)
     torch.testing.assert_close(found.rejected, rejected, atol=2e-5, rtol=1e-5)
     torch.testing.assert_close(found.masses, masses, atol=2e-6, rtol=1e-5)
-    assert found.chosen_tokens.tolist() == [4, 1, 5]
-    assert found.rejected_tokens.tolist() == [6, 3, 1]
+    assert row.answer_tokens[row.chosen].tolist() == [4, 1, 5]
+    assert row.answer_tokens[row.rejected].tolist() == [6, 3, 1]
 
 
 def some_loss(chosen, rejected, masses):
@@ -129,7 +129,8 @@ def test_several_rejected_answers_are_the_mean_of_separate_pairs(model):
         found = score(model, row, pixels={"pixel_values": own}, layers=LAYERS)
         ratio = (found.masses[..., 0] / found.masses[..., 1]).mean(dim=0)
         z = logits_margin(found.chosen[row.rejected_owner], found.rejected, *reference)
-        return total_loss(settings, found.chosen, found.chosen_tokens, ratio, z, row.rejected_owner)[1]["total"]
+        tokens = row.answer_tokens[row.chosen].float()
+        return total_loss(settings, found.chosen, tokens, ratio, z, row.rejected_owner)[1]["total"]
 
     reference = torch.tensor([-9.0, -9.0, -9.0, -7.0]), torch.tensor([-11.0, -8.0, -10.0, -7.5])
     together = loss_of(pairs, torch.cat([one, two]), reference)

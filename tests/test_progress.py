@@ -61,3 +61,14 @@ def test_a_training_is_watched_with_its_own_beta(make_trainer):  # noqa: F811
     assert watching.beta == 0.3 and len(logs) == 3 and not watching.has_warned
     assert [fall for _, fall in watching.found] == pytest.approx([-log["rewards/chosen"] / 0.3 for log in logs])
     assert watching.found[0][1] == 0 != watching.found[2][1]
+
+
+def test_without_a_terminal_a_step_is_a_line_and_no_bar_is_drawn(make_trainer, capsys):  # noqa: F811
+    evaluated = ("--eval_split", "0.3", "--eval_strategy", "steps")
+    trainer = make_trainer("--max_steps", "2", "--save_strategy", "no", *evaluated)
+    capsys.readouterr()
+    trainer.train()
+    said = capsys.readouterr()
+    assert "\r" not in said.out + said.err
+    steps = [line.split("  ")[0] for line in said.out.splitlines() if "step" in line]
+    assert steps == ["step 1/2", "evaluation at step 1", "step 2/2", "evaluation at step 2"]

@@ -163,14 +163,14 @@ def test_rows_made_elsewhere_are_imported(tmp_path):
     [
         ({"prompt": ["<image> what?"], "chosen": ["a"]}, "no `rejected`"),
         ({"prompt": ["<image> what?"], "chosen": ["a"], "rejected": ["a"], "images": [[picture(1)]]}, "the same text"),
-        ({"prompt": ["what?"], "chosen": ["a"], "rejected": ["b"]}, "path or a list of paths"),
+        ({"prompt": ["what?"], "chosen": ["a"], "rejected": ["b"]}, "no picture"),
         (
             {"prompt": [[{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]], "chosen": ["a"],
              "rejected": ["b"], "images": [[picture(1)]]},
-            "only single turns",
+            "must end with one of the user",
         ),
     ],
-    ids=["no rejected", "same", "no picture", "several turns"],
+    ids=["no rejected", "same", "no picture", "no question"],
 )  # fmt: skip
 def test_rows_that_are_no_pairs_are_named(tmp_path, capsys, columns, said):
     error = refused(capsys, "import", "--path", foreign(tmp_path, **columns), "--output", tmp_path / "back")
@@ -183,7 +183,7 @@ def test_rows_that_are_no_pairs_are_named(tmp_path, capsys, columns, said):
         (("read", "--published", "nowhere"), "train.json and one of"),
         (("export", "--data_path", "no.json", "--image_folder", ".", "--output", "x"), "no.json: no such file"),
         (("import", "--path", "nowhere", "--output", "x"), "nowhere: no such file"),
-        (("import", "--path", __file__, "--output", "x"), "neither a folder of save_to_disk nor"),
+        (("import", "--path", __file__, "--output", "x"), "neither JSON nor JSONL"),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )

@@ -85,7 +85,7 @@ def check_command(words: list[str], is_whole: bool) -> None:
             check_module(rest[1], rest[2:], is_whole)
     elif program in SCRIPTS:
         check_module(SCRIPTS[program].split(":")[0], rest, is_whole)
-    elif program in ("pip", "hf", "source"):
+    elif program in ("pip", "hf", "source", "transformers", "vllm"):
         files = [word for word in rest if word.endswith(".txt")]
         if [file for file in files if not (ROOT / file).is_file()]:
             raise WrongError(f"{files}: no such file")
@@ -122,6 +122,7 @@ def check_tests(rest: list[str]) -> None:
             raise WrongError(f"{word}: no such file")
 
 
+@cache
 def names_in(path: Path) -> list[str]:
     """Names of a file's tests and classes."""
     tree = ast.parse(path.read_text(encoding="utf-8"))

@@ -267,6 +267,7 @@ BAD = {
     "target is true": (pair(target=True), "`target` must be a whole number"),
     "target beside another name": (pair(target=1), "`target` is 1, but the prompt names Image2"),
     "two names": (pair(prompt=SEQUENCE + " Not in image 3."), "names Image2 and Image3: which one is meant?"),
+    "another name, said without true": (pair(target=1, points_elsewhere="yes"), "but the prompt names Image2"),
     "neither of two names": (pair(prompt=SEQUENCE + " And in Image3?", target=1), "names Image2 and Image3"),
     "a cell of a pic-in-pic": (one_image("In Image4, what?", image_type="pip"), "names Image4, but a pip prompt"),
     "a cell of a single picture": (one_image("In Image2, what?", image_type="single"), "but a single prompt"),

@@ -135,7 +135,7 @@ def test_page_is_whole_and_self_contained(world):
     text = world.page()
     assert text == world.page()
     page = Page(text)
-    assert len(page.images) == 4 + 8  # four plots of accuracy, and the samples
+    assert len(page.images) == 8 and page.tags.count("svg") == 4  # the samples; four plots of accuracy
     assert all(opened(image["src"]).width > 100 and image["alt"] for image in page.images)
     assert all(link.startswith("data:image/") for link in page.links)
     without_data = re.sub(r'"data:image/[^"]*"', "", text)

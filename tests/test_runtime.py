@@ -87,29 +87,6 @@ def test_only_the_first_process_says_what_all_of_them_find(capsys, monkeypatch):
     assert capsys.readouterr().err == "error: found here\n"
 
 
-@pytest.mark.parametrize(
-    ("report_to", "variables", "netrc", "is_offline"),
-    [
-        (["wandb"], {}, None, True),
-        (["wandb"], {}, "machine api.wandb.ai", False),
-        (["wandb"], {"WANDB_API_KEY": "x"}, None, False),
-        (["wandb"], {"WANDB_MODE": "online"}, None, False),
-        (["none"], {}, None, False),
-        (None, {}, None, False),
-    ],
-)
-def test_wandb_never_asks_for_a_login(tmp_path, monkeypatch, report_to, variables, netrc, is_offline):
-    for name in ("WANDB_API_KEY", "WANDB_MODE"):
-        monkeypatch.setenv(name, "")
-        if name in variables:
-            monkeypatch.setenv(name, variables[name])
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    if netrc:
-        (tmp_path / "netrc").write_text(netrc)
-    runtime.offline_wandb(report_to)
-    assert (runtime.os.environ["WANDB_MODE"] == "offline") == is_offline
-
-
 HOSTILE = "a\x1b[2J\r\x00\u202e\u2028b"
 
 

@@ -1,159 +1,29 @@
 """The study: its config, its plan, going on after a kill; a stub stands in for the launch scripts."""
 
 import json
-import os
-import signal
-import subprocess
+import multiprocessing
+import shlex
 import sys
-import textwrap
 import time
 from pathlib import Path
 
 import pytest
 
-from inference_optimization.llava_hound_dpo import run_adaptive
+from scripts.miniature import make_data
 from scripts.study.__main__ import main
 from scripts.study.config import ROOT, parse_config, read_config
 from scripts.study.running import FINISHED, LOG, Runner, UnitFailed, finished
 from scripts.study.units import ANSWER, STEER, TRAIN, Unit, plan
+from tests.stub_study import calls, refused, small, study_in, words, write
 from train.llava_hound_dpo.arguments import parse
 
 SHIPPED = ROOT / "scripts/miniature/study.json"
-QUESTIONS = [
-    {"id": f"q{number}", "image": ["a.png", "b.png"], "image_type": "sequence", "target": 2, "others": ["blue"],
-     "prompt": "<image><image>In Image2, what?", "answer": "red"}
-    for number in range(4)
-]  # fmt: skip
-# Called as `python STUB SCRIPT FLAGS`, it writes what the launch script would; a trained model's answers are right.
-STUB = """
-    import json, pathlib, sys, time
-    script, flags = sys.argv[1], dict(zip(sys.argv[2::2], sys.argv[3::2]))
-    (pathlib.Path(__file__).parent / "calls").open("a").write(script.rsplit("/", 1)[1] + "\\n")
-    if script.endswith("a100.sh"):
-        out = pathlib.Path(flags["--output_dir"])
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "checkpoint-1").mkdir(exist_ok=True)
-        while (pathlib.Path(__file__).parent / "slow").exists():
-            time.sleep(0.05)
-        if (pathlib.Path(__file__).parent / "broken").exists():
-            sys.exit("loading\\nerror: no such model\\nthe training ended with exit code 1")
-        (out / "adapter_model.safetensors").write_bytes(flags["--dpo_alpha"].encode())
-    elif script.endswith("job.sh"):
-        (pathlib.Path(flags["--output"]) / "tuned.json").write_text("{}")
-    else:
-        text = "red" if flags["--model_name_or_path"].endswith("adapter") or "--scale" in flags else "blue"
-        rows = [{"question_id": f"q{n}", "text": text, "answer": "red", "image_type": "sequence", "target": 2,
-                 "num_images": 2, "others": ["blue"]} for n in range(4)]
-        pathlib.Path(flags["--output"]).write_text("".join(json.dumps(row) + "\\n" for row in rows))
-"""
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """A config with its data, and the stub that `study` runs it with."""
-    (tmp_path / "pairs.json").write_text("[]")
-    (tmp_path / "test.json").write_text(json.dumps(QUESTIONS))
-    (tmp_path / "images").mkdir()
-    (tmp_path / "stub.py").write_text(textwrap.dedent(STUB))
-    write(tmp_path, small(tmp_path))
-    return tmp_path
-
-
-def small(folder):
-    data = {"file": str(folder / "pairs.json"), "images": str(folder / "images")}
-    return {
-        "base": "scripts/miniature/base", "data": data, "test": {**data, "file": str(folder / "test.json")},
-        "training": {"max_steps": 2}, "answering": {"max_new_tokens": 4}, "seeds": [0, 1],
-        "adaptviz": {"steered": {"scale": 2}},
-        "arms": {
-            "base": {"adaptviz": ["steered"]},
-            "dpo": {"label": "DPO", "flags": {"dpo_alpha": 1}},
-            "ours": {"like": "dpo", "flags": {"attention_weight": 0.9}},
-        },
-    }  # fmt: skip
-
-
-def write(folder, config):
-    (folder / "study.json").write_text(json.dumps(config))
-
-
-def words(folder, *more):
-    launcher = f"{sys.executable} {folder / 'stub.py'}"
-    return ["--config", str(folder / "study.json"), "--output", str(folder / "out"), "--launcher", launcher, *more]
-
-
-def calls(folder):
-    return (folder / "calls").read_text().split() if (folder / "calls").exists() else []
-
-
-def refused(capsys, *arguments):
-    """The one line with which a study that cannot be run ends."""
-    with pytest.raises(SystemExit) as ended:
-        main(list(arguments))
-    lines = capsys.readouterr().err.strip().split("\n")
-    assert ended.value.code == 2 and len(lines) == 1, lines
-    return lines[0]
-
-
-# ---- the config
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"flags": {"attention_wieght": 1}}, "arms.new.flags: unknown flag --attention_wieght; did you mean"),
-        ({"flags": {"gamma": "much"}}, "arms.new.flags: argument --gamma: invalid float value: 'much'"),
-        ({"like": "nobody"}, "arms.new, an arm before: unknown 'nobody'"),
-        ({"against": ["dop"]}, "arms.new.against: unknown 'dop'; did you mean 'dpo'"),
-        ({"adaptviz": ["steer"]}, "arms.new.adaptviz: unknown 'steer'; did you mean 'steered'"),
-        ({"lable": "x"}, "arms.new: unknown 'lable'; did you mean 'label'"),
-        ({"seeds": [1, 1]}, "arms.new.seeds: [1, 1] must be a list of different whole numbers"),
-        ({"data": {"file": "none.json"}}, "arms.new.data.file: none.json is not there"),
-    ],
-)  # fmt: skip
-def test_a_wrong_arm_is_one_line_that_names_it(folder, capsys, change, message):
-    config = small(folder)
-    write(folder, {**config, "arms": {**config["arms"], "new": change}})
-    assert message in refused(capsys, *words(folder)) and not calls(folder)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"seeds": []}, "seeds: [] must be a list"),
-        ({"arms": {"base": {"flags": {}}}}, "arms.base: unknown 'flags'"),
-        ({"traning": {}}, "did you mean 'training'"),
-        ({"adaptviz": {"steered": {"tune": {}}}}, "needs `validation`"),
-        ({"prepare": {"train": ["x"]}}, "'train' names a folder"),
-        ({"seeds": None}, "seeds: null must be a list"),
-        ({"training": []}, "study.json: "),
-    ],
-)
-def test_a_wrong_file_is_one_line_that_names_the_entry(folder, capsys, change, message):
-    write(folder, {**small(folder), **change})
-    line = refused(capsys, *words(folder))
-    assert "study.json" in line and message in line
-
-
-def test_what_is_missing_is_named(folder, capsys):
-    config = small(folder)
-    del config["test"]
-    write(folder, config)
-    assert "the entry 'test' is missing" in refused(capsys, *words(folder))
-    (folder / "study.json").write_text("{")
-    assert "broken JSON" in refused(capsys, *words(folder))
-    (folder / "study.json").unlink()
-    assert "no such file" in refused(capsys, *words(folder))
-
-
-def test_only_and_quick_choose_arms(folder, capsys):
-    config = small(folder)
-    write(folder, {**config, "quick": {"only": ["dpo"], "seeds": [7], "training": {"max_steps": 1}}})
-    path = folder / "study.json"
-    assert set(read_config(path, only=["ours"]).arms) == {"base", "ours"}
-    quick = read_config(path, is_quick=True)
-    assert (set(quick.arms), quick.arms["dpo"].seeds, quick.training) == ({"base", "dpo"}, (7,), {"max_steps": 1})
-    assert "--only: unknown 'dop'; did you mean 'dpo'" in refused(capsys, *words(folder, "--only", "dop"))
+    """A config with its data, and the stub that `words` runs it with."""
+    return study_in(tmp_path)
 
 
 # ---- the plan
@@ -200,8 +70,9 @@ def test_nothing_is_tuned_or_ranked_on_test_questions(shipped):
 
 def test_what_is_upstream_changes_the_identity_of_what_is_below(shipped):
     raw = json.loads(SHIPPED.read_text())
+    del raw["quick"]
     raw["prepare"]["pairs"] = [raw["prepare"]["pairs"][0].replace("--seed 0", "--seed 1")]
-    changed = {unit.name: unit for unit in plan(parse_config({**raw, "quick": {}}), "digest")}
+    changed = {unit.name: unit for unit in plan(parse_config(raw), "digest")}
     name = "answers/dpo/seed_0/plain"
     assert changed[name].commands == shipped[name].commands and changed[name].identity != shipped[name].identity
 
@@ -260,17 +131,18 @@ def test_a_failed_study_says_why_and_goes_on_where_it_was(folder, capsys):
     assert len(calls(folder)) == done + 8  # all but the base's two
 
 
-def test_killed_hard_it_keeps_others_out_until_its_child_ends_and_goes_on(folder, capsys):
+def test_killed_hard_it_keeps_others_out_until_its_child_ends_and_goes_on(folder, capsys, monkeypatch):
     """The child of a killed study holds its lock."""
+    monkeypatch.setattr("llava.run_folder.PATIENCE_S", 0.5)
     (folder / "slow").touch()
-    job = subprocess.Popen([sys.executable, "-m", "scripts.study", *words(folder)], cwd=ROOT, stdout=subprocess.DEVNULL,
-                           stderr=subprocess.DEVNULL)  # fmt: skip
+    job = multiprocessing.get_context("fork").Process(target=main, args=(words(folder),))
+    job.start()
     deadline = time.monotonic() + 120
     while not (folder / "out/train/dpo/seed_0/adapter").is_dir():
-        assert job.poll() is None and time.monotonic() < deadline
-        time.sleep(0.1)
-    os.kill(job.pid, signal.SIGKILL)
-    job.wait()
+        assert job.is_alive() and time.monotonic() < deadline
+        time.sleep(0.05)
+    job.kill()
+    job.join()
     assert "another process is writing there" in refused(capsys, *words(folder))
     (folder / "slow").unlink()
     main(words(folder))
@@ -312,12 +184,15 @@ def test_a_unit_waits_for_its_inputs_with_several_jobs(tmp_path):
         Runner(tmp_path, 2).run(units)
 
 
-def test_the_real_scripts_answer_for_the_base(tmp_path):
-    """Pictures drawn by a prepared command, then plain answers through the real launch script."""
-    make = "python -m scripts.miniature.make_data --output {own} --num_train 0 --num_validation 0 --num_test 4"
+def test_the_real_scripts_answer_for_the_base(tmp_path, monkeypatch):
+    """Data from a prepared command, then plain answers through the real launch script."""
+    made = str(tmp_path / "made")
+    monkeypatch.setattr(sys, "argv", ["make_data", "--output", made, "--num_train", "0", "--num_test", "4"])
+    make_data.main()
+    copy = f"cp -r {shlex.quote(made)}/. {{own}}"
     data = {"file": "{output}/world/test.json", "images": "{output}/world/images"}
     config = {
-        "base": "scripts/miniature/base", "data": data, "test": data, "prepare": {"world": [make]}, "seeds": [0],
+        "base": "scripts/miniature/base", "data": data, "test": data, "prepare": {"world": [copy]}, "seeds": [0],
         "arms": {}, "training": {}, "answering": {"max_new_tokens": 4, "num_workers": 0, "attention_maps": 0},
     }  # fmt: skip
     write(tmp_path, config)
@@ -325,14 +200,3 @@ def test_the_real_scripts_answer_for_the_base(tmp_path):
     (arm,) = json.loads((tmp_path / "out/results.json").read_text())["arms"]
     assert arm["label"] == "base" and 0 <= arm["numbers"]["ratio"]["mean"] <= 1
     assert set(arm["numbers"]) > {"format/sequence", "format/collage", "format/pip", "format/single"}
-
-
-def test_flags_of_answering_and_steering_exist(shipped, monkeypatch, capsys):
-    """Those of the shipped config: a run of the command with them and no model ends with the model, not with a flag."""
-    (call,) = shipped["answers/base/seed_0/AdaptViz"].commands
-    flags = [word for word in call[1:] if word.startswith("--")]
-    monkeypatch.setattr(sys, "argv", ["run_adaptive", "--help"])
-    with pytest.raises(SystemExit):
-        run_adaptive.main()
-    known = capsys.readouterr().out
-    assert flags and all(flag in known for flag in flags)

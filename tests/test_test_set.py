@@ -11,8 +11,9 @@ from PIL import Image
 
 from data_gen.gen_instruction.rewriting import CENTRE_PHRASES
 from data_gen.gen_instruction.test_set import SIZES, slots
+from llava.asked import TARGET
 from llava.image import ImageStore
-from llava.records import TARGET, read_questions
+from llava.records import read_questions
 from llava.regions import collage_box
 from tests.single_images import colour, digest, generate, generate_test_set, lines, save_pictures, write
 

@@ -269,6 +269,24 @@ def test_a_trained_projector_is_in_the_adapter_and_not_in_the_reference(make_tra
     assert 1e-2 in rates and len(rates) == 2
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--eval_on_start True --eval_accumulation_steps 1 --lr_scheduler_type reduce_lr_on_plateau --save_steps 1 "
+        "--load_best_model_at_end True --metric_for_best_model attention/ratio --save_total_limit 1 --eval_split 0.3 "
+        "--eval_strategy steps --eval_steps 1 --dataloader_num_workers 1 --dataloader_persistent_workers True",
+        "--optim adafactor --lr_scheduler_type cosine_with_min_lr --lr_scheduler_kwargs {\"min_lr_rate\":0.1} "
+        "--skip_memory_metrics False --torch_empty_cache_steps 1 --logging_strategy epoch --warmup_ratio 0.5",
+    ],
+)
+def test_flags_of_transformers_that_are_said_to_work_do(make_trainer, flags):
+    """A step's loss is that of the pairs, whatever else is asked for."""
+    trainer = make_trainer("--attention_weight", "0", "--max_steps", "1", *flags.split())
+    trainer.train()
+    log = next(log for log in trainer.state.log_history if "loss" in log)
+    assert log["loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
 class TestLatestCheckpoint:
     def make(self, folder: Path, step: int, identity: dict | None):
         path = folder / f"checkpoint-{step}"

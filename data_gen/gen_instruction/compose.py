@@ -113,10 +113,10 @@ def _images(recipe: Recipe, task: Task, drawn: Drawn) -> list[str]:
 
 def _stored(recipe: Recipe, member: Member) -> str:
     """Where a picture of a sequence is found; what other readers would see otherwise is copied as it is seen."""
-    path, files = member.source.path, recipe.sources.files
+    path = member.source.path
     if not recipe.copies_sequences:
         return path
     suffix, data = member.picture.file()
     if not member.picture.is_plain or recipe.sources.is_embedded(member.index):
         return recipe.folder.write(path + suffix, data)
-    return recipe.folder.write(path, data, files.path / path if files.kind == "folder" else None)
+    return recipe.folder.write(path, data, recipe.sources.files.file(path))

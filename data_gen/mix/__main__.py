@@ -4,10 +4,12 @@ Writes OUTPUT/train.json, validation.json, images.zip (with --zip, else the fold
 run.json. No source picture is in both parts. The same flags write the same bytes. Other commands:
 
   python -m data_gen.mix read --published DIR        check a published data set, and count what it holds
-  python -m data_gen.mix export --data_path train.json --image_folder images.zip --output DIR or FILE.parquet
-                                                     to the preference format of the datasets library
-  python -m data_gen.mix import --path DIR or FILE.parquet --output DIR
-                                                     and back
+  python -m data_gen.mix export --data_path train.json --image_folder images.zip --to trl --output FILE.parquet
+                                                     for TRL, LLaMA-Factory or ms-swift
+  python -m data_gen.mix import --path FILE --output DIR
+                                                     and back; also what others made, in the formats of docs/data.md
+
+Exit code 0; 1 if `import` dropped a row because it is bad; 2 if it could not be done.
 """
 
 import dataclasses
@@ -20,8 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from data_gen.mix.card import describe, readable
+from data_gen.mix.exporting import WRITERS, export_pairs
+from data_gen.mix.importing import import_pairs
 from data_gen.mix.merge import Item, Merged, data_digest, merge
-from data_gen.mix.preferences import export_pairs, import_pairs
 from data_gen.mix.published import read_published, refuse_leaks, report
 from data_gen.mix.splitting import OVERLAPS, split
 from llava.checks import DEPTHS
@@ -66,26 +69,30 @@ class ExportFlags:
 
     data_path: str = flag("train.json or pairs.json")
     image_folder: str = flag("folder, .zip or .tar of the pictures")
-    output: Path = flag("folder of save_to_disk, or a name.parquet")
+    to: str = flag("the trainer that reads it", "trl", choices=[*WRITERS])
+    output: Path = flag("folder to write; for TRL one of save_to_disk, or a name.parquet")
 
 
 @dataclass(kw_only=True)
 class ImportFlags:
     """The command line of `import`."""
 
-    path: Path = flag("folder of save_to_disk, or a .parquet file")
-    output: Path = flag("folder for train.json and images")
+    path: list[str] = flag("JSON, JSONL, CSV, parquet, folder of parquet or of save_to_disk; several are put together")
+    image_folder: str | None = flag(
+        "folder, .zip or .tar of pictures that are named only; without it the folder of the file", None
+    )
+    output: Path = flag("folder for train.json, images and dropped.jsonl")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command of the first word; without one, mix."""
+def main(argv: Sequence[str] | None = None) -> int | None:
+    """The command of the first word; without one, mix. Its exit code, None for 0."""
     words = list(sys.argv[1:] if argv is None else argv)
     commands = {"mix": (mix, MixFlags), "read": (read, ReadFlags), "export": (export, ExportFlags),
                 "import": (import_, ImportFlags)}  # fmt: skip
     run, kind = commands[words.pop(0) if words and words[0] in commands else "mix"]
     setup_logging()
     with user_errors():
-        run(*parse([kind], __doc__, words))
+        return run(*parse([kind], __doc__, words))
 
 
 def mix(flags: MixFlags) -> None:
@@ -165,17 +172,21 @@ def read(flags: ReadFlags) -> None:
 
 
 def export(flags: ExportFlags) -> None:
-    """Pairs to the datasets library."""
+    """Pairs for another trainer."""
     with only_writer(flags.output):
-        num_rows = export_pairs(flags.data_path, flags.image_folder, flags.output)
+        num_rows = export_pairs(flags.data_path, flags.image_folder, flags.output, flags.to)
     logger.info("%s: %d rows", flags.output, num_rows)
 
 
-def import_(flags: ImportFlags) -> None:
-    """Pairs from the datasets library."""
+def import_(flags: ImportFlags) -> int:
+    """Pairs of other projects; 1 if a row was bad."""
     with only_writer(flags.output / "import"):
-        num_pairs = import_pairs(flags.path, flags.output)
-    logger.info("%s: %d pairs", flags.output / "train.json", num_pairs)
+        counts = import_pairs(flags.path, flags.image_folder, flags.output)
+    formats = ", ".join(f"{count} {name}" for name, count in counts["formats"].items())
+    logger.info("%s: %d pairs of %d rows (%s)", flags.output / "train.json", counts["pairs"], counts["rows"], formats)
+    for reason, count in counts["dropped"].items():
+        logger.info("dropped: %d, %s (dropped.jsonl has file, row and detail)", count, reason)
+    return 1 if counts["bad"] else 0
 
 
 if __name__ == "__main__":

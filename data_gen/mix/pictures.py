@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import unicodedata
 import zipfile
 from collections.abc import Container, Iterable, Sequence
 from pathlib import Path, PurePosixPath
@@ -49,9 +50,32 @@ def _content(files: PictureFiles, name: str) -> Content | Unusable:
 
 
 def free_name(name: str, digest: str, taken: Container[str]) -> str:
-    """The name that a picture came with, below the folder; with a part of its content's digest if that is taken."""
-    path = PurePosixPath(*(part for part in PurePosixPath(name).parts if part not in ("/", "..")))
+    """The name that a picture came with, below the folder; with a part of its content's digest if that is taken.
+
+    In one Unicode form and with "/" between folders: other systems would tell or spell names otherwise.
+    """
+    parts = PurePosixPath(unicodedata.normalize("NFC", name.replace("\\", "/"))).parts
+    path = PurePosixPath(*(part for part in parts if part not in ("/", "..")))
     return str(path.with_name(f"{path.stem}_{digest[:8]}{path.suffix}") if str(path) in taken else path)
+
+
+class Folder:
+    """Pictures written once each, under the name they come with where that is free."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._names: dict[str, str] = {}  # by content
+        self._taken: set[str] = set()
+
+    def put(self, name: str, data: bytes) -> str:
+        """Write a picture if it is not there; its name."""
+        digest = hashlib.sha256(data).hexdigest()
+        if digest not in self._names:
+            self._names[digest] = path = free_name(name, digest, self._taken)
+            self._taken.add(path)
+            (self.folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (self.folder / path).write_bytes(data)
+        return self._names[digest]
 
 
 class Names:

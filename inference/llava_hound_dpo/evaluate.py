@@ -3,27 +3,31 @@
 `python -m inference.llava_hound_dpo.evaluate --answers base.jsonl tuned.jsonl --questions test.json --output DIR`
 """
 
+import errno
 import itertools
 import json
 import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from inference.llava_hound_dpo.judge_endpoint import KEY_VARIABLE, Endpoint
 from inference.llava_hound_dpo.llm_judge import LlmJudge, add_grades
 from inference.llava_hound_dpo.report import markdown, report
 from inference.llava_hound_dpo.summary import Asked, Row, compare, judge, summarize
 from llava.command_line import check_numbers, flag, parse
+from llava.endpoint import KEY_VARIABLE, Endpoint
 from llava.image import ImageStore
 from llava.records import Answer, DataError, Question, read_answers, read_questions, refuse_duplicates, texts
 from llava.run_folder import only_writer
-from llava.runtime import setup_logging, user_errors, write_text
+from llava.runtime import check_outputs, setup_logging, user_errors, write_text
 from llava.scorers import SCORERS
 
 log = logging.getLogger(__name__)
+
+WRITTEN = ("scores.json", "scores.md", "report.html")
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class Evaluation:
         check_numbers(self, samples=(0, None))
         if self.output.exists() and not self.output.is_dir():
             raise NotADirectoryError(f"--output {self.output} is a file; give a folder")
+        check_outputs([self.output / name for name in WRITTEN], [*self.answers, self.questions])
         if self.scorer.startswith(("lmms_eval", "vlmevalkit")):
             harness = self.scorer.split("_eval")[0].replace("lmms", "lmms_eval")
             raise ValueError(
@@ -72,7 +77,7 @@ class JudgeFlags:
             return None
         if not self.judge_model:
             raise ValueError("--judge_url needs --judge_model: the name that the endpoint has for its model")
-        check_numbers(self, judge_workers=(1, None))
+        check_numbers(self, judge_workers=(1, 1000))
         if self.judge_pictures and not settings.questions:
             raise ValueError(
                 "--judge_pictures needs --questions: only the test set says which pictures are asked about"
@@ -88,20 +93,34 @@ def main(argv: Sequence[str] | None = None) -> None:
     with ExitStack() as stack, user_errors():
         settings, judge_flags = parse((Evaluation, JudgeFlags), __doc__, argv)
         settings.check()
-        store = ImageStore(settings.image_folder) if settings.image_folder else None
         llm = judge_flags.judge(settings)
-        stack.enter_context(only_writer(settings.output))
+        stack.enter_context(only_writer(settings.output.absolute()))  # beside it: bad input makes no folder
         try:
-            scores, rows = evaluate(settings.answers, settings.questions, settings.scorer, llm)
-            questions = read_questions(settings.questions) if settings.questions and store else ()
+            text = write(settings, llm)
         except DataError as error:
             more = len(error.problems) - 1
             raise ValueError(error.problems[0] + (f" (and {more} more problems)" if more else "")) from error
-        text = markdown(scores)
-        write_text(settings.output / "scores.json", json.dumps(scores, indent=2, ensure_ascii=False) + "\n")
-        write_text(settings.output / "scores.md", text)
-        write_text(settings.output / "report.html", report(scores, rows, questions, store, settings.samples))
+        except OSError as error:
+            if error.errno in DISK_FULL:
+                raise ValueError(f"{settings.output}: {error.strerror}; make room and start again") from error
+            raise
     log.info(text)
+
+
+def write(settings: Evaluation, llm: LlmJudge | None) -> str:
+    """Score, and write all files once all are made; gives scores.md. Raises as `evaluate`, and OSError."""
+    store = ImageStore(settings.image_folder) if settings.image_folder else None
+    scores, rows = evaluate(settings.answers, settings.questions, settings.scorer, llm)
+    questions = read_questions(settings.questions) if settings.questions and store else ()
+    text = markdown(scores)
+    made = (
+        json.dumps(scores, indent=2, ensure_ascii=False) + "\n",
+        text,
+        report(scores, rows, questions, store, settings.samples),
+    )
+    for name, content in zip(WRITTEN, made, strict=True):
+        write_text(settings.output / name, content)
+    return text
 
 
 def evaluate(
@@ -111,11 +130,14 @@ def evaluate(
 
     Raises DataError, ValueError, FileNotFoundError.
     """
-    by_name = dict(zip(_names(paths), judged(paths, questions, scorer), strict=True))
+    given, asked = read(paths, questions)
+    by_name = dict(zip(_names(paths), _judged(given, asked, scorer), strict=True))
     files = dict(zip(by_name, paths, strict=True))
     scores = {
         "scorer": scorer,
         "questions": str(questions) if questions else None,
+        "without_answer": [question.id for question in asked if not question.answer],
+        "tuned_on": [question.id for question in asked if is_tuned_on(question.id, given)],
         "answers": {name: {"file": str(files[name]), **summarize(rows)} for name, rows in by_name.items()},
         "comparisons": [
             {"first": first, "second": second, **compare(by_name[first], by_name[second])}
@@ -128,7 +150,18 @@ def evaluate(
 
 
 def judged(paths: Sequence[Path], questions: Path | None, scorer: str) -> list[list[Row]]:
-    """For each file a row for every question, in one order: of the test set, else of first appearance in the files."""
+    """For each file a row for every question that has a right answer, in one order. Raises as `read`."""
+    return _judged(*read(paths, questions), scorer)
+
+
+Given = list[dict[str, Answer]]  # of each file, by the question's id
+
+
+def read(paths: Sequence[Path], questions: Path | None) -> tuple[Given, list[Asked]]:
+    """The answers of each file, and what was asked, in the order of the test set, else of appearance in the files.
+
+    Raises DataError, FileNotFoundError; ValueError where no question has a right answer.
+    """
     files = [read_answers(path) for path in paths]
     asked = _asked_of_test_set(questions) if questions else {}
     problems = []
@@ -136,12 +169,28 @@ def judged(paths: Sequence[Path], questions: Path | None, scorer: str) -> list[l
         if questions and answer.question_id not in asked:
             problems.append(f"{answer.where}: the question {answer.question_id} is not in {questions}")
             continue
-        known = asked.setdefault(answer.question_id, _asked_of_answer(answer))
+        own = _asked_of_answer(answer)
+        known = asked.setdefault(answer.question_id, own)
         problems += [f"{answer.where}: {difference}" for difference in _differences(answer, known)]
+        if known.num_regions is None:  # a collage without its grid, which was read off the picture
+            asked[answer.question_id] = replace(known, num_regions=own.num_regions)
     if problems:
         raise DataError(problems)
-    given = [{answer.question_id: answer for answer in answers} for answers in files]
-    return [[judge(question, found.get(question.id), scorer) for question in asked.values()] for found in given]
+    if not any(question.answer for question in asked.values()):
+        raise ValueError(f"{questions or paths[0]}: no question has a right answer (`answer`): nothing can be scored")
+    return [{answer.question_id: answer for answer in answers} for answers in files], list(asked.values())
+
+
+def is_tuned_on(id: str, given: Given) -> bool:
+    """Whether any file's AdaptViz was chosen on the question: then no file is scored on it."""
+    return any(id in own and own[id].extra.get("is_tuned_on") is True for own in given)
+
+
+def _judged(given: Given, asked: Sequence[Asked], scorer: str) -> list[list[Row]]:
+    scored = [question for question in asked if question.answer and not is_tuned_on(question.id, given)]
+    if not scored:
+        raise ValueError("AdaptViz was tuned on every question that has a right answer: score it on others")
+    return [[judge(question, found.get(question.id), scorer) for question in scored] for found in given]
 
 
 def _differences(answer: Answer, known: Asked) -> list[str]:
@@ -176,7 +225,9 @@ def _asked(record: Question | Answer, id: str, counted: int, *options: tuple[str
     image_type = record.image_type
     is_unknown = image_type == "collage" and counted == 1
     regions = None if is_unknown else {"pip": 2, "single": 1}.get(image_type, counted)
-    return Asked(id, record.where, record.answer, image_type, record.target, regions, *options)
+    category = record.extra.get("category", record.extra.get("subtask", record.extra.get("sub_task")))
+    category = category if isinstance(category, str) and category.strip() else None
+    return Asked(id, record.where, record.answer, image_type, record.target, regions, *options, category)
 
 
 def _names(paths: Sequence[Path]) -> list[str]:

@@ -22,6 +22,7 @@ from PIL import Image, UnidentifiedImageError
 from llava import tables
 from llava.asked import TARGET
 from llava.choices import same_text, true_choice
+from llava.pixels import DECODER_ERRORS, as_seen
 from llava.records import IMAGE, PLACEHOLDER_OF_MIA_DPO
 
 SUFFIXES = (".parquet", ".arrow", ".jsonl", ".json", ".tsv")
@@ -34,6 +35,7 @@ ABSENT = ("", "nan", "NaN", "N/A")  # of an option or a picture; "None" may be a
 WRITTEN_LISTS = {"image", "image_path", "images", "image_list", "options", "choices"}
 PLACEHOLDER = re.compile(rf"<image[ _-]?(\d+)>|{IMAGE}|{PLACEHOLDER_OF_MIA_DPO}")
 OWN_LABEL = r"\s*(?:\({0}\)|{0}[.:)])\s*"
+CATEGORIES = ("category", "sub_task", "subtask", "task", "subset")  # columns that name a part of the set
 MIRB_INSTRUCTIONS = {
     **dict.fromkeys(("analogy", "attribute", "plot_code", "visual_chain", "sightseeing"), "Answer with a single word."),
     **dict.fromkeys(("codeu", "food", "image_jigsaw"), "Answer with the option symbol."),
@@ -111,17 +113,15 @@ def picture_file(value: Any, folder: Path) -> tuple[bytes, str]:
     content = _content(value, folder)
     try:
         with Image.open(io.BytesIO(content)) as picture:
-            picture.load()
-            if 0 in picture.size:
-                raise ValueError("the picture has no area")
+            seen = as_seen(picture)
             if picture.format in EXTENSIONS:
                 return content, EXTENSIONS[picture.format]
             stored = io.BytesIO()
-            picture.convert("RGB").save(stored, "PNG")
+            seen.save(stored, "PNG")
             return stored.getvalue(), ".png"
     except UnidentifiedImageError as error:
         raise ValueError("not a picture that pillow can read") from error
-    except (OSError, SyntaxError, EOFError, ValueError, Image.DecompressionBombError) as error:
+    except (*DECODER_ERRORS, Image.DecompressionBombError) as error:
         raise ValueError(f"truncated or damaged picture ({error})") from error
 
 
@@ -195,7 +195,9 @@ def record_of(source: str, row: dict[str, Any]) -> tuple[dict[str, Any], tuple[A
         question += "" if columns.is_complete else f"\n{CLOSING}"
     prompt, shown = prompt_of(question, len(images))
     choices = {"choices": [option or None for option in options]} if options else {}
-    record = {"id": index, "image": shown, "prompt": prompt, "answer": answer, **choices}
+    part = next((str(row[name]) for name in CATEGORIES if not _is_absent(row.get(name))), None)
+    category = {"category": part} if part else {}
+    record = {"id": index, "image": shown, "prompt": prompt, "answer": answer, **choices, **category}
     return record | region_of(prompt, len(shown)), images
 
 

@@ -4,9 +4,7 @@ Four rubrics from 1 to 5, as in the earlier public work. No grade is filled in: 
 """
 
 import asyncio
-import base64
 import hashlib
-import io
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -17,8 +15,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from inference.llava_hound_dpo.judge_endpoint import Endpoint, Failed, JudgeError
 from inference.llava_hound_dpo.summary import Row
+from llava.endpoint import Endpoint, EndpointError, Failed, messages_of, url_part
 from llava.image import ImageStore
 from llava.records import FORMATS, IMAGE, DataError, Question, read_questions
 from llava.run_folder import Log, only_writer
@@ -72,26 +70,18 @@ class Task:
     images: tuple[str, ...]  # empty: no picture is shown
 
 
-def messages_of(task: Task, store: ImageStore | None, reminder: str = "") -> list[dict]:
+def question_to(task: Task, store: ImageStore | None, reminder: str = "") -> list[dict]:
     """One message of the user; pictures stand where the prompt has them. Raises like ImageStore.open."""
     after = AFTER_QUESTION.format(true=task.true, given=task.given) + reminder
     if store is None:
         return [{"role": "user", "content": PROMPT + task.prompt.replace(IMAGE, "[picture]") + after}]
-    first, *others = task.prompt.split(IMAGE)
-    texts = [PROMPT + first, *others]
-    texts[-1] += after
-    content = [{"type": "text", "text": texts[0]}]
-    for name, text in zip(task.images, texts[1:], strict=True):
-        file = io.BytesIO()  # the picture at its own size; as PNG it would be several times as long
-        store.open(name).save(file, "JPEG", quality=95, subsampling=0)
-        content.append({"type": "image_url", "image_url": {"url": data_url(file.getvalue(), "jpeg")}})
-        content += [{"type": "text", "text": text}] if text else []
-    return [{"role": "user", "content": content}]
 
+    def part_of(name: str) -> dict[str, Any]:  # as JPEG, since PNG would be several times as long
+        return url_part(store.open(name), "jpeg", quality=95, subsampling=0)
 
-def data_url(content: bytes, kind: str) -> str:
-    """A picture's file as a URL that holds it."""
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"
+    (message,) = messages_of([("user", PROMPT + task.prompt)], task.images, part_of)
+    message["content"].append({"type": "text", "text": after})
+    return [message]
 
 
 def parse_grades(reply: str) -> Grades | None:
@@ -136,7 +126,10 @@ class LlmJudge:
     store: ImageStore | None = None  # None: the judge sees no picture
 
     def verdicts(self, rows: Mapping[str, Sequence[Row]]) -> dict[str, list[Verdict]]:
-        """The verdict on each row. Raises DataError before the first request; JudgeError, with what is judged kept."""
+        """The verdict on each row.
+
+        Raises DataError before the first request; EndpointError, with what is judged kept.
+        """
         known = {question.id: question for question in read_questions(self.questions)} if self.questions else {}
         problems: list[str] = []
         tasks = {name: [self._task(row, known.get(row.asked.id), problems) for row in rows[name]] for name in rows}
@@ -195,7 +188,7 @@ class LlmJudge:
             failed = failed + 1 if verdict == FAILED else 0
             if failed == FAILED_IN_A_ROW:
                 what = f"{self.endpoint.url}: no reply about {failed} answers in a row"
-                raise JudgeError(f"{what}. Look at the endpoint, then start the same command again")
+                raise EndpointError(f"{what}. Look at the endpoint, then start the same command again")
 
         async with self.endpoint.client:
             first = next(waiting)
@@ -213,7 +206,7 @@ class LlmJudge:
     async def _ask(self, task: Task) -> Verdict:
         try:
             for attempt in range(READ_TRIES):
-                messages = await asyncio.to_thread(messages_of, task, self.store, REMINDER if attempt else "")
+                messages = await asyncio.to_thread(question_to, task, self.store, REMINDER if attempt else "")
                 reply = await self.endpoint.chat(messages, task.about)
                 if grades := parse_grades(reply):
                     return grades

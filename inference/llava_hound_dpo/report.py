@@ -12,11 +12,11 @@ from typing import Any
 import jinja2
 import numpy as np
 from markupsafe import Markup, escape
-from matplotlib.figure import Figure
 from PIL import Image
 
-from inference.llava_hound_dpo.llm_judge import RUBRICS, WITHOUT, data_url
+from inference.llava_hound_dpo.llm_judge import RUBRICS, WITHOUT
 from inference.llava_hound_dpo.summary import Row, groupings, is_confused
+from llava.endpoint import data_url
 from llava.heatmap import draw_prompt
 from llava.image import ImageStore
 from llava.records import FORMATS, IMAGE, Answer, Question
@@ -26,8 +26,7 @@ log = logging.getLogger(__name__)
 
 TEMPLATE = "report.html.j2"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito: safe if colour-blind
-MARKERS = (("o", "●"), ("s", "■"), ("^", "▲"), ("D", "◆"), ("v", "▼"))  # of matplotlib, and the same as text
-CSS_DPI, DENSITY = 96, 2  # px of an inch on a page; px of a plot per px of the page
+GLYPHS = "●■▲◆▼"
 PICTURE_HEIGHT, PICTURE_WIDTH = 240, 1000  # px of a prompt's pictures, and of all of them side by side
 LONGEST = 1000  # characters shown of a text
 
@@ -40,7 +39,6 @@ class Model:
     scores: dict[str, Any]
     rows: Sequence[Row]
     colour: str
-    marker: str
     glyph: str
 
 
@@ -57,14 +55,14 @@ def report(
     says how to get them.
     """
     models = [
-        Model(name, found, rows[name], COLOURS[number % len(COLOURS)], *MARKERS[number % len(MARKERS)])
+        Model(name, found, rows[name], COLOURS[number % len(COLOURS)], GLYPHS[number % len(GLYPHS)])
         for number, (name, found) in enumerate(scores["answers"].items())
     ]
     return _template(TEMPLATE).render(
         scores=scores,
         models=models,
         grades=_grades(models),
-        charts=[(chart, _accuracy_plot(models, chart["groups"])) for chart in groupings(scores["answers"])],
+        charts=groupings(scores["answers"]),
         samples=_samples(models, questions, store, num_samples) if questions and store else None,
     )
 
@@ -128,36 +126,6 @@ def _grades(models: Sequence[Model]) -> dict[str, Any] | None:
     counts = {name: {k: v for k, v in own.items() if isinstance(v, int)} for name, own in said.items()}
     rubrics = list(dict.fromkeys(rubric for own in grades.values() for rubric in own))
     return {"rubrics": rubrics, "of": grades, "counts": counts} if said else None
-
-
-# ---- plots
-
-
-def _accuracy_plot(models: Sequence[Model], groups: dict[str, list[dict]]) -> dict[str, Any]:
-    """The plot as `url`, with its `width` on the page in px."""
-    figure = Figure(figsize=(min(7.0, 1.2 + 0.75 * max(3, len(groups))), 2.7), layout="constrained")
-    axis = figure.subplots()
-    for number, model in enumerate(models):
-        own = [group[number] for group in groups.values()]
-        values, lows, highs = (100 * np.array([group[name] for group in own]) for name in ("accuracy", "low", "high"))
-        axis.errorbar(
-            np.arange(len(own)) + 0.5 * ((number + 0.5) / len(models) - 0.5), values, fmt=model.marker,
-            yerr=np.stack([values - lows, highs - values]).clip(min=0), color=model.colour, markersize=5.5,
-            capsize=2.5, elinewidth=1.4, clip_on=False, zorder=3,
-        )  # fmt: skip
-    for place, (first, *_) in enumerate(groups.values()):
-        if first["chance"] is not None:
-            axis.hlines(100 * first["chance"], place - 0.4, place + 0.4, "#555555", "dashed", linewidth=1.2, zorder=2)
-    labels = [f"{label}\n({own[0]['questions']})" for label, own in groups.items()]
-    axis.set(xlim=(-0.6, len(groups) - 0.4), ylim=(0, 100), ylabel="accuracy (%)")
-    axis.set_xticks(range(len(groups)), labels)
-    axis.grid(axis="y", color="#e4e4e4", linewidth=0.8)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.tick_params(labelsize=8.5)
-    axis.yaxis.label.set_size(9)
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=CSS_DPI * DENSITY, metadata={"Software": None})
-    return {"url": data_url(file.getvalue(), "png"), "width": round(figure.get_figwidth() * CSS_DPI)}
 
 
 # ---- sample prompts

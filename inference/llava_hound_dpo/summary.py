@@ -1,5 +1,6 @@
 """What many judged answers say: accuracy by group, confusion of images, attention against correctness, comparisons."""
 
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ class Asked:
     num_regions: int | None  # images of a sequence or multi, cells of a collage, 2 of a pic-in-pic; None: unknown
     choices: tuple[str, ...]
     others: tuple[str, ...] | None
+    category: str | None = None  # the part of the test set that it belongs to
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ def summarize(rows: Sequence[Row]) -> dict[str, Any]:
         "by_format": by(rows, lambda row: row.asked.image_type, FORMATS),
         "by_num_images": by(of("sequence", "collage", "multi"), lambda row: row.asked.num_regions or "unknown"),
         "by_position": {t: by(of(t), lambda row: f"Image{row.asked.target + 1}") for t in ("sequence", "collage")},
+        "by_category": by([row for row in rows if row.asked.category], lambda row: row.asked.category),
         "scorers": dict(Counter(row.scorer for row in rows)),
         "confusion": confusion(rows),
         "looked_answered": looked_answered(rows),
@@ -85,6 +88,7 @@ def groupings(files: Mapping[str, dict]) -> list[dict[str, Any]]:
     ]
     for t in every[0]["by_position"]:
         found.append((f"position of the target, {t}", f"{t}, {{}}", [file["by_position"][t] for file in every]))
+    found.append(("category", "{}", [file["by_category"] for file in every]))
     return [
         {"title": title, "label": label, "groups": {name: [own[name] for own in groups] for name in groups[0]}}
         for title, label, groups in found
@@ -97,8 +101,13 @@ def by(rows: Sequence[Row], key: Callable[[Row], Any], order: Sequence[str] = ()
     keyed: dict[str, list[Row]] = {}
     for row in rows:
         keyed.setdefault(str(key(row)), []).append(row)
-    found = [k for k in order if k in keyed] if order else sorted(keyed, key=lambda k: (len(k), k))
+    found = [k for k in order if k in keyed] if order else sorted(keyed, key=_by_number)
     return {k: group(keyed[k]) for k in found}
+
+
+def _by_number(key: str) -> list[tuple[int, str]]:
+    """Sorts numbers in a name as numbers: Image2 before Image10."""
+    return [(int(part), "") if part.isdecimal() else (10**9, part) for part in re.split(r"(\d+)", key) if part]
 
 
 def group(rows: Sequence[Row]) -> dict[str, Any]:
@@ -114,6 +123,7 @@ def group(rows: Sequence[Row]) -> dict[str, Any]:
         "high": high,
         **{verdict: verdicts[verdict] for verdict in (RIGHT, WRONG, UNPARSED, MISSING)},
         "cut_off": sum(row.given is not None and row.given.extra.get("is_complete") is False for row in rows),
+        "too_long": sum(row.given is not None and row.given.extra.get("is_too_long") is True for row in rows),
         "attention_ratio": float(np.mean(ratios)) if ratios else None,
         "chance": _chance(rows),
     }

@@ -5,6 +5,7 @@ model is unsure and sharpened where it is sure. New here: several images, of whi
 """
 
 import dataclasses
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,10 +21,15 @@ from llava.command_line import flag
 from llava.generation import PromptBatch
 from llava.heads import Heads, select_heads
 from llava.run_folder import read_object
+from llava.runtime import is_main_process
 from llava.scaling import RULES, Scale
+
+logger = logging.getLogger(__name__)
 
 SCOPES = ("target", "all", "balance")
 STEPS = ("prefill", "all")
+UNPOINTED = ("single", "multi")  # formats in which nothing is told apart, or no image is referred to
+FEW = 50  # questions; settings chosen on fewer are a guess
 
 
 @dataclass(frozen=True)
@@ -96,10 +102,10 @@ class AdaptViz:
                 raise ValueError(f"{name} {getattr(self, name)!r} is none of {', '.join(known)}")
 
     def factors(self, confidence: Sequence[float], image_types: Sequence[str]) -> Tensor:
-        """Factor of every sample. A single picture has nothing that could be told apart: only scope `all` scales it."""
+        """Factor of every sample; where nothing is pointed at, only scope `all` scales."""
         factor = self.bands.factor(torch.as_tensor(confidence))
         for row, image_type in enumerate(image_types):
-            if image_type == "single" and self.scope != "all":
+            if image_type in UNPOINTED and self.scope != "all":
                 factor[row] = 1.0
         return factor
 
@@ -117,13 +123,19 @@ class AdaptViz:
         )
 
     def check(self, job: Job) -> None:
-        """Raises ValueError where a question has no target to scale, or a layer or head does not exist."""
+        """Raises ValueError where no question has a target to scale, or a layer or head does not exist."""
         without = [question for question in job.questions if question.target is None]
         if self.scope != "all" and without:
-            raise ValueError(
-                f"{without[0].where}: no image is referred to, so there is no target to scale ({len(without)} such "
-                "questions); use --scope all, or leave them out"
-            )
+            if len(without) == len(job.questions):
+                raise ValueError(
+                    f"{without[0].where}: no image is referred to, nor in any other question, so there is no target to "
+                    "scale: use --scope all"
+                )
+            if is_main_process():
+                logger.warning(
+                    "%d of %d questions refer to no image (%s first): they are answered as by plain inference; "
+                    "--scope all scales them too", len(without), len(job.questions), without[0].id,
+                )  # fmt: skip
         if self.layers is not None:
             layer_range(job.checkpoint.num_layers, ",".join(map(str, self.layers)))
         if self.heads is not None:
@@ -162,6 +174,15 @@ def read_config(path: Path) -> AdaptViz:
         return AdaptViz.from_dict(raw["adaptviz"] if "adaptviz" in raw else raw)
     except (ValueError, TypeError) as error:
         raise ValueError(f"--config {path}: {error}") from error
+
+
+def chosen_on(path: Path) -> frozenset[str]:
+    """Digests of the questions that the settings of a file of the tuner were chosen on. Raises ValueError."""
+    found = read_object(path).get("validation") or {}
+    digests = found.get("digests", []) if isinstance(found, dict) else None
+    if not isinstance(digests, list):
+        raise ValueError(f"--config {path}: `validation` must say in `digests` what the settings were chosen on")
+    return frozenset(map(str, digests))
 
 
 @dataclass(kw_only=True)

@@ -5,6 +5,7 @@ last prompt token on image tokens is scaled, by a factor that depends on how sur
 """
 
 import dataclasses
+import logging
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,19 +14,23 @@ from typing import Any
 
 from inference_optimization.llava_hound_dpo.adaptviz import (
     DEFAULTS,
+    FEW,
     PRESETS,
     SCOPES,
     STEPS,
     AdaptViz,
     Bands,
     PlaceSettings,
+    chosen_on,
     read_config,
 )
-from llava.answering import Job, answer, identify, prepare
+from llava.answering import Job, answer, digest_of, identify, prepare
 from llava.command_line import flag, parse
-from llava.runtime import leave, setup_logging, user_errors
+from llava.runtime import is_main_process, leave, setup_logging, user_errors
 from llava.scaling import RULES
 from llava.settings import AnswerSettings, ModelSettings, QuestionFiles
+
+logger = logging.getLogger(__name__)
 
 BANDS = {name: name for name in ("alpha_low", "alpha_middle", "alpha_high")} | {
     "confidence_threshold_low": "low",
@@ -81,6 +86,22 @@ class SteeringSettings(PlaceSettings):
         return {name: value for flag, name in names.items() if (value := getattr(self, flag)) is not None}
 
 
+def mark_chosen_on(job: Job, config: Path) -> Job:
+    """The job, its questions that the settings were chosen on marked `is_tuned_on`: evaluate does not score them."""
+    digests = chosen_on(config)
+    marks = [{"is_tuned_on": True} if digest_of(question) in digests else {} for question in job.questions]
+    count = sum(map(bool, marks))
+    if is_main_process() and 0 < len(digests) < FEW:
+        logger.warning("%s was chosen on %d questions: fewer than %d make it a guess", config, len(digests), FEW)
+    if is_main_process() and count:
+        logger.warning(
+            "%d of %d questions are those that %s was chosen on: they are answered and marked `is_tuned_on`, and are "
+            "left out of scores", count, len(marks), config,
+        )  # fmt: skip
+    questions = [dataclasses.replace(q, extra=q.extra | mark) for q, mark in zip(job.questions, marks, strict=True)]
+    return dataclasses.replace(job, questions=questions)
+
+
 def main() -> None:
     """Check, answer what is not answered yet, merge."""
     setup_logging()
@@ -90,6 +111,7 @@ def main() -> None:
         job = prepare(model, settings, files.data_path)
         adaptviz = steering.adaptviz(job)
         adaptviz.check(job)
+        job = mark_chosen_on(job, steering.config) if steering.config else job
         identity = identify(job) | {"adaptviz": adaptviz.to_dict()}
     answer(job, files.output, identity, adaptviz.steer)
     leave()

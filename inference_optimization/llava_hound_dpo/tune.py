@@ -10,6 +10,7 @@ Letters: N questions.
 import itertools
 import json
 import logging
+import math
 import random
 import sys
 from collections.abc import Sequence
@@ -19,13 +20,22 @@ from typing import Any
 
 import numpy as np
 
-from inference_optimization.llava_hound_dpo.adaptviz import DEFAULTS, SCOPES, STEPS, AdaptViz, Bands, PlaceSettings
+from inference_optimization.llava_hound_dpo.adaptviz import (
+    DEFAULTS,
+    FEW,
+    SCOPES,
+    STEPS,
+    UNPOINTED,
+    AdaptViz,
+    Bands,
+    PlaceSettings,
+)
 from inference_optimization.llava_hound_dpo.grid import ANOTHER, PLAIN, Variant, answer_grid
-from llava.answering import Answers, Job, identify, prepare
+from llava.answering import Answers, Job, digest_of, identify, prepare
 from llava.command_line import flag, parse
 from llava.markdown import table
-from llava.records import FORMATS, Question, read_json, texts
-from llava.runtime import is_main_process, leave, setup_logging, user_errors, write_text
+from llava.records import FORMATS, Question, read_json, read_questions, texts
+from llava.runtime import check_outputs, is_main_process, leave, setup_logging, user_errors, write_text
 from llava.scaling import RULES
 from llava.scorers import SCORERS, resolve, score
 from llava.settings import AnswerSettings, ModelSettings
@@ -56,10 +66,12 @@ class TuneSettings(PlaceSettings):
     def __post_init__(self):
         if not 0 < self.share < 1:
             raise ValueError(f"--share {self.share}: a share above 0 and below 1")
-        if min(self.factors) <= 0:
-            raise ValueError(f"--factors {min(self.factors)}: a factor must be above 0")
+        bad = [factor for factor in self.factors if not (math.isfinite(factor) and factor > 0)]
+        if bad:
+            raise ValueError(f"--factors {bad[0]}: a factor must be a finite number above 0")
         if self.output.exists() and not self.output.is_dir():
             raise NotADirectoryError(f"--output {self.output} is a file; give a folder")
+        check_outputs([self.output / name for name in ("grid.jsonl", "tuned.json", "table.md")], [self.data_path])
 
 
 @dataclass(kw_only=True)
@@ -80,7 +92,7 @@ def main() -> None:
     setup_logging()
     with user_errors():
         own, model, settings = parse((TuneSettings, ModelSettings, GridSettings), __doc__, retired=RETIRED)
-        job = prepare(model, settings, own.data_path)
+        job = prepare(model, settings, with_answers(own.data_path))
         base = check(own, job)
         variants = variants_of(own)
         tried = {"variants": [f"{v.scope} {v.rule} {v.factor:g}" for v in variants], "steps": own.steps}
@@ -92,6 +104,17 @@ def main() -> None:
         with user_errors():
             logger.info(report(own, job, base, variants, read_json(grid_file)))
     leave()
+
+
+def with_answers(path: str) -> list[Question]:
+    """The questions of a test set that say what is right; how many do not is logged. Raises as `read_questions`."""
+    questions = read_questions(path)
+    known = [question for question in questions if question.answer]
+    if not known:
+        raise ValueError(f"{path}: no question has a right answer (`answer`): there is nothing to choose on")
+    if len(known) < len(questions):
+        logger.warning("%d of %d questions have no right answer: left out", len(questions) - len(known), len(questions))
+    return known
 
 
 def answer(job: Job, base: AdaptViz, variants: Sequence[Variant], output: Path, identity: dict) -> None:
@@ -136,18 +159,22 @@ def report(own: TuneSettings, job: Job, base: AdaptViz, variants: list[Variant],
     rows = rows_of(grid.part(validation), grid.part(~validation), base, own.scopes, own.rules)
     tuned = [row for row in rows if row[0].startswith("AdaptViz")]
     name, settings, on_validation, on_test = max(tuned, key=lambda row: row[2]["mean_of_formats"])
-    chosen_on = [question.id for question, is_in in zip(job.questions, validation, strict=True) if is_in]
+    chosen_on = [question for question, is_in in zip(job.questions, validation, strict=True) if is_in]
+    digests = {"ids": [question.id for question in chosen_on], "digests": [digest_of(q) for q in chosen_on]}
     record = {
         "adaptviz": settings.to_dict(),
         "chosen": name,
-        "validation": on_validation | {"share": own.share, "split_seed": own.split_seed, "ids": chosen_on},
+        "is_guess": len(chosen_on) < FEW,
+        "validation": on_validation | {"share": own.share, "split_seed": own.split_seed, **digests},
         "test": on_test,
         "all": {row[0]: {"settings": row[1].to_dict(), "validation": row[2], "test": row[3]} for row in rows},
     }
     path = own.output / "tuned.json"
     write_text(path, json.dumps(record, indent=2) + "\n")
     table = markdown([(name, settings, on_test) for name, settings, _, on_test in rows])
-    head = f"Chosen on {len(chosen_on)} questions, for {path}: {name}. The other {on_test['questions']} questions:\n\n"
+    guess = f" Fewer than {FEW} questions make a guess: tune on more." if len(chosen_on) < FEW else ""
+    head = f"Chosen on {len(chosen_on)} questions, for {path}: {name}.{guess} "
+    head += f"{path.name} names them, and evaluate leaves them out. The other {on_test['questions']} questions:\n\n"
     write_text(own.output / "table.md", "# AdaptViz against plain inference\n\n" + head + table)
     return head + table
 
@@ -201,6 +228,9 @@ class Grid:
     def factors(self, scope: str, rule: str) -> dict[float, np.ndarray]:
         """(N,) scores by factor, 1.0 among them; the nearest to 1 first, so that ties change least."""
         own = {v.factor: scores for v, scores in self.scores.items() if (v.scope, v.rule) == (scope, rule)}
+        if scope != "all":
+            is_plain = np.isin(self.image_types, UNPOINTED)
+            own = {factor: np.where(is_plain, self.plain, scores) for factor, scores in own.items()}
         return dict(sorted({**own, 1.0: self.plain}.items(), key=lambda item: abs(np.log(item[0]))))
 
     def under(self, settings: AdaptViz, scope: str | None = None) -> np.ndarray:

@@ -7,7 +7,7 @@ Letters: P image tokens of one picture, S tokens of a prompt.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,12 +96,31 @@ class Family(ABC):
 
     @abstractmethod
     def processor(self) -> Any:
-        """Tokenizer and image processor as transformers saves and loads them together."""
+        """Tokenizer, pictures' settings and chat template as transformers saves and loads them together."""
+
+    @abstractmethod
+    def check_processor(self, settings: Mapping[str, Any]) -> str | None:
+        """What plain transformers would do wrong with a folder's processor_config.json; None: nothing."""
 
     @property
     def image_id(self) -> int:
         """Id of an image token."""
         return self.config.image_token_id
+
+    @classmethod
+    @abstractmethod
+    def bare_name(cls, name: str) -> str:
+        """A tensor's name as the model has it, whatever PEFT, wrappers or an older transformers made of it."""
+
+    @classmethod
+    @abstractmethod
+    def renewed(cls, names: Any) -> Any:
+        """What names modules in an adapter's config (a pattern, a list, or a table) with today's names in it."""
+
+    @classmethod
+    def is_older_name(cls, name: str) -> bool:
+        """Whether today's transformers has another name for an adapter's tensor than the one it is saved under."""
+        return cls.bare_name(name) not in name
 
     @classmethod
     def lora_targets(cls) -> str:

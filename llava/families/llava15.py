@@ -1,11 +1,14 @@
 """LLaVA-1.5: CLIP's patches of one square picture as image tokens, and the `vicuna_v1` template."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import LlavaForConditionalGeneration, LlavaProcessor
+from transformers import LlavaForConditionalGeneration, LlavaImageProcessorPil, LlavaProcessor
 
 from llava.families.family import Family, ImageTokens
 
@@ -14,6 +17,36 @@ SYSTEM = (
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
 END = "</s>"
+# vicuna_v1 for transformers and servers: the parts of a message in the order given, nothing between them. Only where
+# pictures come first and the text behind them begins no line of its own, each has a line, as LLaVA-1.5 was trained.
+# NOTE: vLLM keeps the order of parts where a template loops over message['content'] itself.
+CHAT_TEMPLATE = (
+    "{% macro text(content) %}{% if content is string %}{{ content }}{% else %}"
+    "{% for part in content %}{{ part['text'] }}{% endfor %}{% endif %}{% endmacro %}"
+    "{% if messages[0]['role'] == 'system' %}{{ text(messages[0]['content']) }}{% else %}" + SYSTEM + "{% endif %} "
+    "{% for message in messages %}{% if message['role'] == 'user' %}USER: "
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% set texts = message['content'] | selectattr('type', 'equalto', 'text') | map(attribute='text') | list %}"
+    "{% set leads = texts and message['content'][0]['type'] == 'image' and texts[0] == texts[0].lstrip() %}"
+    "{% set ns = namespace(line='\n' if leads else '') %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>{{ ns.line }}"
+    "{% else %}{{ part['text'] }}{% set ns.line = '' %}{% endif %}{% endfor %}{% endif %} "
+    "{% elif message['role'] == 'assistant' %}ASSISTANT: {{ text(message['content']) }}</s>"
+    "{% elif message['role'] != 'system' or not loop.first %}"
+    "{{ raise_exception('a conversation has a system message at most at its start, then user and assistant') }}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+
+# What is no part of a module's own name: PEFT's and the wrappers of distributed or compiled models.
+WRAPPERS = re.compile(r"^(base_model\.model\.|module\.|_orig_mod\.)+|\.(default|modules_to_save)(?=\.)")
+# Names of earlier transformers, and of a model without its head; the first that fits.
+OLDER = (
+    (re.compile(r"^(model\.)?language_model\.lm_head\."), "lm_head."),
+    (re.compile(r"^(model\.)?language_model\.(model\.)?"), "model.language_model."),
+    (re.compile(r"^(model\.)?vision_tower\.(vision_model\.)?"), "model.vision_tower."),
+    (re.compile(r"^(model\.)?multi_modal_projector\."), "model.multi_modal_projector."),
+)
+NESTED = re.compile(r"(language_model|vision_tower)(\\?\.)(?:model|vision_model)(\\?\.)")  # of them, in a pattern
 
 
 class Llava15(Family):
@@ -25,7 +58,9 @@ class Llava15(Family):
     end = END
     fixed = True
 
-    def __init__(self, config, tokenizer, image_processor, pad: bool = True):
+    def __init__(self, config, tokenizer, image_processor, pad: bool | None = None):
+        if pad is None:
+            pad = image_processor.do_pad if isinstance(image_processor, LlavaImageProcessorPil) else True
         super().__init__(config, tokenizer, image_processor, pad)
         side, patch = config.vision_config.image_size, config.vision_config.patch_size
         self.side, self.rows = side, side // patch
@@ -54,12 +89,49 @@ class Llava15(Family):
         if wrong:
             raise ValueError(f"vision_feature_layer is {wrong[0]}, but the vision tower has {number} layers")
 
+    @cached_property
+    def _feeding(self) -> LlavaImageProcessorPil:
+        """transformers' own for LLaVA with these settings: what leaves in a folder is what the model is fed here."""
+        settings = self.image_processor.to_dict() | {"do_pad": self.pad}
+        settings.pop("image_processor_type", None)
+        return LlavaImageProcessorPil.from_dict(settings)
+
+    @classmethod
+    def bare_name(cls, name: str) -> str:
+        """A tensor's name as the model has it, whatever PEFT, wrappers or an older transformers made of it."""
+        bare = WRAPPERS.sub("", name)
+        return next((ours + bare[found.end() :] for old, ours in OLDER if (found := old.match(bare))), bare)
+
+    @classmethod
+    def renewed(cls, names: Any) -> Any:
+        """What names modules in an adapter's config (a pattern, a list, or a table) with today's names in it."""
+        if isinstance(names, str):
+            return rf"(?:model\.)?(?:{NESTED.sub(lambda found: found[1] + found[2], names)})"
+        if isinstance(names, dict):
+            return {cls.bare_name(f"{name}.").rstrip("."): value for name, value in names.items()}
+        return names and [cls.bare_name(f"{name}.").rstrip(".") for name in names]
+
     def processor(self) -> LlavaProcessor:
-        """Tokenizer and image processor as transformers saves and loads them together."""
+        """Tokenizer, pictures' settings and chat template as transformers saves and loads them together.
+
+        It gives the pixels of `pixels`, the text of `render` and the tokens of `expand`.
+        """
         return LlavaProcessor(
-            self.image_processor, self.tokenizer, patch_size=self.config.vision_config.patch_size,
-            vision_feature_select_strategy="default", num_additional_image_tokens=1,
+            self._feeding, self.tokenizer, patch_size=self.config.vision_config.patch_size,
+            vision_feature_select_strategy="default", num_additional_image_tokens=1, chat_template=CHAT_TEMPLATE,
         )  # fmt: skip
+
+    def check_processor(self, settings: Mapping[str, Any]) -> str | None:
+        """What plain transformers would do wrong with a folder's processor_config.json; None: nothing."""
+        patch, extra = settings.get("patch_size"), settings.get("num_additional_image_tokens", 0)
+        is_default = settings.get("vision_feature_select_strategy") == "default"
+        found = (self.side // patch) ** 2 + extra - is_default if patch else "no"
+        if found == self.num_image_tokens():
+            return None
+        return (
+            f"its processor counts {found} tokens for a picture, the model takes {self.num_image_tokens()}: nothing "
+            "here reads that number, plain transformers stops at it; what is saved and exported from here has it right"
+        )
 
     def render(self, turns: Sequence[tuple[str, str | None]], system: str | None = None) -> str:
         """As `vicuna_v1`."""
@@ -84,9 +156,7 @@ class Llava15(Family):
 
     def pixels(self, pictures: Sequence[Image.Image]) -> dict[str, Tensor]:
         """`pixel_values` (pictures, 3, side, side) float32."""
-        if self.pad:
-            pictures = [pad_to_square(picture, mean_colour(self.image_processor)) for picture in pictures]
-        return {"pixel_values": self.image_processor(images=list(pictures), return_tensors="pt")["pixel_values"]}
+        return {"pixel_values": self._feeding(images=list(pictures), return_tensors="pt")["pixel_values"]}
 
     def _seen(self, size: tuple[int, int]) -> tuple[float, float, float, float]:
         """Box in px of the stored picture, that the grid covers: beyond it where it is padded, inside where cropped."""
@@ -129,19 +199,3 @@ def vicuna_v1(turns: Sequence[tuple[str, str | None]], system: str = SYSTEM) -> 
             return text
         text += f" {answer}{END}"
     return text
-
-
-def pad_to_square(picture: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
-    """The picture centred on a square of its longer side. Source: `expand2square` of LLaVA-1.5 (`pad`)."""
-    width, height = picture.size
-    if width == height:
-        return picture
-    side = max(width, height)
-    square = Image.new("RGB", (side, side), colour)
-    square.paste(picture, ((side - width) // 2, (side - height) // 2))
-    return square
-
-
-def mean_colour(image_processor) -> tuple[int, int, int]:
-    """The processor's mean in 0..255, rounded down as LLaVA does: (122, 116, 104) for CLIP."""
-    return tuple(int(255 * mean) for mean in image_processor.image_mean)

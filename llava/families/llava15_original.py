@@ -4,12 +4,14 @@ Everything is translated into what transformers' LLaVA expects, so that nothing 
 """
 
 import json
+import logging
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import torch
-from safetensors.torch import save_file
+from huggingface_hub import save_torch_state_dict
 from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 from transformers import (
@@ -23,6 +25,7 @@ from transformers import (
 )
 from transformers.convert_slow_tokenizer import generate_merges
 
+from llava.families.family import Family
 from llava.families.llava15 import END
 from llava.records import IMAGE
 from llava.weights import (
@@ -37,10 +40,12 @@ from llava.weights import (
     tensor_names,
 )
 
+logger = logging.getLogger(__name__)
+
 TEXT_FIELDS = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "rms_norm_eps", "max_position_embeddings", "rope_theta", "rope_scaling", "hidden_act", "initializer_range",
-    "attention_bias", "tie_word_embeddings", "bos_token_id", "eos_token_id",
+    "rope_parameters", "attention_bias", "mlp_bias", "head_dim", "tie_word_embeddings", "bos_token_id", "eos_token_id",
 )  # fmt: skip
 # Original name to ours; the first prefix that fits wins. None: a buffer that is computed, not loaded.
 PREFIXES = (
@@ -52,6 +57,12 @@ PREFIXES = (
     ("model.norm.", "model.language_model.norm."),
     ("lm_head.", "lm_head."),
 )
+LAYERS = re.compile(r"^(\^?)model\\?\.layers")  # as patterns of modules begin
+# Settings with which the original code computes something else than LLaVA-1.5: only these values are read rightly.
+ONLY = {
+    "mm_projector_type": ("mlp2x_gelu",), "mm_vision_select_feature": ("patch",), "mm_use_im_start_end": (False,),
+    "mm_patch_merge_type": ("flat",), "image_aspect_ratio": ("pad", "square", None),
+}  # fmt: skip
 COMPUTED = (".rotary_emb.inv_freq", ".position_ids")
 VOCABULARY_STEP = 64  # rows are padded to a multiple of this above the image token, as in llava-hf
 NON_LORA = "non_lora_trainables.bin"
@@ -75,12 +86,9 @@ def translate_config(raw: Mapping, tower: str) -> LlavaConfig:
 
     Raises ValueError for a projector or feature choice that LLaVA-1.5 does not have.
     """
-    projector = raw.get("mm_projector_type", "linear")
-    if projector != "mlp2x_gelu":
-        raise ValueError(f"mm_projector_type {projector!r}: LLaVA-1.5 has 'mlp2x_gelu' (LLaVA-1.0 is not supported)")
-    feature = raw.get("mm_vision_select_feature", "patch")
-    if feature != "patch":
-        raise ValueError(f"mm_vision_select_feature {feature!r}: regions need the patch tokens alone ('patch')")
+    for name, value in ({"mm_projector_type": "linear"} | dict(raw)).items():
+        if name in ONLY and value not in ONLY[name]:
+            raise ValueError(f"{name} {value!r}: LLaVA-1.5 has {ONLY[name][0]!r}; no other LLaVA is read here")
     check_settings(local_folder(tower))
     vision = CLIPVisionConfig.from_pretrained(local_folder(tower))
     image_token = raw["vocab_size"]
@@ -101,12 +109,20 @@ def translate_config(raw: Mapping, tower: str) -> LlavaConfig:
     )
 
 
-def tower_of(raw: Mapping, image_tower: str | None) -> str:
-    """Folder or hub name of the vision tower. Raises ValueError if neither the config nor a flag names one."""
+def tower_of(raw: Mapping, image_tower: str | None, folder: Path) -> str:
+    """Folder or hub name of the vision tower. Raises ValueError if neither the config nor a flag names one.
+
+    Where the named folder is gone, the one of its name in the checkpoint's folder, or beside it, is taken.
+    """
     tower = image_tower or raw.get("mm_vision_tower") or raw.get("mm_image_tower")
     if not tower:
         raise ValueError("config.json names no vision tower (`mm_vision_tower`): give --image_tower")
-    return tower
+    name = PurePosixPath(tower.replace("\\", "/")).name
+    near = [place for place in (folder / name, folder.parent / name) if (place / "config.json").is_file()]
+    if image_tower or not near or Path(tower).is_dir():
+        return tower
+    logger.info("%s: its vision tower %s is not there, %s is taken", folder, tower, near[0])
+    return str(near[0])
 
 
 def translate_name(name: str) -> str | None:
@@ -219,6 +235,15 @@ def translate_lora(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, tor
     return _translated(folder, lora, _without_wrappers), _translated(folder / NON_LORA, trained, _without_wrappers)
 
 
+def translate_settings(settings: Mapping) -> dict:
+    """adapter_config.json with our names of the modules that have a rank or scale of their own; the rest is PEFT's."""
+    renamed = {
+        name: {LAYERS.sub(r"\1model.language_model.layers", key): value for key, value in settings[name].items()}
+        for name in ("rank_pattern", "alpha_pattern") if settings.get(name)
+    }  # fmt: skip
+    return {**settings, **renamed}
+
+
 def _without_wrappers(name: str) -> str:
     """A tensor's name without what PEFT and data parallelism put before it."""
     while name.startswith(("base_model.model.", "module.")):
@@ -242,14 +267,14 @@ def _translated(path: Path, tensors: Mapping[str, torch.Tensor], bare: Callable[
     return found
 
 
-def write_checkpoint(model, image_processor, folder: Path, chain: Sequence[str]) -> None:
-    """Write a model in the original layout: one safetensors file, vision tower and its processor in `vision_tower/`.
+def write_checkpoint(model, family: Family, folder: Path, chain: Sequence[str]) -> None:
+    """Write a model in the original layout: safetensors in shards, vision tower and its processor in `vision_tower/`.
 
     `tokenizer.model` cannot be made from a fast tokenizer: it is copied from the first of `chain` that has one, a
     checkpoint and what it stands on. Raises FileNotFoundError if none has.
     """
     config, state = model.config, model.state_dict()
-    vocabulary = find_tokenizer_model(chain)
+    vocabulary, tower_folder = find_tokenizer_model(chain), folder.resolve() / "vision_tower"
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for name, tensor in state.items():
@@ -257,21 +282,22 @@ def write_checkpoint(model, image_processor, folder: Path, chain: Sequence[str])
         if theirs is None or "vision_tower" in theirs:
             continue
         is_vocabulary = theirs in ("model.embed_tokens.weight", "lm_head.weight")
-        tensors[theirs] = (tensor[: config.image_token_id] if is_vocabulary else tensor).clone()
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        tensors[theirs] = tensor[: config.image_token_id].clone() if is_vocabulary else tensor
+    save_torch_state_dict(tensors, folder)
     tower = CLIPVisionModel(config.vision_config).to(model.dtype)
     tower.load_state_dict(model.model.vision_tower.state_dict())
-    tower.save_pretrained(folder / "vision_tower")
-    image_processor.save_pretrained(folder / "vision_tower")
+    tower.save_pretrained(tower_folder)
+    family.image_processor.save_pretrained(tower_folder)
     text = config.text_config
     written = {name: getattr(text, name) for name in TEXT_FIELDS if hasattr(text, name)}
     written |= {"rope_theta": text.rope_parameters.get("rope_theta", 10000.0), "vocab_size": config.image_token_id}
     written |= {
         "architectures": ["LlavaLlamaForCausalLM"], "model_type": "llava", "pad_token_id": 0,
-        "torch_dtype": str(model.dtype).removeprefix("torch."), "mm_vision_tower": str(folder / "vision_tower"),
+        "torch_dtype": str(model.dtype).removeprefix("torch."), "mm_vision_tower": str(tower_folder),
         "mm_projector_type": "mlp2x_gelu", "mm_vision_select_layer": config.vision_feature_layer,
         "mm_vision_select_feature": "patch", "mm_hidden_size": config.vision_config.hidden_size,
-        "mm_use_im_start_end": False, "mm_use_im_patch_token": False, "image_aspect_ratio": "pad",
+        "mm_use_im_start_end": False, "mm_use_im_patch_token": False,
+        "image_aspect_ratio": "pad" if family.pad else "square",
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
     shutil.copy(vocabulary, folder / "tokenizer.model")

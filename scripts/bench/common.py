@@ -26,7 +26,8 @@ from train.llava_hound_dpo.arguments import ModelArguments
 from train.llava_hound_dpo.data import PairDataset, tokenize
 from train.llava_hound_dpo.model import make_trainable
 
-RESULTS = Path("output/bench/RESULTS.md")  # from where what is to stay is copied to RESULTS.md beside this file
+RESULTS = Path("output/bench/RESULTS.md")
+PUBLISHED = Path(__file__).parent / "RESULTS.md"  # what is to stay
 SIDE, PATCH = 336, 14  # of LLaVA-1.5: real images of 576 tokens
 SIZES = {  # language model: hidden, layers, heads, feed-forward; vision tower: hidden, layers, heads
     "tiny": ((64, 4, 2, 128), (64, 2, 1)),
@@ -141,8 +142,8 @@ def ratio(first: Sequence[float], second: Sequence[float]) -> str:
     return f"{statistics.median(pairs):.2f} ({min(pairs):.2f} to {max(pairs):.2f})"
 
 
-def record(title: str, command: str, table: str) -> None:
-    """Print a table and append it to the results, with the command, date, machine, commit and versions."""
+def record(title: str, command: str, table: str, results: Path) -> None:
+    """Print a table and append it to a file, with the command, date, machine, commit and versions."""
     found = versions()
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU {platform.machine()}"
     kept = ", ".join(f"{name} {found[name]}" for name in ("python", "torch", "transformers"))
@@ -150,6 +151,6 @@ def record(title: str, command: str, table: str) -> None:
     where = f"{date.today()}, {machine}, {threads}, commit {short_commit(git_commit())}, {kept}"
     text = f"## {title}\n\n`{command}`  \n{where}\n\n{table}\n"
     print(text)
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    with RESULTS.open("a", encoding="utf-8") as file:
+    results.parent.mkdir(parents=True, exist_ok=True)
+    with results.open("a", encoding="utf-8") as file:
         file.write(f"\n{text}")

@@ -37,9 +37,10 @@ class Flags:
     size: str = flag("of the random model; 7b needs a GPU", "shallow", choices=list(common.SIZES))
     repeats: int = flag("counted runs of each, in turn", 3)
     images: list[int] = flag("of a prompt, in turn", [1, 2, 4])
+    publish: bool = flag("append to scripts/bench/RESULTS.md, which git keeps, and not to output/bench/", False)
 
     def __post_init__(self):
-        check_numbers(self, repeats=(1, None))
+        check_numbers(self, repeats=(1, 1000), images=(1, 100))
 
 
 def main() -> None:
@@ -57,7 +58,7 @@ def main() -> None:
     images = " ".join(map(str, own.images))
     command = f"python -m scripts.bench.training --size {own.size} --repeats {own.repeats} --images {images}"
     title = "Training step: time, median (lowest to highest) of paired runs"
-    common.record(title, command, table(COLUMNS, rows))
+    common.record(title, command, table(COLUMNS, rows), common.PUBLISHED if own.publish else common.RESULTS)
 
 
 def compare(own: Flags, shape: Shape, names: Sequence[str], folder: Path) -> list[object]:

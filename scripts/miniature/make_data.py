@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from llava.command_line import flag, parse
+from llava.command_line import check_numbers, flag, parse
 from llava.runtime import user_errors, write_records
 from scripts.miniature.draw import GRID
 from scripts.miniature.prompts import MULTI_IMAGE_TYPES, Prompt, sample_prompt
@@ -33,6 +33,12 @@ class DataFlags:
     num_instructions: int = flag("training questions for data_gen", 0)
     num_validation_questions: int = flag("as test questions, other combinations", 0)
     seed: int = flag("of the draw; what is held out stays the same", 0)
+
+    def __post_init__(self):
+        sizes = [name for name in self.__dataclass_fields__ if name.startswith("num_")]
+        check_numbers(self, seed=(0, None), **dict.fromkeys(sizes, (0, 10_000_000)))
+        if not any(getattr(self, name) for name in sizes):
+            raise ValueError(f"--{' --'.join(sizes)} are all 0: there is nothing to write")
 
 
 def main() -> None:

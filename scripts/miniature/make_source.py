@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from llava.command_line import flag, parse
+from llava.command_line import check_numbers, flag, parse
 from llava.runtime import user_errors, write_records
 from scripts.miniature.draw import draw_single
 from scripts.miniature.prompts import QUESTIONS, sample_scene
@@ -28,6 +28,9 @@ class SourceFlags:
     num_pictures: int = flag("pictures, each with its questions", 600)
     group_size: int = flag("pictures of a folder", 30)
     seed: int = flag("of the draw; the held-out combinations stay the same", 0)
+
+    def __post_init__(self):
+        check_numbers(self, num_pictures=(1, 10_000_000), group_size=(1, None), seed=(0, None))
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 from transformers.utils import logging as transformers_logging
 
-from llava.command_line import flag, parse
+from llava.command_line import check_numbers, flag, parse
 from llava.families.llava15 import vicuna_v1
 from llava.runtime import user_errors, write_text
 from scripts.miniature.lessons import PATCHES, Batch, conversation_batch, encode, patch_batch
@@ -59,6 +59,9 @@ class BaseFlags:
     output: Path = flag("folder of the checkpoint")
     seed: int = flag("of weights and lessons", 0)
     num_test: int = flag("held-out prompts for each score", 400)
+
+    def __post_init__(self):
+        check_numbers(self, seed=(0, 10**15), num_test=(1, 1_000_000))
 
 
 def main() -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from llava.command_line import flag, parse
-from llava.records import read_json
+from llava.command_line import check_numbers, flag, parse
+from llava.records import read_json, read_preferences
 from llava.runtime import user_errors, write_records
 from scripts.miniature.draw import cell_box
 
@@ -24,29 +24,38 @@ class TargetFlags:
     output: Path = flag("folder for pairs.json")
     seed: int = flag("of the other images", 0)
 
+    def __post_init__(self):
+        check_numbers(self, seed=(0, None))
+
 
 def main() -> None:
     """Writes OUTPUT/pairs.json."""
     with user_errors():
         (flags,) = parse([TargetFlags], __doc__)
-        records = read_json(flags.pairs)
-    rng = np.random.default_rng(flags.seed)
-    write_records(flags.output / "pairs.json", (with_another_target(record, rng) for record in records))
+        rng = np.random.default_rng(flags.seed)
+        where = [pair.where for pair in read_preferences(flags.pairs)]
+        records = [with_another_target(*both, rng) for both in zip(read_json(flags.pairs), where, strict=True)]
+        write_records(flags.output / "pairs.json", records)
 
 
-def with_another_target(record: dict, rng: np.random.Generator) -> dict:
-    """The record with its target, and the box of it, on another image at random.
+def with_another_target(record: dict, where: str, rng: np.random.Generator) -> dict:
+    """The record with its target, and the box of it, on another image at random. Raises ValueError if it has none.
 
     Of a picture in a picture, the strip of the outer one above the inner one, which is in its centre, is the other
     target: a box can hold that.
     """
-    image_type = record["image_type"]
+    image_type = record.get("image_type")
+    needed = {"sequence": ["target"], "collage": ["target", "grid"], "pip": ["target_box"]}.get(image_type)
+    if needed is None or not {*needed} <= record.keys():
+        raise ValueError(f"{where}: not a pair about several images with {' and '.join(needed or ['image_type'])}")
     if image_type == "pip":
         x0, y0, x1, _ = record["target_box"]
         return record | {"target_box": [0, 0, x0 + x1, y0]}
     count = len(record["image"]) if image_type == "sequence" else record["grid"][0] * record["grid"][1]
+    if count < 2:
+        raise ValueError(f"{where}: there is no other image")
     target = int(rng.choice([place for place in range(count) if place != record["target"] - 1]))
-    moved = {"target": target + 1}
+    moved = {"target": target + 1, "points_elsewhere": True}
     return record | moved | ({"target_box": cell_box(target)} if image_type == "collage" else {})
 
 

@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that children end too
     with user_errors():
         (flags,) = parse([StudyFlags], __doc__, argv)
-        check_numbers(flags, jobs=(1, None))
+        check_numbers(flags, jobs=(1, 1000))
         config = read_config(flags.config, flags.quick, flags.only)
         output = flags.output.resolve()
         units = plan(config, open_checkpoint(located(config.base)).digest)

@@ -11,8 +11,7 @@ from matplotlib.figure import Figure
 from llava.markdown import table as markdown_table
 from llava.run_folder import as_json
 from llava.runtime import short_commit, write_text
-from scripts.study.config import BASE
-from scripts.study.units import PLAIN
+from scripts.study.config import BASE, PLAIN
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#555555", "#000000")
 MARKERS = "os^Dv<>P"

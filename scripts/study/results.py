@@ -9,10 +9,10 @@ import numpy as np
 
 from inference.llava_hound_dpo.evaluate import judged
 from inference.llava_hound_dpo.summary import Row
-from scripts.study.config import BASE, Arm, Config
+from scripts.study.config import BASE, PLAIN, Arm, Config
 from scripts.study.running import commits, finished, progress
 from scripts.study.statistics import compare, mean_of_groups, seed_interval
-from scripts.study.units import PLAIN, Unit, answer_name
+from scripts.study.units import Unit, answer_name
 
 SCORE, BEGINS, CUT_OFF, RATIO = range(4)  # what is known of an answer
 Key = tuple[str, str]  # an arm, and the way it was answered

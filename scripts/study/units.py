@@ -6,20 +6,20 @@ study's folder as {output}, so that a study may be moved.
 
 import hashlib
 import json
+import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from scripts.study.config import ROOT, TUNE, Arm, Config, Data, as_words, located
+from scripts.study.config import PLAIN, RESERVED, ROOT, TUNE, Arm, Config, Data, as_words, located
 
 TRAIN = "train/llava_hound_dpo/train_dpo_multi_hpc_a100.sh"
 ANSWER = "inference/llava_hound_dpo/my_inference_hpc.sh"
 STEER = "inference_optimization/llava_hound_dpo/my_inference_adaptive.sh"
 JOB = "scripts/study/job.sh"
 TUNER = ("python", "-m", "inference_optimization.llava_hound_dpo.tune")
-PLAIN = "plain"  # the pass without AdaptViz
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,18 @@ class Unit:
 
 
 def plan(config: Config, base_digest: str) -> list[Unit]:
-    """All units, inputs first: what is prepared, then arm by arm. `base_digest` stands for the base's weights."""
+    """All units, inputs first: what is prepared, then arm by arm. `base_digest` stands for the base's weights.
+
+    Raises ValueError for a folder of the study that nothing makes.
+    """
     units: dict[str, Unit] = {}
     for unit in [*_prepared(config), *(unit for arm in config.arms.values() for unit in _of_arm(config, arm))]:
-        mentioned = [name for name in config.prepare if name != unit.name
-                     and any(f"{{output}}/{name}/" in word for words in unit.commands for word in words)]  # fmt: skip
-        inputs = (*mentioned, *unit.inputs)
+        text = " ".join(word for words in unit.commands for word in words)
+        mentioned = dict.fromkeys(re.findall(r"\{output\}/([\w.-]+)/", text))
+        for name in mentioned:
+            if name not in (*units, *RESERVED, unit.name):
+                raise ValueError(f"{unit.name} needs {{output}}/{name}/, which no entry of `prepare` before it makes")
+        inputs = (*(name for name in config.prepare if name in mentioned and name != unit.name), *unit.inputs)
         made_from = {name: _digest(units[name].identity) for name in inputs}
         identity = {**unit.identity, "what is prepared or trained before": made_from, "the base's weights": base_digest}
         units[unit.name] = replace(unit, inputs=inputs, identity=identity)

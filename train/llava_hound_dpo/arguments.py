@@ -1,17 +1,24 @@
 """The command line of training: three dataclasses and transformers' own TrainingArguments."""
 
+import logging
+import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from peft import PeftConfig
 from transformers import TrainingArguments
 
 from llava import command_line
-from llava.command_line import check_numbers, flag
+from llava.command_line import ABOVE_0, BELOW_1, check_numbers, flag
 from llava.heads import TOP
-from llava.run_folder import read_object
+from train.llava_hound_dpo import trainer_flags
+from train.llava_hound_dpo.costs import Zero
 from train.llava_hound_dpo.losses import ATTENTION_LOSSES, PREFERENCE_LOSSES, SMOOTHED, LossSettings
+
+logger = logging.getLogger(__name__)
 
 NO_GAIN = "the study found no gain; last commit with it b4cba4d"
 # Flags of earlier scripts that mean nothing here, with what to do instead.
@@ -36,24 +43,15 @@ RETIRED = {
     "quant_type": "always nf4 with --bits 4",
     "tok_beta": "it had no effect",
     "gpu_hour_price": "multiply the plan's GPU-hours",
+    "group_by_length": "rows hold no padding, so nothing is gained by sorting",
+    "overwrite_output_dir": "an unfinished run goes on; for a new one choose another --output_dir",
+    "logging_dir": "set TENSORBOARD_LOGGING_DIR",
+    "save_safetensors": "weights are always saved as safetensors",
+    "no_cuda": "use --use_cpu True",
     "attention_carry": f"heads by what they carry: {NO_GAIN}",
     "attention_warmup_share": f"warm-up of λ: {NO_GAIN}",
     "attention_schedule": f"decay of λ: {NO_GAIN}",
 }
-
-# Flags of transformers.TrainingArguments that would change which pairs a step has.
-FIXED = {
-    "dataloader_drop_last": False, "train_sampling_strategy": "random", "ignore_data_skip": False,
-    "auto_find_batch_size": False, "remove_unused_columns": False,  # a batch is a packed row, not columns
-}  # fmt: skip
-
-# Least and most of numbers. So many steps or epochs are planned before the start.
-RANGES = {
-    "learning_rate": (0, None), "weight_decay": (0, None), "max_grad_norm": (0, None), "mm_projector_lr": (0, None),
-    "num_train_epochs": (0, 10_000), "max_steps": (-1, 10_000_000), "per_device_train_batch_size": (1, 10_000),
-    "per_device_eval_batch_size": (1, 10_000), "gradient_accumulation_steps": (1, 1_000_000),
-    "tokens_per_batch": (0, None), "flop_utilization": (0, 1),
-}  # fmt: skip
 
 
 @dataclass
@@ -64,6 +62,11 @@ class ModelArguments:
 
     model_name_or_path: str = flag("LLaVA-1.5, llava-hf or original format: folder or hub name.")
     image_tower: str | None = flag("Vision tower of an original checkpoint, instead of the one it names.", None)
+    adapter: str | None = flag("Folder of a LoRA adapter to train on from; its rank and scale stay.", None)
+    reference: str = flag(
+        "DPO compares with the bare base, or with the adapter as it is when this run begins.", "base",
+        choices=["base", "adapter"],
+    )  # fmt: skip
     lora_enable: bool = flag("Train LoRA weights; False trains the language model.", True)
     lora_r: int = flag("Rank of LoRA.", 128)
     lora_alpha: int | None = flag("LoRA is scaled by lora_alpha / lora_r; default: twice lora_r.", None)
@@ -79,7 +82,26 @@ class ModelArguments:
             raise ValueError("--lora_r 0: without an adapter the language model itself is trained: --lora_enable False")
         if self.lora_alpha is None:
             self.lora_alpha = 2 * self.lora_r
-        check_numbers(self, lora_r=(1, None), lora_alpha=(1, None), lora_dropout=(0, 1))
+        check_numbers(self, lora_r=(1, 65_536), lora_alpha=(1, None), lora_dropout=(0, BELOW_1))
+        if self.adapter and not self.lora_enable:
+            raise ValueError("--adapter with --lora_enable False: merge it with `python -m scripts.export` first")
+        if self.reference == "adapter" and not self.adapter:
+            raise ValueError("--reference adapter: there is none; name its folder with --adapter")
+
+    def go_on_from(self, adapter: PeftConfig, projector: str) -> None:
+        """Take the settings of `adapter` for those that were left alone. Raises ValueError if others were given."""
+        has_projector = projector in (adapter.modules_to_save or ())
+        theirs = {"lora_r": adapter.r, "lora_alpha": adapter.lora_alpha, "freeze_mm_mlp_adapter": not has_projector}
+        defaults = {"lora_r": type(self).lora_r, "lora_alpha": 2 * self.lora_r, "freeze_mm_mlp_adapter": True}
+        for name, value in theirs.items():
+            if getattr(self, name) not in (defaults[name], value):
+                raise ValueError(f"--{name} {getattr(self, name)}: {self.adapter} has {value}; leave the flag out")
+            setattr(self, name, value)
+
+    @property
+    def moves_reference(self) -> bool:
+        """Whether training changes the reference's own weights, so that its log-probs must be stored before."""
+        return not self.lora_enable or self.reference == "adapter"
 
     @property
     def trained(self) -> str:
@@ -88,6 +110,7 @@ class ModelArguments:
         if self.lora_enable:
             scale = self.lora_alpha / self.lora_r
             what = f"LoRA of rank {self.lora_r}, scaled by {self.lora_alpha} / {self.lora_r} = {scale:g}"
+            what += f", on from {self.adapter}" if self.adapter else ""
         return what if self.freeze_mm_mlp_adapter else what + ", and the projector"
 
 
@@ -118,9 +141,7 @@ class DataArguments:
     )  # fmt: skip
 
     def __post_init__(self):
-        check_numbers(self, eval_split=(0, 1), model_max_length=(1, None))
-        if self.eval_split == 1:
-            raise ValueError("--eval_split 1: a share from 0 up to, not including, 1")
+        check_numbers(self, eval_split=(0, BELOW_1), model_max_length=(1, None))
         if self.eval_split and self.eval_data_path:
             raise ValueError("give --eval_split or --eval_data_path, not both")
 
@@ -150,14 +171,10 @@ class LossArguments:
     def __post_init__(self):
         check_numbers(
             self, dpo_alpha=(0, None), gamma=(0, None), attention_weight=(0, None), attention_threshold=(None, None),
-            beta=(0, None), label_smoothing=(0, None), top_heads=(1, None),
+            beta=(ABOVE_0, None), label_smoothing=(0, math.nextafter(0.5, 0)), top_heads=(1, None),
         )  # fmt: skip
         if self.dpo_alpha == 0 and self.gamma == 0:
             raise ValueError("--dpo_alpha and --gamma are both 0: there is nothing to train; set one of them above 0")
-        if self.beta == 0:
-            raise ValueError("--beta 0 must be above 0")
-        if self.label_smoothing >= 0.5:
-            raise ValueError(f"--label_smoothing {self.label_smoothing} must be from 0 up to, not including, 0.5")
         if self.label_smoothing and self.loss_type not in SMOOTHED:
             raise ValueError(f"--loss_type {self.loss_type} knows no label smoothing; {' and '.join(SMOOTHED)} do")
 
@@ -185,24 +202,28 @@ class TrainArguments(TrainingArguments):
     )  # fmt: skip
     mm_projector_lr: float | None = flag("Learning rate of the projector, if trained; default: learning_rate.", None)
     flop_utilization: float = flag("Share (0..1) of a GPU's peak that the plan assumes; nothing else reads it.", 0.4)
+    warmup_ratio: float | None = flag("Share (0..1) of all steps over which the learning rate rises.", None)
     remove_unused_columns: bool = flag("Must stay False: batches are packed rows.", False)
     logging_steps: float = flag("Log every so many optimiser steps.", 1)
     logging_nan_inf_filter: bool = flag("Off: a non-finite loss ends the run.", False)
 
     def __post_init__(self):
-        for name, only in FIXED.items():
-            if getattr(self, name) != only:
-                raise ValueError(f"--{name} must stay {only}: which pairs form which step is fixed before the start")
-        check_numbers(self, **RANGES)
-        if self.flop_utilization == 0:
-            raise ValueError("--flop_utilization 0: a share above 0, at most 1")
+        trainer_flags.refuse(self)
+        own = {"mm_projector_lr": (0, None), "tokens_per_batch": (0, None), "flop_utilization": (ABOVE_0, 1)}
+        check_numbers(self, **trainer_flags.RANGES, warmup_ratio=(0, BELOW_1), **own)
+        if self.warmup_ratio:
+            if self.warmup_steps:
+                raise ValueError("give --warmup_ratio or --warmup_steps, not both")
+            self.warmup_steps = self.warmup_ratio  # below 1 they are a share of all steps
         self.use_cpu = self.use_cpu or not torch.cuda.is_available()
+        self._choose_precision()
+        if self.disable_tqdm is None:  # a bar in a file is one long line
+            self.disable_tqdm = not sys.stderr.isatty()
         if not self.deepspeed:  # the flag's empty string, as a script passes it
             self.deepspeed = None
         elif not Path(self.deepspeed).is_file():
             raise FileNotFoundError(f"--deepspeed {self.deepspeed}: no such file; scripts/zero2.json is one")
-        else:
-            read_object(Path(self.deepspeed))  # here, as libraries do not name it
+        Zero.read(self.deepspeed)
         self.deepspeed_file = self.deepspeed
         if self.dry_run:
             self.deepspeed = None  # planning needs no process group
@@ -216,6 +237,12 @@ class TrainArguments(TrainingArguments):
                 "use_reentrant=true cuts the attention term off from the weights, so that it would train nothing: "
                 "leave it out of the checkpointing arguments"
             )
+
+    def _choose_precision(self) -> None:
+        """float16 in place of bfloat16 on a card that has none: V100, T4, RTX 8000 emulate it, at a crawl."""
+        if self.bf16 and not self.use_cpu and not torch.cuda.is_bf16_supported(including_emulation=False):
+            self.bf16, self.fp16 = False, True
+            logger.info("%s has no bfloat16: computing in float16", torch.cuda.get_device_name())
 
     @property
     def dtype(self) -> torch.dtype:

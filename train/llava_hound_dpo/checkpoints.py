@@ -9,18 +9,20 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers.trainer_utils import rotate_checkpoints
 
 from llava import run_folder
 from llava.runtime import write_text
+from llava.weights import first_line
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +36,28 @@ COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be written or read as these flags want it."""
+
+
+class DiskError(OSError):
+    """A file that could not be written: the disk is full, or takes none so large."""
+
+
+@contextmanager
+def whole_or_nothing(folder: Path, files: str | None = None) -> Iterator[None]:
+    """Raises DiskError, and deletes the folder or these files of it, where torch, safetensors or we cannot write."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # where torch writes its files
+            raise
+        for file in folder.glob(files) if files else ():
+            file.unlink()
+        if not files:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise DiskError(
+            f"{folder} could not be written ({first_line(error)}), what there was of it is removed: make room, and the "
+            "same command goes on from the newest checkpoint"
+        ) from error
 
 
 def latest_checkpoint(

@@ -208,17 +208,16 @@ class Zero:
 
     @classmethod
     def read(cls, file: str | None) -> "Zero":
-        """Of a config file; of none, no sharing at all. Raises ValueError."""
+        """Of a config file; of none, no sharing at all. Raises ValueError for one that is no DeepSpeed config."""
         if not file:
             return cls()
-        found = read_object(Path(file)).get("zero_optimization", {})
+        zero = read_object(Path(file)).get("zero_optimization", {})
         try:
-            parts = (found.get(f"offload_{part}", {}) for part in ("param", "optimizer"))
-            offloads = (part.get("device", "none") != "none" for part in parts)
-            live = float(found.get("stage3_max_live_parameters", LIVE_PARAMETERS))
-            return cls(range(4).index(found.get("stage", 0)), *offloads, live)
+            offloads = (zero.get(f"offload_{part}", {}).get("device", "none") for part in ("param", "optimizer"))
+            live = float(zero.get("stage3_max_live_parameters", LIVE_PARAMETERS))
+            return cls(range(4).index(zero.get("stage", 0)), *(device != "none" for device in offloads), live)
         except (AttributeError, TypeError, ValueError) as error:
-            raise ValueError(f"{file}: `zero_optimization` is not as DeepSpeed has it ({error})") from error
+            raise ValueError(f"--deepspeed {file}: no zero_optimization of a stage from 0 to 3 ({error})") from error
 
 
 def estimate_memory(

@@ -121,7 +121,7 @@ def _tokenized(
     records: Sequence[Preference], family: Family, store: ImageStore | None
 ) -> tuple[list[Pair], list[str]]:
     pairs, problems = [], []
-    for record in tqdm(records, desc="tokenising", disable=not is_main_process() or len(records) < 1000):
+    for record in tqdm(records, desc="tokenising", disable=not is_main_process() or len(records) < 1000 or None):
         try:
             pairs.append(tokenize_one(record, family, store))
         except (OSError, ValueError) as error:

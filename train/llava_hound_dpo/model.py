@@ -1,13 +1,25 @@
 """The policy: a LLaVA with LoRA or with a trainable language model, and a table of what is trained."""
 
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
 import torch
 from accelerate import init_empty_weights
-from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from peft import LoraConfig, PeftConfig, get_peft_model, prepare_model_for_kbit_training
 from transformers import BitsAndBytesConfig, PreTrainedConfig
 from transformers.utils import is_bitsandbytes_available
 
+from llava.checkpoints import adapter_settings, fill_adapter
 from llava.families import Family, find_family
 from train.llava_hound_dpo.arguments import ModelArguments
+
+
+@dataclass
+class QuantisedLora(LoraConfig):
+    """LoRA that tells in its adapter_config.json on how many bits it was trained; plain peft passes over it."""
+
+    bits: int = 4
 
 
 def refuse_quantised(arguments: ModelArguments, zero_stage: int) -> None:
@@ -61,21 +73,34 @@ def make_trainable(model, family: type[Family], arguments: ModelArguments, fp32_
         # Freezes, and keeps in fp32 what is not quantised. The Trainer turns checkpointing on, non-reentrant.
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     if arguments.lora_enable:
-        settings = LoraConfig(
-            r=arguments.lora_r,
-            lora_alpha=arguments.lora_alpha,
-            lora_dropout=arguments.lora_dropout,
-            target_modules=family.lora_targets(),
-            # As a saved module the projector is in every checkpoint's adapter, and the reference keeps the old one.
-            modules_to_save=None if arguments.freeze_mm_mlp_adapter else [family.projector],
-        )
+        if model.name_or_path and Path(model.name_or_path).is_dir():  # an adapter's base is found from any folder
+            model.name_or_path = str(Path(model.name_or_path).resolve())
         # DeepSpeed has its own fp32 copy, and ZeRO-3 stops at fp32 LoRA weights beside a bf16 projector.
-        return get_peft_model(model, settings, autocast_adapter_dtype=fp32_adapter)
+        adapted = get_peft_model(model, lora_settings(family, arguments), autocast_adapter_dtype=fp32_adapter)
+        if arguments.adapter:
+            fill_adapter(adapted, Path(arguments.adapter), family)
+        return adapted
     for name, parameter in model.named_parameters():
         is_projector = family.projector in name
         trained = not arguments.freeze_mm_mlp_adapter if is_projector else family.tower not in name
         parameter.requires_grad_(trained)
     return model
+
+
+def lora_settings(family: type[Family], arguments: ModelArguments) -> PeftConfig:
+    """Of a new adapter, or those of the one that is trained on from."""
+    kind = LoraConfig if arguments.bits == 16 else partial(QuantisedLora, bits=arguments.bits)
+    if arguments.adapter:
+        theirs = adapter_settings(Path(arguments.adapter), family).to_dict()
+        return kind(**theirs | {"inference_mode": False, "lora_dropout": arguments.lora_dropout})
+    return kind(
+        r=arguments.lora_r,
+        lora_alpha=arguments.lora_alpha,
+        lora_dropout=arguments.lora_dropout,
+        target_modules=family.lora_targets(),
+        # As a saved module the projector is in every checkpoint's adapter, and the reference keeps the old one.
+        modules_to_save=None if arguments.freeze_mm_mlp_adapter else [family.projector],
+    )
 
 
 def parameter_table(model, family: type[Family]) -> str:

@@ -11,7 +11,7 @@ from llava.checkpoints import Checkpoint
 from llava.heads import Heads
 from llava.image import ImageStore
 from train.llava_hound_dpo.arguments import LossArguments, ModelArguments, TrainArguments
-from train.llava_hound_dpo.batches import BatchPlan
+from train.llava_hound_dpo.batches import BatchPlan, num_steps
 from train.llava_hound_dpo.costs import (
     A100_PEAK,
     ForwardFlops,
@@ -89,7 +89,7 @@ def plan(model: ModelArguments, loss: LossArguments, args: TrainArguments, input
         probed_layers=len(inputs.layers),
     )
     rows = {
-        **_what(model, loss, args, inputs),
+        **describe_training(model, loss, args, inputs),
         "memory": f"about {memory(batches.world_size)} per process at the longest batch ({tokens:,} tokens), "
         f"estimated for ZeRO {zero.stage}",
         **cost(
@@ -99,6 +99,8 @@ def plan(model: ModelArguments, loss: LossArguments, args: TrainArguments, input
         ),
         "output": args.output_dir,
     }  # fmt: skip
+    if loss.dpo_alpha > 0:
+        rows["reference"] = f"the {model.reference}{' as it is now' * model.moves_reference}, {rows['reference']}"
     if inputs.reference is not None:
         rows["reference"] += f"; {inputs.reference.status([*inputs.train, *inputs.evaluation])}"
     table = ["    " + line for line in parameter_table(policy, type(inputs.checkpoint.family)).splitlines()]
@@ -106,8 +108,10 @@ def plan(model: ModelArguments, loss: LossArguments, args: TrainArguments, input
     return "\n".join(head + [f"  {name:<15}{text}" for name, text in rows.items()])
 
 
-def _what(model: ModelArguments, loss: LossArguments, args: TrainArguments, inputs: Inputs) -> dict[str, str]:
-    """Rows of the plan on what is trained on which pairs, in which steps."""
+def describe_training(
+    model: ModelArguments, loss: LossArguments, args: TrainArguments, inputs: Inputs
+) -> dict[str, str]:
+    """Rows of the plan, and of the trained weights' card: what is trained on which pairs, in which steps."""
     counts, batches, weight = describe(inputs.train), inputs.batches, f"{loss.attention_weight:g} x attention"
     lengths, split = counts["tokens"], (len(inputs.train), len(inputs.evaluation), len(inputs.dropped))
     return {
@@ -123,6 +127,7 @@ def _what(model: ModelArguments, loss: LossArguments, args: TrainArguments, inpu
         f"accumulated x {batches.world_size} processes",
         "rows": str(batches),
         "steps": f"{batches.steps_per_epoch:,} per epoch, {batches.total_steps:,} in all",
+        "rate": f"{args.learning_rate:g}, {args.lr_scheduler_type.value}, warm-up {args.warmup_steps:g}",
     }
 
 
@@ -142,18 +147,19 @@ def cost(
     of an optimiser step over all of them.
     """
     epoch, tokens = work(costs, shapes, recipe), sum(shape.tokens for shape in shapes)
+    steps = num_steps(len(shapes), batch)  # of which the last need not be full
     filling = filling_flops(costs, shapes) if recipe.reference == "cache" else 0
     total, a_pair = epochs * epoch.total + filling, epoch.total / len(shapes)
     parts = ", ".join(f"{name} {flops / len(shapes) / TERA:.4g}" for name, flops in vars(epoch).items() if flops)
     rows = {
-        "tokens": f"{tokens:,} per epoch, {tokens / len(shapes):,.0f} a pair (packed rows: prompt once, both answers)",
+        "tokens": f"{tokens:,} per epoch, {tokens / len(shapes):,.0f} a pair (packed rows: prompt once, its answers)",
         "reference": {
             "none": "none: without DPO there is nothing to compare with",
             "cache": f"from a cache, filled before the first step with {_flops(filling)}",
             "step": f"at every step, {_flops(epoch.reference)} per epoch (--reference_cache: once)",
         }[recipe.reference],
-        "FLOPs": f"{a_pair / TERA:.4g} TFLOP a pair ({parts}), {_flops(batch * a_pair)} a step of {batch} pairs, "
-        f"{_flops(total)} in {epochs:.3g} epochs",
+        "FLOPs": f"{a_pair / TERA:.4g} TFLOP a pair ({parts}), {_flops(epoch.total / steps)} a step of "
+        f"{len(shapes) / steps:.4g} pairs, {_flops(total)} in {epochs:.3g} epochs",
         "assumed": f"a GPU does {utilization:.0%} of an A100's {A100_PEAK / TERA:.0f} TFLOP/s, recomputation "
         "counted, waiting not: --flop_utilization, not measured",
     }

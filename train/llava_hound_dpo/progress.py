@@ -3,6 +3,7 @@
 import logging
 from collections import deque
 
+from tqdm import tqdm
 from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
@@ -13,7 +14,7 @@ LEAST_FALL = 0.5  # nats of a whole answer; an answer that was certain doubles i
 
 
 class StepLines(ProgressCallback):
-    """The Trainer's progress bar, and one line per logged step in a fixed order."""
+    """The Trainer's progress bar, where there is a terminal, and one line per logged step in a fixed order."""
 
     SHOWN = (
         ("loss", "loss"), ("dpo", "losses/dpo"), ("sft", "losses/sft"), ("att", "losses/attention"),
@@ -22,9 +23,15 @@ class StepLines(ProgressCallback):
     )  # fmt: skip
 
     def on_train_begin(self, args, state, control, **kwargs):
-        super().on_train_begin(args, state, control, **kwargs)
-        if (bar := self.training_bar) is not None:  # steps before a resume took no time of this run's
-            bar.initial = bar.n = bar.last_print_n = self.current_step = state.global_step
+        self.current_step = state.global_step  # steps before a resume took no time of this run's
+        if state.is_world_process_zero:
+            self.training_bar = tqdm(
+                total=state.max_steps, initial=state.global_step, dynamic_ncols=True, disable=args.disable_tqdm
+            )
+
+    def on_prediction_step(self, args, *words, **kwargs):
+        if not args.disable_tqdm:
+            super().on_prediction_step(args, *words, **kwargs)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         prefix = next((prefix for prefix in ("", "eval_") if prefix + "loss" in (logs or {})), None)

@@ -143,9 +143,8 @@ class ReferenceCache:
 
 def describe_reference(checkpoint: Checkpoint, precision: str) -> dict[str, Any]:
     """What decides reference log-probs apart from the pair: weights, precision, picture settings, layout."""
-    pictures = {
-        "image_aspect_ratio": "pad" if checkpoint.pad else "crop", **checkpoint.family.image_processor.to_dict()
-    }  # fmt: skip
+    family = checkpoint.family
+    pictures = {"image_aspect_ratio": "pad" if family.pad else "crop", **family.image_processor.to_dict()}
     return {
         "row layout": LAYOUT_VERSION,
         "weights": checkpoint.digest[:16],

@@ -11,23 +11,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import set_seed
+from peft import LoraConfig
+from transformers import Trainer, get_scheduler, set_seed
 
 from llava import runtime
 from llava.attention import layer_range
-from llava.checkpoints import Checkpoint, open_checkpoint
+from llava.checkpoints import PEFT_ADAPTER, Checkpoint, adapter_settings, open_checkpoint
 from llava.heads import Heads, select_heads
 from llava.image import ImageStore
 from llava.run_folder import only_writer
+from llava.weights import first_line, local_folder
 from train.llava_hound_dpo.arguments import DataArguments, LossArguments, ModelArguments, TrainArguments, parse
-from train.llava_hound_dpo.batches import BatchPlan, flags_for, make_plan
-from train.llava_hound_dpo.checkpoints import check_optim, is_finished, latest_checkpoint, mark_complete
+from train.llava_hound_dpo.batches import BatchPlan, flags_for, make_plan, num_steps
+from train.llava_hound_dpo.checkpoints import (
+    check_optim,
+    is_finished,
+    latest_checkpoint,
+    mark_complete,
+    whole_or_nothing,
+)  # fmt: skip
 from train.llava_hound_dpo.costs import Zero
 from train.llava_hound_dpo.data import Pair, PairReader, describe, read_leave_out, split
 from train.llava_hound_dpo.model import make_trainable, parameter_table, quantisation, refuse_quantised
-from train.llava_hound_dpo.plan import Inputs, plan, shape_of, world_size
+from train.llava_hound_dpo.outcome import check_place, draw_curves, licence_of
+from train.llava_hound_dpo.plan import Inputs, describe_training, plan, shape_of, world_size
 from train.llava_hound_dpo.reference import ReferenceCache, describe_reference
 from train.llava_hound_dpo.stopping import one_line_errors
+from train.llava_hound_dpo.tracking import check_trackers, prepare_wandb
 from train.llava_hound_dpo.trainer import AttentionAwareDPOTrainer
 
 logger = logging.getLogger(__name__)
@@ -38,6 +48,8 @@ SCHEDULE = (
     "learning_rate", "lr_scheduler_type", "warmup_steps", "num_train_epochs", "max_steps", "seed", "data_seed", "bf16",
 )  # fmt: skip
 
+MOST_STEPS = 1_000_000  # all of them are planned before the first
+
 
 def main() -> int:
     """Check, plan, train, save; the exit code is `stopping.STOPPED` if it was asked to stop before the end.
@@ -46,17 +58,25 @@ def main() -> int:
     """
     runtime.setup_logging()
     runtime.without_compiler()
+    with one_line_errors():
+        return run()
+
+
+def run() -> int:
+    """As `main`."""
     with runtime.user_errors():
         model_args, data_args, loss_args, args = parse()
         refuse_quantised(model_args, Zero.read(args.deepspeed_file).stage)
-        claim(args)
+        check_trackers(args.report_to)
+        check_schedule(args)
+        claim(model_args, data_args, args)
         inputs = read_inputs(model_args, data_args, loss_args, args)
         identity = describe_run(model_args, data_args, loss_args, args, inputs)
         if args.deepspeed_file:
             check_optim(args.optim)
         size = {"pairs_per_row": args.per_device_train_batch_size, "world_size": inputs.batches.world_size}
         checkpoint = latest_checkpoint(args.output_dir, identity, partial(flags_for, **size))
-        if checkpoint and inputs.reference and not model_args.lora_enable:
+        if checkpoint and inputs.reference and model_args.moves_reference:
             inputs.reference.require([*inputs.train, *inputs.evaluation])
         if is_finished(args.output_dir, identity) and not args.dry_run:
             logger.info("%s: finished: nothing to do", args.output_dir)
@@ -66,26 +86,61 @@ def main() -> int:
     if args.dry_run:
         logger.info(plan(model_args, loss_args, args, inputs))
         return 0
+    prepare_wandb(args.report_to, Path(args.output_dir))
     with runtime.user_errors():
         policy = load_policy(inputs.checkpoint, model_args, args)
     trainer = build_trainer(policy, model_args, loss_args, args, inputs, identity)
     record_run(model_args, data_args, loss_args, args, inputs)
-    with one_line_errors():
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        if not trainer.stop.stopped:
-            trainer.save_model()
-            trainer.save_state()
-            if args.should_save:
-                mark_complete(Path(args.output_dir), identity)
-            logger.info("saved %s", args.output_dir)
+    trainer.about = {
+        "base": model_args.model_name_or_path,
+        "data": f"{Path(data_args.data_path).name}: {identity['train_pairs']}",
+        **describe_training(model_args, loss_args, args, inputs),
+        "licence": licence_of(local_folder(model_args.model_name_or_path)),
+    }
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if not trainer.stop.stopped:
+        save(trainer, identity)
+    if args.should_save:
+        draw_curves(trainer.state.log_history, Path(args.output_dir) / "curves.png")
     runtime.leave(trainer.stop.exit_code)
     return trainer.stop.exit_code
 
 
-def claim(args: TrainArguments) -> None:
-    """Hold the output folder's lock until this process ends. Raises ValueError if another training has it."""
-    if runtime.is_main_process() and not args.dry_run:
-        _held.enter_context(only_writer(Path(args.output_dir) / "training"))
+def save(trainer: AttentionAwareDPOTrainer, identity: dict[str, Any]) -> None:
+    """What was trained, and last that it is all there."""
+    folder = Path(trainer.args.output_dir)
+    with whole_or_nothing(folder, "*.safetensors*"):
+        trainer.save_model()
+        trainer.save_state()
+        if trainer.args.should_save:
+            mark_complete(folder, identity)
+    logger.info("saved %s", folder)
+
+
+def claim(model: ModelArguments, data: DataArguments, args: TrainArguments) -> None:
+    """Hold the output folder's lock until this process ends.
+
+    Raises ValueError if another training has it, if it cannot be written, or if it is something that training reads.
+    """
+    models = {name: getattr(model, name) for name in ("model_name_or_path", "adapter", "image_tower")}
+    pictures = {name: getattr(data, name) for name in ("image_folder", "data_path", "eval_data_path")}
+    try:
+        check_place(Path(args.output_dir), models, pictures)
+        if runtime.is_main_process() and not args.dry_run:
+            _held.enter_context(only_writer(Path(args.output_dir) / "training"))
+    except OSError as error:
+        raise ValueError(f"--output_dir {args.output_dir} cannot be written: {error.strerror}") from error
+
+
+def check_schedule(args: TrainArguments) -> None:
+    """Raises ValueError for an optimiser, or a schedule of the learning rate, that cannot be made of these flags."""
+    weight = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=args.learning_rate)
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(args)
+        get_scheduler(args.lr_scheduler_type, weight, 1, 2, args.lr_scheduler_kwargs)
+    except (ImportError, ValueError, TypeError) as error:
+        given = f"--optim {args.optim.value}, --lr_scheduler_type {args.lr_scheduler_type.value}"
+        raise ValueError(f"{given}: {first_line(error)}") from error
 
 
 def read_inputs(model: ModelArguments, data: DataArguments, loss: LossArguments, args: TrainArguments) -> Inputs:
@@ -94,10 +149,12 @@ def read_inputs(model: ModelArguments, data: DataArguments, loss: LossArguments,
     checkpoint = open_checkpoint(model.model_name_or_path, image_tower=model.image_tower, pad=pad)
     if checkpoint.base:
         raise ValueError(
-            f"{checkpoint}: training starts from a whole model; merge it with `python -m scripts.export` first"
+            f"{checkpoint}: training starts from a whole model; to train on from an adapter name it with --adapter, "
+            "or merge it with `python -m scripts.export` first"
         )
     logger.info("model: %s", checkpoint)
     family = checkpoint.family
+    adapter = open_adapter(checkpoint, model, Zero.read(args.deepspeed_file).stage) if model.adapter else None
     layers, heads = _probed(loss, checkpoint)
     store = ImageStore(data.image_folder)
     reader = PairReader(
@@ -114,25 +171,44 @@ def read_inputs(model: ModelArguments, data: DataArguments, loss: LossArguments,
     if args.eval_strategy != "no" and not evaluation:
         raise ValueError("--eval_strategy needs something to evaluate on: give --eval_split or --eval_data_path")
     batches = plan_batches(train, loss, args)
-    reference = open_reference(checkpoint, model, loss, args, store)
+    reference = open_reference(adapter if model.reference == "adapter" else checkpoint, model, loss, args, store)
     return Inputs(checkpoint, store, layers, heads, train, evaluation, dropped, reader.leave_out, batches, reference)
 
 
+def open_adapter(checkpoint: Checkpoint, model: ModelArguments, zero_stage: int) -> Checkpoint:
+    """What `--adapter` names, on this base, whose settings the flags then have.
+
+    Raises ValueError for anything but a LoRA adapter in PEFT's format, or one that these flags cannot train.
+    """
+    opened = open_checkpoint(model.adapter, checkpoint.path, model.image_tower, checkpoint.pad)
+    if opened.dialect != PEFT_ADAPTER or opened.base is None or opened.base.base:
+        raise ValueError(f"--adapter {opened}: training goes on from a LoRA adapter in PEFT's format on a whole model")
+    settings = adapter_settings(Path(model.adapter), type(checkpoint.family))
+    if not isinstance(settings, LoraConfig):
+        raise ValueError(f"--adapter {model.adapter}: holds {settings.peft_type.value} where LoRA is due")
+    model.go_on_from(settings, checkpoint.family.projector)
+    if zero_stage == 3 and not model.freeze_mm_mlp_adapter:
+        raise ValueError(f"--adapter {model.adapter} has a projector, which ZeRO-3 shares out: use scripts/zero2.json")
+    return opened
+
+
 def plan_batches(pairs: Sequence[Pair], loss: LossArguments, args: TrainArguments) -> BatchPlan:
-    """Steps and rows of the run. Raises ValueError for a pair longer than --tokens_per_batch."""
+    """Steps and rows of the run. Raises ValueError for a pair longer than --tokens_per_batch, or too many steps."""
     lengths = [shape_of(pair, loss.dpo_alpha > 0).tokens for pair in pairs]
-    limit = args.tokens_per_batch
-    if limit < 0:
-        raise ValueError(f"--tokens_per_batch {limit}: a number of tokens, or 0 for rows of so many pairs")
+    limit, processes = args.tokens_per_batch, world_size() if args.dry_run else args.world_size
     if limit and max(lengths) > limit:
         longest = pairs[lengths.index(max(lengths))]
         raise ValueError(
             f"{longest.record.where}: {max(lengths):,} tokens in its row (prompt, images and answers), above "
             f"--tokens_per_batch {limit:,}, as are {sum(n > limit for n in lengths):,} pairs in all: raise it"
         )
+    per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
+    steps = args.max_steps if args.max_steps > 0 else num_steps(len(pairs), per_step) * args.num_train_epochs
+    if steps > MOST_STEPS:
+        flag = "--max_steps" if args.max_steps > 0 else "--num_train_epochs"
+        raise ValueError(f"{flag}: {steps:,.0f} steps; at most {MOST_STEPS:,} are planned")
     return make_plan(
-        lengths, args.per_device_train_batch_size, args.gradient_accumulation_steps,
-        world_size() if args.dry_run else args.world_size,
+        lengths, args.per_device_train_batch_size, args.gradient_accumulation_steps, processes,
         args.seed if args.data_seed is None else args.data_seed, args.num_train_epochs, args.max_steps, limit,
     )  # fmt: skip
 
@@ -146,7 +222,7 @@ def open_reference(checkpoint: Checkpoint, model, loss, args, store: ImageStore)
         if args.reference_cache:
             logger.info("--reference_cache %s is not used: without DPO there is no reference", args.reference_cache)
         return None
-    if model.lora_enable and not args.reference_cache:
+    if not (model.moves_reference or args.reference_cache):
         return None
     dtypes = " computed in ".join(str(dtype).removeprefix("torch.") for dtype in precision(model, args))
     exact = dtypes if model.bits == 16 else f"{model.bits} bits and {dtypes}"
@@ -194,7 +270,6 @@ def precision(model: ModelArguments, args: TrainArguments) -> tuple[torch.dtype,
 
 def build_trainer(policy, model, loss, args, inputs: Inputs, identity: dict[str, Any]) -> AttentionAwareDPOTrainer:
     """The trainer with its data, loss and source of reference log-probs."""
-    runtime.offline_wandb(args.report_to)
     args.accumulate(inputs.batches.accumulation)  # before the Trainer and DeepSpeed take it from there
     table = parameter_table(policy, type(inputs.checkpoint.family))
     logger.info("%s\ntrained: %s", table, model.trained)
@@ -211,6 +286,7 @@ def build_trainer(policy, model, loss, args, inputs: Inputs, identity: dict[str,
         family=inputs.checkpoint.family,
         reference=inputs.reference,
         identity=identity,
+        on_adapter=model.reference == "adapter",
         batches=inputs.batches,
     )
 
@@ -222,6 +298,7 @@ def describe_run(model, data, loss, args, inputs: Inputs) -> dict[str, Any]:
         **dataclasses.asdict(loss),
         "attention_heads": inputs.heads and inputs.heads.to_json(),  # wherever their file lies
         **{name: getattr(args, name) for name in SCHEDULE},
+        **({"fp16": True} if args.fp16 else {}),
         "image_aspect_ratio": data.image_aspect_ratio,
         "pairs_per_step": inputs.batches.pairs_per_step,
         "deepspeed": args.deepspeed_file,

@@ -18,17 +18,7 @@ class Scores:
 
     chosen: Float[Tensor, " N"]  # log-probs summed over answer tokens, nats
     rejected: Float[Tensor, " M"] | None
-    chosen_tokens: Float[Tensor, " N"]
-    rejected_tokens: Float[Tensor, " M"] | None
-    masses: Float[Tensor, "L N 2"] | None  # mean attention mass on (target, all images) per probed layer
-
-    @property
-    def per_token(self) -> tuple[Tensor, Tensor | None]:
-        """(chosen, rejected) log-probs averaged over tokens."""
-        return (
-            self.chosen / self.chosen_tokens,
-            None if self.rejected is None else self.rejected / self.rejected_tokens,
-        )
+    masses: Float[Tensor, "L N 2"] | None = None  # mean attention mass on (target, all images) per probed layer
 
 
 def score(
@@ -58,14 +48,10 @@ def score(
         plan=Plan(row.trees, probe),
     )
     logps = token_logps(outputs.logits, row.labels)
-    tokens = row.answer_tokens.to(logps.dtype)
-    sums = torch.zeros_like(tokens).index_add(0, row.branch, logps)
-    has_rejected = len(row.rejected) > 0
+    sums = logps.new_zeros(len(row.answer_tokens)).index_add(0, row.branch, logps)
     return Scores(
         chosen=sums[row.chosen],
-        rejected=sums[row.rejected] if has_rejected else None,
-        chosen_tokens=tokens[row.chosen],
-        rejected_tokens=tokens[row.rejected] if has_rejected else None,
+        rejected=sums[row.rejected] if len(row.rejected) else None,
         masses=_masses(outputs.attentions, row, layers, heads) if layers else None,
     )
 

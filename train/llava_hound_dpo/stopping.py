@@ -1,5 +1,6 @@
 """How a run ends early: on request after the step in progress, or because a process failed, with one line each."""
 
+import errno
 import logging
 import os
 import signal
@@ -15,20 +16,23 @@ from transformers.trainer_utils import seed_worker
 
 from llava.records import DataError
 from llava.runtime import USER_ERROR, is_main_process
-from train.llava_hound_dpo.checkpoints import CheckpointError
+from train.llava_hound_dpo.checkpoints import CheckpointError, DiskError
 
 logger = logging.getLogger(__name__)
 
 STOPPED = 75  # exit code of a run that was asked to stop and goes on when started again ("temporary failure")
 STOP_FILE = "STOP_FILE"  # environment variable of the launch script: a file that is there once a stop is wanted
-SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+INTERRUPTED = 130  # exit code after a second Ctrl-C, as the shell has it
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 READING_S = 5  # seconds for the rest of a step's pictures after a SIGTERM
 
 
 class StopOnRequest(TrainerCallback):
-    """After SIGUSR1 or SIGTERM to any process, or once `$STOP_FILE` is there, the step in progress is the last.
+    """After a signal to any process (Ctrl-C is one), or once `$STOP_FILE` is there, the step in progress is the last.
 
-    All processes agree at the end of every step, save a checkpoint and leave the training. `stopped` says so.
+    All processes agree at the end of every step, save a checkpoint and leave the training. `stopped` says so. A second
+    Ctrl-C ends a process at once.
     """
 
     def __init__(self):
@@ -72,6 +76,10 @@ class StopOnRequest(TrainerCallback):
         return STOPPED if self.stopped and not os.environ.get(STOP_FILE) else 0
 
     def _ask(self, number, frame) -> None:
+        if number == signal.SIGINT:
+            if self._is_asked:
+                raise KeyboardInterrupt
+            logger.info("stopping after this step, with a checkpoint; Ctrl-C again ends at once")
         self._is_asked = True
 
     def _agree(self, device: torch.device) -> bool:
@@ -89,14 +97,15 @@ def start_loader(worker: int, num_workers: int, rank: int) -> None:
     a while, and then exits in a way that does not end its parent (which also ends it with SIGTERM, and waits for it).
     """
     seed_worker(worker, num_workers=num_workers, rank=rank)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    for number in (signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, lambda *_: os._exit(0))
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(READING_S))
 
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """End the process with one line where training fails by bad data or for want of memory.
+    """End the process with one line where training fails by bad data, for want of memory or disk, or by Ctrl-C.
 
     An error of ours keeps its traceback, and so does what the end of another process causes: the launch script has the
     last line. No destructors run: they may wait for the other processes.
@@ -107,6 +116,12 @@ def one_line_errors() -> Iterator[None]:
         _end(f"error: {_message(error)}", USER_ERROR)
     except CheckpointError as error:  # all processes find it
         _end(f"error: {error}" if is_main_process() else "", USER_ERROR)
+    except OSError as error:
+        if not isinstance(error, DiskError) and error.errno not in FULL:
+            raise
+        _end(f"error: {error}", 1)
+    except KeyboardInterrupt:
+        _end("interrupted: the same command goes on from the newest checkpoint" * is_main_process(), INTERRUPTED)
     except (FloatingPointError, torch.cuda.OutOfMemoryError) as error:
         _end(f"error: {str(error).splitlines()[0]}", 1)
 

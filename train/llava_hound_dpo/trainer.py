@@ -25,6 +25,7 @@ from train.llava_hound_dpo import checkpoints
 from train.llava_hound_dpo.batches import BatchPlan, RowLoader
 from train.llava_hound_dpo.data import PairCollator, PairDataset
 from train.llava_hound_dpo.losses import LossSettings, logits_margin, mean_by_pair, total_loss
+from train.llava_hound_dpo.outcome import write_card
 from train.llava_hound_dpo.packing import PackedRow
 from train.llava_hound_dpo.progress import StepLines, WatchChosen
 from train.llava_hound_dpo.reference import ReferenceCache
@@ -48,15 +49,16 @@ class AttentionAwareDPOTrainer(Trainer):
     """Trains a LLaVA, with or without LoRA, on packed preference pairs.
 
     `layers` are the probed layers of the language model, `heads` (L, H) has a 1 for those of their heads that count
-    (None: all). `reference` is needed for full fine-tuning with a DPO share; without
-    it the reference is the model with its LoRA adapter off, computed at every step. `identity` describes the
-    experiment; a checkpoint of another one is not resumed. `batches` says which pairs form which step and row.
+    (None: all). `reference` is needed for a DPO share where the reference is the policy as it starts: in full
+    fine-tuning, and `on_adapter`. Without it, it is the model with its LoRA adapter off, computed at every step.
+    `identity` describes the experiment; a checkpoint of another one is not resumed. `batches` says which pairs form
+    which step and row.
     """
 
     def __init__(
         self, *args, settings: LossSettings, layers: frozenset[int], family: Family, batches: BatchPlan,
         heads: Tensor | None = None, reference: ReferenceCache | None = None,
-        identity: Mapping[str, Any] | None = None, **kwargs,
+        identity: Mapping[str, Any] | None = None, on_adapter: bool = False, **kwargs,
     ):  # fmt: skip
         super().__init__(*args, data_collator=PairCollator(family.image_id, settings.needs_rejected), **kwargs)
         self.settings, self.layers, self.heads, self.reference = settings, layers, heads, reference
@@ -65,10 +67,12 @@ class AttentionAwareDPOTrainer(Trainer):
         assert self.args.world_size == batches.world_size
         self.model_accepts_loss_kwargs = False  # our loss is a mean over pairs: let the Trainer average micro-batches
         self.compute_metrics = _mean_metrics
+        self.about: Mapping[str, Any] = {}  # of the card that lies beside weights
         self._sums = torch.zeros(2, len(METRICS), dtype=torch.float64)
         self.shares_images = not any(p.requires_grad for p in self._projector())
-        is_lora = isinstance(self.model, PeftModel)
-        assert not settings.needs_rejected or is_lora or reference is not None, "no source of reference log-probs"
+        self.starts_as_reference = on_adapter or not isinstance(self.model, PeftModel)
+        is_known = not self.starts_as_reference or reference is not None
+        assert is_known or not settings.needs_rejected, "no source of reference log-probs"
         for standard in (ProgressCallback, PrinterCallback):
             self.remove_callback(standard)
         self.stop = StopOnRequest()
@@ -91,7 +95,8 @@ class AttentionAwareDPOTrainer(Trainer):
         ratio = mean_over_layers(attention_ratio(policy.masses), self.heads)
         z = self._margin(policy, reference, row) if reference else None
         loss, parts = total_loss(
-            self.settings, policy.chosen, policy.chosen_tokens, ratio, z, row.rejected_owner if reference else None
+            self.settings, policy.chosen, row.answer_tokens[row.chosen].to(policy.chosen.dtype), ratio, z,
+            row.rejected_owner if reference else None,
         )
         if not torch.isfinite(parts["total"]).all():
             bad = inputs["index"][~torch.isfinite(parts["total"])].tolist()
@@ -169,13 +174,20 @@ class AttentionAwareDPOTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         limit, self.args.save_total_limit = self.args.save_total_limit, None  # older ones go when this one is complete
         try:
-            super()._save_checkpoint(model, trial)
+            with checkpoints.whole_or_nothing(folder):
+                super()._save_checkpoint(model, trial)
         finally:
             self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
             checkpoints.complete(folder, self.identity, limit, self.state.best_model_checkpoint)
         self._saved_step = self.state.global_step
+
+    def _save(self, output_dir=None, state_dict=None):
+        """As the Trainer's, with a card in place of peft's empty template."""
+        super()._save(output_dir, state_dict)
+        if self.args.should_save and self.about:
+            write_card(Path(output_dir or self.args.output_dir), self.about, self.state.log_history)
 
     def _save_optimizer_and_scheduler(self, output_dir):
         if not self.is_deepspeed_enabled:
@@ -200,11 +212,11 @@ class AttentionAwareDPOTrainer(Trainer):
         model.eval()
         # Every process makes the same number of forwards: under ZeRO-3 they are collective.
         rounds = range(0, len(batches), args.world_size)
-        for start in tqdm(rounds, desc="reference log-probs", disable=not (is_main_process() and rounds)):
+        for start in tqdm(rounds, desc="reference log-probs", disable=not is_main_process() or None):
             own = start + args.process_index
             indices = batches[own] if own < len(batches) else batches[0]
             inputs = self._prepare_inputs(self.data_collator([dataset[index] for index in indices]))
-            with torch.no_grad(), self._adapter_off(model), self.compute_loss_context_manager():
+            with torch.no_grad(), self._as_reference(model), self.compute_loss_context_manager():
                 scores = score(model, inputs["row"], **self._pictures(inputs["pixels"]))
             if own < len(batches):
                 self.reference.append([dataset.pairs[i] for i in indices], scores.chosen, scores.rejected)
@@ -224,26 +236,23 @@ class AttentionAwareDPOTrainer(Trainer):
 
     def _reference(self, model, inputs, pictures: dict[str, Any], dataset: PairDataset) -> Scores:
         if self.reference is not None:
-            row = inputs["row"]
             pairs = [dataset.pairs[index] for index in inputs["index"].tolist()]
-            chosen, rejected = self.reference.lookup(pairs, row.labels.device)
-            tokens = row.answer_tokens.to(chosen.dtype)
-            return Scores(chosen, rejected, tokens[row.chosen], tokens[row.rejected], None)
-        with torch.no_grad(), self._adapter_off(model):
+            return Scores(*self.reference.lookup(pairs, inputs["row"].labels.device))
+        with torch.no_grad(), self._as_reference(model):
             return score(model, inputs["row"], **pictures)
 
-    def _adapter_off(self, model):
-        """A context in which the model is the reference; full fine-tuning has no adapter to turn off."""
-        model = self.accelerator.unwrap_model(model)
-        return model.disable_adapter() if isinstance(model, PeftModel) else nullcontext()
+    def _as_reference(self, model):
+        """A context in which the model is the reference; before the first step, where it only then is."""
+        return nullcontext() if self.starts_as_reference else self.accelerator.unwrap_model(model).disable_adapter()
 
     def _margin(self, policy: Scores, reference: Scores, row: PackedRow) -> Tensor:
         """(M,) z of every rejected answer."""
-        of = row.rejected_owner
+        of, found = row.rejected_owner, (policy.chosen, policy.rejected, reference.chosen, reference.rejected)
         if self.settings.averages_logps:
-            (chosen, rejected), (ref_chosen, ref_rejected) = policy.per_token, reference.per_token
-            return logits_margin(chosen[of], rejected, ref_chosen[of], ref_rejected)
-        return logits_margin(policy.chosen[of], policy.rejected, reference.chosen[of], reference.rejected)
+            lengths = 2 * (row.answer_tokens[row.chosen], row.answer_tokens[row.rejected])
+            found = [logps / length for logps, length in zip(found, lengths, strict=True)]
+        chosen, rejected, reference_chosen, reference_rejected = found
+        return logits_margin(chosen[of], rejected, reference_chosen[of], reference_rejected)
 
     def _metrics(
         self, parts: dict, policy: Scores, reference: Scores | None, ratio: Tensor, formats: Tensor, row: PackedRow
@@ -279,7 +288,7 @@ def _mean_metrics(predictions) -> dict[str, float]:
 
 
 class _ComputeReference(TrainerCallback):
-    """Fills the reference cache before the first step, while the policy, its adapter off, is the reference."""
+    """Fills the reference cache before the first step, while the policy, perhaps without adapter, is the reference."""
 
     def __init__(self, trainer: AttentionAwareDPOTrainer):
         self.trainer = trainer
@@ -288,7 +297,7 @@ class _ComputeReference(TrainerCallback):
         cache = self.trainer.reference
         cache.share()  # all processes must agree on what is missing, or they would wait for each other forever
         for dataset in filter(None, (self.trainer.train_dataset, self.trainer.eval_dataset)):
-            if state.global_step and not isinstance(self.trainer.model, PeftModel):
+            if state.global_step and self.trainer.starts_as_reference:
                 cache.require(dataset.pairs)  # the weights are no longer the reference's
             logger.info("reference log-probs: %s", cache.status(dataset.pairs))
             self.trainer.fill_reference(dataset, cache.missing(dataset.pairs))

@@ -1,17 +1,23 @@
 """Chat completions of a model behind an OpenAI-compatible endpoint: errors in one line, and the key in none of them."""
 
 import asyncio
+import base64
+import io
 import json
 import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
 import openai
+from PIL import Image
+
+from llava.records import IMAGE
 
 log = logging.getLogger(__name__)
 
@@ -21,7 +27,7 @@ TIMEOUT_S = 120.0  # from the first byte sent to the last one read
 LARGEST_REPLY = 1 << 20  # bytes that are read of a reply
 
 
-class JudgeError(ValueError):
+class EndpointError(ValueError):
     """The endpoint cannot be used as it was given: nothing more is asked."""
 
 
@@ -29,7 +35,57 @@ class Failed(Exception):
     """No reply, for a reason that may pass: what happened."""
 
 
-def _checked_url(url: str) -> str:
+@dataclass(frozen=True)
+class Words:
+    """How messages call an endpoint, and the flags that it was given by."""
+
+    name: str
+    url: str
+    model: str
+    key: str
+
+
+JUDGE = Words("the judge", "--judge_url", "--judge_model", "--judge_key_env")
+
+
+def messages_of(
+    turns: Sequence[tuple[str, str]], images: Sequence[Any], part_of: Callable[[Any], dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """A conversation of (role, text) as chat messages, each picture as a part where its text has it.
+
+    `part_of` makes the part of a picture. Raises ValueError if there are more or fewer pictures than places.
+    """
+    left, messages = iter(images), []
+    for role, text in turns:
+        first, *others = text.split(IMAGE)
+        # Our chat template gives pictures at the start a line each, unless an empty text says that none is meant.
+        after = text.replace(IMAGE, "")
+        is_tight = not first and bool(others) and after and not after[0].isspace()
+        parts = [{"type": "text", "text": first}] if first or is_tight else []
+        for piece in others:
+            picture = next(left, None)
+            if picture is None:
+                raise ValueError(f"more places for pictures than the {len(images)} pictures there are")
+            parts += [part_of(picture), *([{"type": "text", "text": piece}] if piece else [])]
+        messages.append({"role": role, "content": parts})
+    if next(left, None) is not None:
+        raise ValueError(f"fewer places for pictures than the {len(images)} pictures there are")
+    return messages
+
+
+def url_part(picture: Image.Image, kind: str, **options: Any) -> dict[str, Any]:
+    """The part of a picture at its own size, as a file of this `kind` in a URL; `options` of pillow's `save`."""
+    file = io.BytesIO()
+    picture.save(file, kind, **options)
+    return {"type": "image_url", "image_url": {"url": data_url(file.getvalue(), kind)}}
+
+
+def data_url(content: bytes, kind: str) -> str:
+    """A picture's file as a URL that holds it."""
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"
+
+
+def _checked_url(url: str, words: Words) -> str:
     """The URL without its end. Raises ValueError, which does not quote it: it may hold a key."""
     try:
         parts = urlsplit(url)
@@ -37,15 +93,15 @@ def _checked_url(url: str) -> str:
     except ValueError:
         is_plain = False
     if not is_plain or parts.scheme not in ("http", "https") or re.search(r"\s", url):
-        raise ValueError("--judge_url must be like http://host:port/v1, without user or query; see --judge_key_env")
+        raise ValueError(f"{words.url} must be like http://host:port/v1, without user or query; see {words.key}")
     return url.rstrip("/").removesuffix("/chat/completions")
 
 
-def _key_in(variable: str) -> str:
+def _key_in(variable: str, words: Words) -> str:
     """The key, empty where the default variable is not set. The name is not quoted: it may be a key, by mistake."""
     key = os.environ.get(variable, "").strip()
     if not key and variable != KEY_VARIABLE:
-        raise ValueError("--judge_key_env names an environment variable that is not set: export it, or drop the flag")
+        raise ValueError(f"{words.key} names an environment variable that is not set: export it, or drop the flag")
     if not re.fullmatch(r"[!-~]*", key):
         raise ValueError(f"the key in {variable} holds a space, a line break or a special letter: export it again")
     return key
@@ -58,9 +114,10 @@ class _Bounded(httpx.AsyncClient):
     """
 
     is_reached = False  # whether anything ever answered by HTTP
+    words = JUDGE
 
     async def send(self, request: httpx.Request, **options: Any) -> httpx.Response:
-        """Raises TimeoutError and JudgeError, which are final, and httpx.RequestError: then openai tries again."""
+        """Raises TimeoutError and EndpointError, which are final, and httpx.RequestError: then openai tries again."""
         content = bytearray()
         try:
             async with (
@@ -75,8 +132,8 @@ class _Bounded(httpx.AsyncClient):
         except httpx.ConnectError as error:
             if self.is_reached:
                 raise
-            what = f"{request.url}: the judge cannot be reached ({_innermost(error)})"
-            raise JudgeError(f"{what}. Start its server, or correct --judge_url") from error
+            what = f"{request.url}: {self.words.name} cannot be reached ({_innermost(error)})"
+            raise EndpointError(f"{what}. Start its server, or correct {self.words.url}") from error
         if response.is_success:
             _content(content, request)
         headers = {name: value for name, value in response.headers.items() if "retry" in name}
@@ -102,58 +159,73 @@ def _content(body: bytes, request: httpx.Request) -> str:
 
 
 class Endpoint:
-    """Chat completions of one model, with openai's retries. The key is in no message."""
+    """Chat completions of one model, with openai's retries. The key is in no message.
 
-    def __init__(self, url: str, model: str, key_variable: str = KEY_VARIABLE):
-        self.url, self.model = _checked_url(url), model
-        self._key_variable, self._key = key_variable, _key_in(key_variable)
+    `optional` are fields of a request that an endpoint may refuse; from then on it is asked without them.
+    """
+
+    def __init__(
+        self, url: str, model: str, key_variable: str = KEY_VARIABLE, words: Words = JUDGE,
+        optional: dict[str, Any] | None = None, **fixed: Any,
+    ):  # fmt: skip
+        self.url, self.model, self.words, self.fixed = _checked_url(url, words), model, words, fixed
+        self.optional = {"temperature": 0, **(optional or {})}
+        self._key_variable, self._key = key_variable, _key_in(key_variable, words)
         self._http = _Bounded(timeout=None)
+        self._http.words = words
         self.client = openai.AsyncOpenAI(
             base_url=self.url, api_key=self._key or "none", max_retries=TRIES - 1, http_client=self._http
         )
-        self.takes_temperature = True  # until it refuses one
+
+    @property
+    def takes_temperature(self) -> bool:
+        """Whether it has not refused one yet."""
+        return "temperature" in self.optional
 
     async def chat(self, messages: Sequence[dict], about: str) -> str:
-        """Text of the reply, "" where it has none. Raises Failed, or JudgeError where asking again is no use."""
+        """Text of the reply, "" where it has none. Raises Failed, or EndpointError where asking again is no use."""
         create = self.client.chat.completions.with_raw_response.create
-        temperature = 0 if self.takes_temperature else openai.omit
+        sent = dict(self.optional)
         headers = None if self._key else {"Authorization": openai.Omit()}
         try:
             reply = await create(
-                model=self.model, messages=list(messages), temperature=temperature, extra_headers=headers
+                model=self.model, messages=list(messages), extra_headers=headers, extra_body=sent, **self.fixed
             )
         except openai.APIStatusError as error:
-            if error.status_code != 400 or temperature != 0 or "temperature" not in error.response.text:
+            refused = [name for name in sent if name in error.response.text]
+            if error.status_code not in (400, 422) or not refused:
                 raise self._refusal(error, about) from error
-            log.info("the judge refuses temperature 0: asked without it")
-            self.takes_temperature = False
+            for name in refused:
+                if self.optional.pop(name, None) is not None:
+                    log.info("%s refuses %s %s: asked without it", self.words.name, name, sent[name])
             return await self.chat(messages, about)
         except (openai.APIConnectionError, TimeoutError) as error:
             is_late = isinstance(error, TimeoutError)
             reason = f"no whole reply in {TIMEOUT_S:.0f} s" if is_late else self.hide(_innermost(error))
             if self._http.is_reached:
                 raise Failed(reason) from error
-            what = f"{self.url}: no reply from the judge in {'one try' if is_late else f'{TRIES} tries'} ({reason})"
-            raise JudgeError(f"{what}. Check --judge_url") from error
+            tries = "one try" if is_late else f"{TRIES} tries"
+            what = f"{self.url}: no reply from {self.words.name} in {tries} ({reason})"
+            raise EndpointError(f"{what}. Check {self.words.url}") from error
         return _content(reply.http_response.content, reply.http_request)
 
     def _refusal(self, error: openai.APIStatusError, about: str) -> Exception:
         """What an HTTP error means."""
-        code = error.status_code
+        code, words = error.status_code, self.words
         if code in (408, 409, 429) or code >= 500:
             return Failed(f"HTTP {code}")
         said = " ".join(self.hide(error.response.text[:20_000]).split())[:200]
         said = f": {said}" if said else ""
         if code in (401, 403):  # its text is not quoted: some endpoints repeat a part of the key
             state = "" if self._key else ", which is not set"
-            what, fix = "the judge refuses the key", f"check the variable {self._key_variable}{state} (--judge_key_env)"
+            what, fix = f"{words.name} refuses the key", f"check the variable {self._key_variable}{state} ({words.key})"
         elif code == 404:
             what = f"no such model or address{said}"
-            fix = f"check --judge_url (it often ends in /v1) and --judge_model {self.model}"
+            fix = f"check {words.url} (it often ends in /v1) and {words.model} {self.model}"
         else:
-            what = f"the judge refuses the request about {about}{said}"
-            fix = f"check --judge_model {self.model}, whether it takes pictures, and --judge_url"
-        return JudgeError(f"{self.url}: {what} (HTTP {code}); {fix}")
+            what = f"{words.name} refuses the request about {about}{said}"
+            fix = f"check {words.model} {self.model}, whether it takes pictures, and {words.url}"
+        return EndpointError(f"{self.url}: {what} (HTTP {code}); {fix}")
 
     def hide(self, text: str) -> str:
         """The text without the key."""

@@ -1,0 +1,275 @@
+"""Does a model answer elsewhere as here? `python -m scripts.prove --model MODEL --questions Q --image_folder I`.
+
+The same prompts go through this repository, through plain transformers with the exported folder, and with `--endpoint`
+through a running OpenAI-compatible server of that folder. Exit code 0 if all answers are the same, 1 if not, 2 for
+errors.
+"""
+
+import asyncio
+import json
+import logging
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import AutoModelForImageTextToText, AutoProcessor, LogitsProcessor
+
+from llava.answering import Job, batches_of, own_device, prepare, spread
+from llava.checkpoints import WHOLE
+from llava.command_line import check_numbers, flag, parse
+from llava.endpoint import KEY_VARIABLE, Endpoint, Failed, Words, messages_of, url_part
+from llava.generation import generate
+from llava.records import read_prompts
+from llava.runtime import setup_logging, user_errors, write_text
+from llava.settings import AnswerSettings, ModelSettings
+from scripts.export import DTYPES, Asked, asked_of, export, plain_inputs, turns_of
+
+logger = logging.getLogger("scripts.prove")
+
+SERVER = Words("the server", "--endpoint", "--endpoint_model", "--endpoint_key_env")
+FEW = 8  # prompts that a new export is compared on, before all of them are
+GREEDY = {"top_p": 1.0, "repetition_penalty": 1.0}  # whatever the folder's generation_config says, as here
+
+
+@dataclass(kw_only=True)
+class ProveSettings:
+    """Which model is proved, on what, against which server."""
+
+    model: str = flag("adapter or checkpoint of any dialect, or an exported folder")
+    questions: Path = flag("prompts: a test set or pairs")
+    image_folder: str = flag("folder, .zip or .tar of their pictures")
+    endpoint: str | None = flag("URL of a running server of the exported folder, as http://localhost:8000/v1", None)
+    endpoint_model: str | None = flag("its name for the model; default: MODEL as given", None)
+    endpoint_key_env: str = flag("environment variable with its key, if it wants one", KEY_VARIABLE)
+    workers: int = flag("requests at a time", 4)
+    base_model: str | None = flag("what an adapter stands on, instead of the base it names", None)
+    image_tower: str | None = flag("vision tower of an original checkpoint", None)
+    num: int = flag("prompts, taken in turn from every format", 100)
+    dtype: str = flag("precision of ours and of plain transformers", "float32", choices=list(DTYPES))
+    max_new_tokens: int = flag("tokens of an answer at most", 128)
+    batch_size: int = flag("prompts per batch, of ours; plain transformers and servers get one at a time", 8)
+    output: Path | None = flag("file to write all answers to, as JSON lines", None)
+
+    def __post_init__(self):
+        check_numbers(self, num=(1, None), workers=(1, None), batch_size=(1, None), max_new_tokens=(1, None))
+
+    def job(self) -> Job:
+        """The prompts, checked. Raises like `prepare`."""
+        model = ModelSettings(
+            model_name_or_path=self.model, base_model=self.base_model, image_tower=self.image_tower,
+            image_folder=self.image_folder, batch_size=self.batch_size, dtype=self.dtype, num_workers=0,
+        )  # fmt: skip
+        settings = AnswerSettings(attention_layers="none", max_new_tokens=self.max_new_tokens)
+        questions = read_prompts(self.questions)
+        return prepare(model, settings, [questions[number] for number in sorted(spread(questions, self.num))])
+
+
+@dataclass(frozen=True)
+class Given:
+    """One answer."""
+
+    text: str
+    tokens: list[int] | None = None  # None: a server tells the text alone ...
+    first: Tensor | None = None  # (V,) ... and not the probabilities of its first token
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Where two answers to one prompt part, and how likely our model thinks either token is there."""
+
+    id: str
+    place: int  # 0-based token of the answer
+    ours: str
+    ours_probability: float
+    theirs: str
+    theirs_probability: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.id}: token {self.place + 1} is {self.ours!r} ({self.ours_probability:.4f}) here, {self.theirs!r} "
+            f"({self.theirs_probability:.4f}) there"
+        )
+
+
+def main() -> int:
+    """Ask all of them, compare, report; the exit code."""
+    setup_logging()
+    with user_errors(), tempfile.TemporaryDirectory() as temporary:
+        (own,) = parse((ProveSettings,), __doc__)
+        job = own.job()
+        endpoint = open_endpoint(own)
+        asked = [asked_of(job.family, q, [job.store.open(name) for name in q.images]) for q in job.questions]
+        served = ask_server(endpoint, job, own.workers) if endpoint else None
+        folder = exported(own, job, asked, Path(temporary) / "exported")
+        given = {"this repository": ask_here(job), "plain transformers": ask_plain(folder, asked, own)}
+        if served:
+            given[f"the server at {own.endpoint}"] = served
+        return report(job, given, own.output)
+
+
+# ---- three ways to ask
+
+
+class FirstToken(LogitsProcessor):
+    """Notes the probabilities of the first token of every answer."""
+
+    def __init__(self):
+        self.probabilities: Tensor | None = None  # (B, V)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """The scores as they are."""
+        if self.probabilities is None:
+            self.probabilities = scores.float().softmax(dim=-1).cpu()
+        return scores
+
+
+def ask_here(job: Job) -> list[Given]:
+    """Our inference, in its batches."""
+    found: dict[int, Given] = {}
+    for model, numbers, batch in batches_of(job, range(len(job.batches))):
+        first = FirstToken()
+        answers = generate(model, job.family, batch, [], logits_processor=[first], **job.settings.generation)
+        for number, answer, own in zip(numbers, answers, first.probabilities, strict=True):
+            found[number] = Given(answer.text, answer.tokens, own)
+    return [found[number] for number in range(len(job.questions))]
+
+
+def ask_plain(folder: Path | str, asked: Sequence[Asked], own: ProveSettings) -> list[Given]:
+    """transformers alone: its processor, the folder's chat template, `generate`."""
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=own.dtype, trust_remote_code=False)
+    model.eval().to(own_device())
+    found = []
+    for one in tqdm(asked, desc="plain transformers", unit="answer"):
+        inputs, first = plain_inputs(processor, one.turns, one.pictures).to(model.device, model.dtype), FirstToken()
+        whole = model.generate(
+            **inputs, do_sample=False, num_beams=1, repetition_penalty=1.0, max_new_tokens=own.max_new_tokens,
+            logits_processor=[first],
+        )  # fmt: skip
+        tokens = whole[0, inputs["input_ids"].shape[1] :].tolist()
+        text = processor.decode(tokens, skip_special_tokens=True)
+        found.append(Given(text.strip(), tokens, first.probabilities[0]))
+    return found
+
+
+def open_endpoint(own: ProveSettings) -> Endpoint | None:
+    """The server to ask, if there is one. Raises ValueError."""
+    if own.endpoint is None:
+        return None
+    return Endpoint(
+        own.endpoint, own.endpoint_model or own.model, own.endpoint_key_env, SERVER, GREEDY,
+        max_tokens=own.max_new_tokens,
+    )  # fmt: skip
+
+
+def ask_server(endpoint: Endpoint, job: Job, workers: int) -> list[Given]:
+    """A server, pictures as PNG in the message. Raises EndpointError; ValueError where it gives no answer."""
+
+    def messages(number: int) -> list[dict[str, Any]]:
+        question = job.questions[number]
+        return messages_of(turns_of(question), question.images, lambda name: url_part(job.store.open(name), "png"))
+
+    async def ask(number: int) -> Given:
+        about = job.questions[number].where
+        try:
+            return Given((await endpoint.chat(await asyncio.to_thread(messages, number), about)).strip())
+        except Failed as error:
+            raise ValueError(f"{endpoint.url}: no answer to {about} ({error}); is the server well?") from error
+
+    return asyncio.run(_all(endpoint, ask, len(job.questions), workers))
+
+
+async def _all(endpoint: Endpoint, ask: Callable, count: int, workers: int) -> list[Given]:
+    """The first alone: what the server refuses, and whether it is there, is found out once."""
+    room = asyncio.Semaphore(workers)
+
+    async def in_turn(number: int) -> Given:
+        async with room:
+            given = await ask(number)
+            bar.update()
+            return given
+
+    with tqdm(total=count, desc="the server", unit="answer") as bar:
+        async with endpoint.client:
+            first = await in_turn(0)
+            try:
+                async with asyncio.TaskGroup() as group:
+                    others = [group.create_task(in_turn(number)) for number in range(1, count)]
+            except ExceptionGroup as errors:
+                raise errors.exceptions[0] from None
+    return [first, *(task.result() for task in others)]
+
+
+def exported(own: ProveSettings, job: Job, asked: Sequence[Asked], folder: Path) -> str:
+    """MODEL if it is an export, else a new one."""
+    template = Path(own.model) / "chat_template.jinja"
+    is_whole = job.checkpoint.dialect == WHOLE and template.is_file()
+    if is_whole and template.read_text(encoding="utf-8") == job.family.processor().chat_template:
+        return own.model
+    logger.info("exporting %s first", job.checkpoint)
+    export(job.checkpoint, folder, own.dtype, "hf", asked[:FEW])
+    return str(folder)
+
+
+# ---- what comes out
+
+
+def report(job: Job, given: dict[str, list[Given]], output: Path | None) -> int:
+    """Say how many answers are the same, and of the others where they part; 0 if there are none of these, else 1."""
+    (_, ours), *others = given.items()
+    differences = {name: differing(job, ours, theirs) for name, theirs in others}
+    for name, theirs in others:
+        found = differences[name]
+        logger.info("%s: %d of %d answers are the same", name, len(ours) - len(found), len(ours))
+        if theirs[0].first is not None:
+            pairs = zip(ours, theirs, strict=True)
+            largest = max((a.first - b.first).abs().max().item() for a, b in pairs)
+            logger.info("  largest difference of a first token's probability: %.1e", largest)
+        for difference in found:
+            logger.info("  %s", difference)
+    if output:
+        write_text(output, "".join(lines(job, given, differences)))
+    return 1 if any(differences.values()) else 0
+
+
+def lines(job: Job, given: dict[str, list[Given]], differences: dict[str, list[Difference]]):
+    """A JSON line for every prompt: all answers, and where they part."""
+    for number, question in enumerate(job.questions):
+        answers = {name: own[number].text for name, own in given.items()}
+        parts = {name: asdict(d) for name, own in differences.items() for d in own if d.id == question.id}
+        yield json.dumps({"question_id": question.id, "answers": answers, "differences": parts}) + "\n"
+
+
+def differing(job: Job, ours: Sequence[Given], theirs: Sequence[Given]) -> list[Difference]:
+    """Where the answers part that are not the same, with what our model says of both tokens there."""
+    numbers = [n for n, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a.text != b.text]
+    if not numbers:
+        return []
+    model = job.checkpoint.load(job.model.torch_dtype).eval().to(own_device())
+    return [_difference(job, model, number, ours[number], theirs[number]) for number in numbers]
+
+
+@torch.no_grad()
+def _difference(job: Job, model, number: int, ours: Given, theirs: Given) -> Difference:
+    family, question = job.family, job.questions[number]
+    one = asked_of(family, question, [job.store.open(name) for name in question.images])
+    a, b = ours.tokens, theirs.tokens or family.encode_answer(question.prompt, theirs.text)
+    place = next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)) - 1)
+    ids = family.expand([*one.ids, *a[:place]], [family.image(picture.size) for picture in one.pictures])
+    pixels = {name: tensor.to(model.device) for name, tensor in family.pixels(one.pictures).items()}
+    logits = model(input_ids=torch.tensor([ids], device=model.device), **pixels, logits_to_keep=1).logits[0, -1]
+    probabilities = logits.float().softmax(dim=-1)
+    words = [family.tokenizer.decode([token], skip_special_tokens=False) for token in (a[place], b[place])]
+    return Difference(
+        question.id, place, words[0], probabilities[a[place]].item(), words[1], probabilities[b[place]].item()
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
