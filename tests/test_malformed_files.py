@@ -316,6 +316,10 @@ CHECKPOINTS = {
     "a tower of a number": (settings("orig/config.json", mm_vision_tower=7), "orig", ""),
     "a projector of another": (settings("orig/config.json", mm_projector_type="linear"), "orig", "mlp2x_gelu"),
     "layers of no tower": (settings("orig/config.json", mm_vision_select_layer=7), "orig", "vision_feature_layer is 7"),
+    "pictures of a kind of lists": (
+        lambda w: (settings("clip/preprocessor_config.json", image_processor_type=["x"])(w),
+                   settings("orig/config.json", mm_vision_tower=str(w / "clip"))(w)),
+        "orig", r"clip/preprocessor_config\.json: "),
     "pieces of noise": (replaced("orig/tokenizer.model", b"\7" * 99), "orig", "tokenizer"),
     "no pieces": (replaced("orig/tokenizer.model", b""), "orig", "tokenizer"),
     "pictures of a size as text": (

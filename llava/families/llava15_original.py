@@ -34,6 +34,7 @@ from llava.weights import (
     first_line,
     first_names,
     local_folder,
+    naming,
     read_shard,
     read_tensors,
     tensor_names,
@@ -173,7 +174,8 @@ def load_image_processor(tower: str, config: LlavaConfig):
     """The vision tower's own image processor, or CLIP's of its size."""
     folder = local_folder(tower)
     if (folder / "preprocessor_config.json").is_file():
-        return AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
+        with naming(folder / "preprocessor_config.json"):
+            return AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
     side = config.vision_config.image_size
     return CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
 
