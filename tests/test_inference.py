@@ -350,7 +350,7 @@ class TestRefused:
         (broken / "model.safetensors").write_bytes((BASE / "model.safetensors").read_bytes()[:1000])
         code, error = self.code(answer, capsys, "--model_name_or_path", broken)
         line = error.strip().splitlines()[-1]
-        assert code == 2 and "the weights cannot be read" in line and "cannot be written" not in error
+        assert code == 2 and "cannot be read as tensors" in line and "cannot be written" not in error
 
     def test_a_full_disk_loses_nothing(self, answer, capsys, tmp_path, monkeypatch):
         """The disk is full at the third batch, in the middle of a line."""

@@ -76,7 +76,8 @@ def asked(number):
     """Question 4n is a sequence, 4n + 1 a collage, 4n + 2 a pic-in-pic, 4n + 3 a single image."""
     image_type = ("sequence", "collage", "pip", "single")[number % 4]
     images = ["a.png", "b.png"] if image_type == "sequence" else ["a.png"]
-    prompt = ("Image1:<image>\nImage2:" if image_type == "sequence" else "") + "<image>\nIn Image2, what?"
+    where = "In Image2" if image_type in ("sequence", "collage") else "There"
+    prompt = ("Image1:<image>\nImage2:" if image_type == "sequence" else "") + f"<image>\n{where}, what?"
     record = {"id": f"q{number}", "image": images, "prompt": prompt, "answer": "red", "image_type": image_type}
     record["others"] = [] if image_type == "single" else ["blue"]
     collage, pip = {"target": 2, "grid": [2, 2]}, {"target_box": [10, 10, 30, 30]}

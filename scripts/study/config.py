@@ -24,6 +24,7 @@ from llava.command_line import check, check_numbers
 from llava.messages import one_line
 from llava.run_folder import read_object
 from llava.settings import AnswerSettings, ModelSettings, QuestionFiles
+from llava.strict_json import check_text
 from train.llava_hound_dpo import trainer_flags
 from train.llava_hound_dpo.arguments import DataArguments, LossArguments, ModelArguments, TrainArguments
 
@@ -115,6 +116,7 @@ def read_config(path: Path, is_quick: bool = False, only: Iterable[str] = ()) ->
         raise FileNotFoundError(f"--config {path}: no such file; scripts/miniature/study.json is one")
     raw = read_object(path)
     try:
+        check_text(raw)
         _check_shape(quick := raw.pop("quick", {}), QUICK, "quick")
         chosen = quick.pop("only", [])
         names = list(only) or (chosen if is_quick else [])
