@@ -66,7 +66,7 @@ def tensor_names(folder: Path, names: Sequence[str] = WHOLE_FILES) -> list[str]:
 
 
 def stored_numbers(folder: Path, names: Sequence[str] = WHOLE_FILES) -> Counter[torch.dtype]:
-    """How many numbers of each precision a folder's tensors hold, without reading them. Raises FileNotFoundError."""
+    """How many numbers of each precision a folder's tensors hold, without reading them. Raises like `check_shards`."""
     found: Counter[torch.dtype] = Counter()
     check_shards(folder, names)
     for shard in _shards(folder, names):
