@@ -95,6 +95,7 @@ class Checkpoint:
             else:
                 config = AutoConfig.from_pretrained(self.path, trust_remote_code=False)
             find_family(config.model_type).check_config(config)
+            shapes_of(config)  # what no model can be built of stumbles here
         return config
 
     @property

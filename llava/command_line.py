@@ -38,7 +38,6 @@ SYNONYMS = {  # what a flag is called elsewhere: words are for the first of thes
     "num_train_epochs": "epochs epoch num_epochs",
     "max_steps": "steps num_steps train_steps",
     "learning_rate": "lr rate",
-    "resume_from_checkpoint": "resume",
     "lora_r": "lora_rank rank r lora_dim",
     "lora_alpha": "lora_scale",
     "dpo_alpha": "alpha dpo_weight",

@@ -1,6 +1,7 @@
 """What a checkpoint must hold to be loaded, and that every refusal names the tensor, file or id."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -161,6 +162,23 @@ def test_broken_config_names_the_file(copy):
     (copy / "config.json").write_text('{"model_type": ')
     with pytest.raises(ValueError, match=r"config\.json"):
         open_checkpoint(str(copy))
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value"),
+    [
+        (None, "projector_hidden_act", "x"), ("vision_config", "hidden_act", 3), ("text_config", "hidden_act", "x"),
+        ("vision_config", "num_attention_heads", -1), ("vision_config", "num_attention_heads", 0),
+        ("text_config", "num_hidden_layers", -3), ("text_config", "intermediate_size", True),
+        ("vision_config", "patch_size", 0), ("text_config", "vocab_size", -5),
+    ],
+)  # fmt: skip
+def test_a_config_that_no_model_can_be_built_of_is_named(copy, part, name, value):
+    own = json.loads((copy / "config.json").read_text())
+    (own[part] if part else own)[name] = value
+    (copy / "config.json").write_text(json.dumps(own))
+    with pytest.raises(ValueError, match=re.escape(str(copy))):
+        open_checkpoint(str(copy)).family  # noqa: B018
 
 
 def test_feature_strategy_with_the_class_token_is_refused(copy):

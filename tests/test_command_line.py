@@ -109,7 +109,7 @@ HINTS = {
         "lora_rank": "lora_r", "attention_lambda": "attention_weight", "lambda": "attention_weight",
         "batch_size": "per_device_train_batch_size", "epochs": "num_train_epochs", "model_path": "model_name_or_path",
         "max_tokens": "model_max_length", "output": "output_dir", "images": "image_folder", "dataset": "data_path",
-        "steps": "max_steps", "resume": "resume_from_checkpoint", "tau": "attention_threshold", "alpha": "dpo_alpha",
+        "steps": "max_steps", "tau": "attention_threshold", "alpha": "dpo_alpha",
         "grad_accum": "gradient_accumulation_steps", "num_workers": "dataloader_num_workers",
         "layers": "attention_layers", "lr": "learning_rate",
     },

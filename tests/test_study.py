@@ -111,7 +111,7 @@ def test_a_pass_is_tuned_with_the_first_seed_and_takes_the_settings(folder):
     config = small(folder)
     tuned = {"steered": {"tune": {"share": 0.5}}}
     arms = {"dpo": {"flags": {"dpo_alpha": 1}, "adaptviz": ["steered"]}}
-    write(folder, {**config, "adaptviz": tuned, "validation": config["test"], "arms": arms})
+    write(folder, {**config, "adaptviz": tuned, "validation": config["data"], "arms": arms})
     units = {unit.name: unit for unit in plan(read_config(folder / "study.json"), "digest")}
     (call,) = units["tune/dpo/steered"].commands
     assert "{output}/train/dpo/seed_0/adapter" in call and call[-2:] == ("--share", "0.5")

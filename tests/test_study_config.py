@@ -175,6 +175,12 @@ def test_a_tuned_pass_is_checked_as_the_tuner_checks_it(folder, capsys):
     assert "adaptviz.steered.tune: --share 2.0" in refused(capsys, *words(folder))
 
 
+def test_a_pass_is_not_tuned_on_the_questions_that_score_it(folder, capsys):
+    config = small(folder)
+    write(folder, {**config, "validation": config["test"], "adaptviz": {"steered": {"tune": {}}}})
+    assert "the same questions" in refused(capsys, *words(folder))
+
+
 def test_an_arm_without_flags_trains_with_those_of_all(folder):
     config = small(folder)
     write(folder, {**config, "arms": {"all": {}}})

@@ -78,7 +78,12 @@ class Llava15(Family):
 
     @classmethod
     def check_config(cls, config) -> None:
-        """Raises ValueError where image tokens are not the patches alone."""
+        """Raises ValueError where image tokens are not the patches alone, or a size is none."""
+        for part in (config.text_config, config.vision_config):
+            for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+                value = getattr(part, name)
+                if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                    raise ValueError(f"{name} {value!r} of the {part.model_type}: a number from 1 is due")
         if config.vision_feature_select_strategy != "default":
             raise ValueError(
                 f"vision_feature_select_strategy is {config.vision_feature_select_strategy!r}; regions need the patch "

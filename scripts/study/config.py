@@ -156,6 +156,9 @@ def parse_config(raw: Mapping[str, Any]) -> Config:
     for arm in config.arms.values():
         _check_arm(arm, config)
     _check_answering(config)
+    is_tuned = any(TUNE in flags for flags in config.adaptviz.values())
+    if is_tuned and located(config.validation.file) == located(config.test.file):
+        raise ValueError("adaptviz: `validation` and `test` are the same questions; what tunes a pass cannot score it")
     return config
 
 

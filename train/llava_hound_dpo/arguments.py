@@ -46,6 +46,7 @@ RETIRED = {
     "group_by_length": "rows hold no padding, so nothing is gained by sorting",
     "overwrite_output_dir": "an unfinished run goes on; for a new one choose another --output_dir",
     "logging_dir": "set TENSORBOARD_LOGGING_DIR",
+    "resume": "the same command goes on from the newest checkpoint of --output_dir",
     "save_safetensors": "weights are always saved as safetensors",
     "no_cuda": "use --use_cpu True",
     "attention_carry": f"heads by what they carry: {NO_GAIN}",
