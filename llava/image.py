@@ -24,6 +24,7 @@ DAMAGED = (
     RuntimeError, LookupError, OverflowError,
 )  # fmt: skip
 LARGEST = 128 << 20  # bytes of a picture's file; a member that would inflate to more is not read
+FOLLOW_LINKS = "FOLLOW_LINKS"  # environment variable: 1 lets links lead out of the image folder
 TOP = "images"  # the folder in the names of published sets
 NO_PICTURES = ("__MACOSX", ".DS_Store", "Thumbs.db", "desktop.ini")  # beside the pictures on other systems
 
@@ -169,8 +170,11 @@ class ImageStore:
                 path = path / self._composed(path).get(normalize("NFC", part), part)
         if not path.is_file():
             return None
-        if not path.resolve().is_relative_to(self._root):
-            raise ValueError(f"{path}: a link that leaves the image folder; copy the picture to where the link is")
+        if not path.resolve().is_relative_to(self._root) and os.environ.get(FOLLOW_LINKS) != "1":
+            raise ValueError(
+                f"{path}: a link that leaves the image folder; copy the picture to where the link is, or set "
+                f"{FOLLOW_LINKS}=1 if the folder is your own"
+            )
         return path
 
     def _composed(self, folder: Path) -> dict[str, str]:

@@ -77,7 +77,7 @@ def test_a_path_that_leaves_the_store_is_refused(tmp_path, kind, name):  # noqa:
     assert not store.has(name)
 
 
-def test_a_link_that_leaves_the_folder_is_refused_and_one_inside_is_followed(tmp_path):
+def test_a_link_that_leaves_the_folder_is_refused_and_one_inside_is_followed(tmp_path, monkeypatch):
     (tmp_path / "secret.png").write_bytes(GOOD)
     folder = make_store(tmp_path, "folder", {"a.png": GOOD})
     (folder / "out.png").symlink_to(tmp_path / "secret.png")
@@ -88,6 +88,8 @@ def test_a_link_that_leaves_the_folder_is_refused_and_one_inside_is_followed(tmp
         with pytest.raises(ValueError, match=r"secret|out\.png: a link that leaves"):
             store.open(name)
     assert store.size("in.png") == (9, 6)
+    monkeypatch.setenv("FOLLOW_LINKS", "1")
+    assert store.size("out.png") == store.size("up/secret.png") == (9, 6)
 
 
 @pytest.mark.parametrize("type", [tarfile.SYMTYPE, tarfile.LNKTYPE])
