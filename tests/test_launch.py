@@ -267,10 +267,10 @@ class TestScript:
         ("words", "expected"),
         [
             (["--dpo_alpa", "1"], "did you mean --dpo_alpha"),
-            (["--X", "Image"], "no longer exists"),
-            (["--dpo_alpha", "0"], "nothing to train"),
             (["--model_max_length", "100"], "record 2 (id pair 1)"),
-            (["--image_folder", "nowhere"], "nowhere: no such image folder"),
+            pytest.param(["--X", "Image"], "no longer exists", marks=pytest.mark.slow),
+            pytest.param(["--dpo_alpha", "0"], "nothing to train", marks=pytest.mark.slow),
+            pytest.param(["--image_folder", "nowhere"], "nowhere: no such image folder", marks=pytest.mark.slow),
         ],
     )
     def test_bad_input_ends_in_one_line(self, data_set, checkpoint, tmp_path, words, expected):

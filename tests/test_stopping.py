@@ -46,9 +46,10 @@ def whole(folder):
 
 def test_ctrl_c_ends_the_training_after_its_step_with_a_checkpoint(make_trainer, tmp_path):  # noqa: F811
     trainer = at_step(make_trainer("--max_steps", "3"), 2, lambda: signal.raise_signal(signal.SIGINT))
+    before = signal.getsignal(signal.SIGINT)
     trainer.train()
     assert trainer.stop.exit_code == STOPPED and whole(tmp_path / "out") == ["checkpoint-2"]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_second_ctrl_c_ends_at_once_with_one_line(make_trainer, capsys):  # noqa: F811
