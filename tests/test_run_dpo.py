@@ -1,11 +1,13 @@
 """Who may train in a folder: one at a time, and nobody in one that is finished."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
 
 from llava.attention import layer_range
 from llava.run_folder import only_writer
+from tests.conftest import preference
 from tests.test_arguments import parsed
 from train.llava_hound_dpo import run_dpo
 from train.llava_hound_dpo.arguments import LossArguments, TrainArguments
@@ -55,3 +57,27 @@ def test_more_steps_than_can_be_planned_are_refused_without_planning_them(flags,
     pair = Pair(SimpleNamespace(images=("a",)), [1] * 4, [1], [[2]], 36)
     with pytest.raises(ValueError, match=rf"^--{named}.* steps; at most 1,000,000 are planned"):
         run_dpo.plan_batches([pair] * 9, LossArguments(), args)
+
+
+def test_what_is_left_out_or_dropped_is_part_of_the_run_and_listed(checkpoint, data, tmp_path):
+    records = [preference(number, 2) for number in range(5)]
+    del records[1]["chosen"]
+    path, bad = data(records), tmp_path / "bad.json"
+    bad.write_text(json.dumps(["pair_3"]))
+    flags = f"--model_name_or_path {checkpoint} --data_path {path} --image_folder {data.images} --bad_records drop"
+
+    def read(more):
+        settings = run_dpo.parse(f"{flags} --output_dir {tmp_path / 'out'} --use_cpu True {more}".split())
+        inputs = run_dpo.read_inputs(*settings)
+        return settings, inputs, run_dpo.describe_run(*settings, inputs)
+
+    settings, inputs, identity = read(f"--leave_out {bad}")
+    run_dpo.record_run(*settings, inputs)
+    counts = json.loads((tmp_path / "out/run.json").read_text())["counts"]
+    assert counts["train"]["pairs"] == 3 and counts["leave_out"] == ["pair_3"]
+    (line,) = counts["dropped"]
+    assert "record 2 (id pair_1): the field `chosen` is missing" in line
+    mark_complete(tmp_path / "out", identity)
+    assert is_finished(tmp_path / "out", read(f"--leave_out {bad}")[2])
+    with pytest.raises(ValueError, match=r"leave_out 1 named \(\w+\) there, 0 named \(\w+\) here"):
+        is_finished(tmp_path / "out", read("")[2])
