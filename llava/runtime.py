@@ -141,9 +141,9 @@ def check_outputs(outputs: Sequence[Path], inputs: Iterable[Path | str | None]) 
     read = {Path(path).resolve() for path in inputs if path}
     for path in outputs:
         if path.resolve() in read:
-            raise ValueError(f"{path} is read and would be overwritten: choose another --output")
+            raise ValueError(f"{path} is read and would be overwritten: choose another place to write to")
         if path.is_dir():
-            raise ValueError(f"{path} is a folder, where a file is to be written: choose another --output")
+            raise ValueError(f"{path} is a folder, where a file is to be written: choose another place to write to")
         there = next(parent for parent in path.absolute().parents if parent.exists())
         try:
             tempfile.TemporaryFile(dir=there).close()

@@ -29,7 +29,7 @@ from llava.families import Family
 from llava.image import ImageStore
 from llava.messages import one_line
 from llava.records import DataError, Preference, Prompt, name_of, parse_preference, parse_question, read_json
-from llava.runtime import git_commit, setup_logging, user_errors, versions, without_compiler, write_text
+from llava.runtime import check_outputs, git_commit, setup_logging, user_errors, versions, without_compiler, write_text
 from scripts import selftest
 from train.llava_hound_dpo.data import Pair, describe, tokenize_one, within_length
 
@@ -84,8 +84,8 @@ class DoctorSettings:
         check_numbers(self, model_max_length=(1, None))
         if self.fix_list and not self.data_path:
             raise ValueError("--fix_list needs --data_path: it lists the bad records of that file")
-        if self.fix_list and self.fix_list.is_dir():
-            raise ValueError(f"--fix_list {self.fix_list}: is a folder; give a file's name")
+        if self.fix_list:
+            check_outputs([self.fix_list], [self.data_path])
 
 
 def main() -> None:

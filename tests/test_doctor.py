@@ -179,7 +179,7 @@ def test_a_name_with_a_colon_in_it_is_listed_too(examine_data, data, clean, chec
     ("flags", "message"),
     [
         (["--fix_list", "bad.json"], "--fix_list needs --data_path"),
-        (["--fix_list", "/", "--data_path", "x.json"], "--fix_list /: is a folder"),
+        (["--fix_list", "/", "--data_path", "x.json"], "/ is a folder, where a file is to be written"),
         (["--model_max_length", "0"], "--model_max_length 0: must be at least 1"),
         (["--model_max_length", "-3"], "--model_max_length -3: must be at least 1"),
         (["--model_max_length", "nan"], "invalid int value: 'nan'"),

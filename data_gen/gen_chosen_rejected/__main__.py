@@ -27,12 +27,13 @@ from llava.heads import HeadSettings
 from llava.image import ImageStore
 from llava.records import Question, read_instructions, read_json, refuse_duplicates
 from llava.run_folder import ANOTHER_FOLDER, only_writer, read_object, refuse_another
-from llava.runtime import is_main_process, leave, setup_logging, user_errors, write_run_json
+from llava.runtime import check_outputs, is_main_process, leave, setup_logging, user_errors, write_run_json
 from llava.settings import AnswerSettings, ModelSettings
 
 logger = logging.getLogger("data_gen.gen_chosen_rejected")
 MODEL, OTHER_IMAGE = "model", "other_image"
 SELECTION_LAYER = (16, 16)  # of LLaVA-1.5-7B's 32: the layer that MIA-DPO selects by
+WRITTEN = ("pairs.json", "dropped.jsonl", "summary.md", "answers.jsonl", "run.json")
 OF_THE_PAIRS = ("instructions", "rejected")  # what a folder of pairs must agree in to be written again
 
 
@@ -133,6 +134,7 @@ def main() -> None:
         with user_errors():
             own, model, asking, limits = parse(GROUPS, __doc__)
             check(own, model, asking)
+            check_outputs([own.output / name for name in WRITTEN], [own.instructions, *own.source])
             rules, noise = limits.rules(), Noise(asking.degrade, asking.noise_std, own.seed)
             questions = read_instructions(own.instructions)
             refuse_duplicates([(question.id, question.where) for question in questions])

@@ -29,7 +29,7 @@ from data_gen.tables import stamp
 from llava.command_line import check_numbers, flag, parse
 from llava.records import name_of, read_json
 from llava.run_folder import finished_run, only_writer
-from llava.runtime import setup_logging, user_errors, write_records, write_run_json, write_text
+from llava.runtime import check_outputs, setup_logging, user_errors, write_records, write_run_json, write_text
 
 logger = logging.getLogger("data_gen.gen_instruction")
 SIZES = {"sequence": (2, 3, 4, 5), "collage": tuple(GRIDS), "pip": (2,)}  # pictures of a prompt
@@ -61,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if run:
             logger.info("%s is complete: nothing to do", flags.output)
             return exit_code(run["counts"])
+        written = [flags.output / f"{name}_test_images.json" for name in FORMATS]
+        check_outputs(written, [*flags.source, flags.exclude_training])
         with only_writer(flags.output / "test_set"):
             counts = make(flags, identity)
     logger.info("%s: %d questions of each format", flags.output, flags.num_per_format)

@@ -30,9 +30,10 @@ from data_gen.mix.splitting import OVERLAPS, split
 from llava.checks import DEPTHS
 from llava.command_line import check_numbers, flag, parse
 from llava.run_folder import finished_run, only_writer
-from llava.runtime import setup_logging, user_errors, write_records, write_run_json, write_text
+from llava.runtime import check_outputs, setup_logging, user_errors, write_records, write_run_json, write_text
 
 logger = logging.getLogger("data_gen.mix")
+WRITTEN = ("train.json", "validation.json", "images.zip", "data_card.json", "data_card.md", "run.json")
 
 
 @dataclass(kw_only=True)
@@ -102,6 +103,7 @@ def mix(flags: MixFlags) -> None:
     if finished_run(flags.output, identity):
         logger.info("%s is complete: nothing to do", flags.output)
         return
+    check_outputs([flags.output / name for name in WRITTEN], [*flags.pairs, *flags.image_folder, flags.source_images])
     merged = merge(flags.pairs, flags.image_folder, flags.source_images)
     parts = _parts(flags, merged)
     card = describe(parts, flags.pairs, licences) | {"dropped": dict(merged.dropped)}
