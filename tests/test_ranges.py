@@ -1,8 +1,11 @@
 """Numbers of the answering commands that mean nothing are refused by name, before anything is read."""
 
-
 import pytest
 
+from data_gen.gen_chosen_rejected import __main__ as pairs
+from data_gen.gen_instruction import __main__ as generate
+from data_gen.gen_instruction import test_set
+from data_gen.mix import __main__ as mix
 from inference.llava_hound_dpo.evaluate import Evaluation, JudgeFlags
 from inference_optimization.llava_hound_dpo.adaptviz import Bands
 from inference_optimization.llava_hound_dpo.tune import TuneSettings
@@ -55,3 +58,37 @@ def test_all_numbers_of_these_commands_are_in_the_table():
     for group, _, own in BAD:
         numbers = {n for n, f in group.__dataclass_fields__.items() if f.type in (int, float, list[float], int | None)}
         assert numbers <= set(own) | free, group
+
+
+STAGES = {  # of data_gen: what runs, its flags, and numbers that mean nothing
+    "instructions": (generate.main, ["--source", "s", "--output", "o", "--format", "sequence"], {
+        "refusals": [*NOT_FINITE, "-1", "2"], "seed": ["-1"], "num_records": ["0", "-1", "100000000000000"],
+        "num_workers": ["-1", "1000000000"],
+    }),
+    "test set": (test_set.main, ["--source", "s", "--output", "o"], {
+        "num_per_format": ["0", "-3", "100000000000000"], "seed": ["-1"], "num_workers": ["-1"],
+    }),
+    "pairs": (pairs.main, ["--instructions", "i", "--output", "o", "--image_folder", "i"], {
+        "seed": ["-1"], "max_new_tokens": ["0"], "noise_std": [*NOT_FINITE, "0", "-1"],
+        "min_perplexity": [*NOT_FINITE, "-1"], "max_chosen_chars": ["0", "-1"], "max_length_ratio": [*NOT_FINITE, "0"],
+        "min_edit_distance": [*NOT_FINITE, "-1", "1", "2"], "top_heads": ["0"], "batch_size": ["0"],
+    }),
+    "mix": (mix.main, ["--pairs", "p", "--image_folder", "i", "--output", "o"], {
+        "validation": [*NOT_FINITE, "-1", "1", "2"], "seed": ["-1"],
+    }),
+}  # fmt: skip
+STAGE_CASES = [
+    (stage, name, value) for stage, (*_, own) in STAGES.items() for name, values in own.items() for value in values
+]
+
+
+@pytest.mark.parametrize(("stage", "name", "value"), STAGE_CASES, ids=str)
+def test_numbers_of_data_that_mean_nothing(stage, name, value, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run, words, _ = STAGES[stage]
+    monkeypatch.setattr("sys.argv", ["command", *words, f"--{name}={value}"])
+    with pytest.raises(SystemExit) as ended:
+        run()
+    lines = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and len(lines) == 1 and f"--{name}" in lines[0], lines
+    assert not list(tmp_path.iterdir())

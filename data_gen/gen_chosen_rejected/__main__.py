@@ -22,7 +22,7 @@ from data_gen.gen_chosen_rejected.rules import THRESHOLDS, Rules, check_question
 from llava.answering import Job, answer, identify, prepare
 from llava.attention import layer_range
 from llava.checks import check_pictures
-from llava.command_line import check_numbers, flag, parse
+from llava.command_line import ABOVE_0, BELOW_1, check_numbers, flag, parse
 from llava.heads import HeadSettings
 from llava.image import ImageStore
 from llava.records import Question, read_instructions, read_json, refuse_duplicates
@@ -86,9 +86,9 @@ class AskSettings(HeadSettings):
     noise_std: float | None = flag("of 255; default as published: collage 225, pip 49, sequence 64", None)
 
     def __post_init__(self):
-        check_numbers(self, max_new_tokens=(1, None))
-        if self.noise_std is not None and (self.degrade == "none" or not self.noise_std > 0):
-            raise ValueError("--noise_std must be above 0, and needs --degrade target, whole or published")
+        check_numbers(self, max_new_tokens=(1, None), noise_std=(ABOVE_0, None), top_heads=(1, None))
+        if self.noise_std is not None and self.degrade == "none":
+            raise ValueError("--noise_std needs --degrade target, whole or published")
 
     def job(self, model: AskedModel, noise: Noise, questions: list[Question]) -> Job:
         """Greedy answers without maps, checked before the weights are loaded. Raises ValueError, FileNotFoundError."""
@@ -116,8 +116,10 @@ class RuleSettings:
     min_edit_distance: float = flag("between the two, as a share of the longer's characters", Rules.min_edit_distance)
 
     def __post_init__(self):
-        if not self.max_length_ratio >= 1 or not 0 <= self.min_edit_distance < 1:
-            raise ValueError("--max_length_ratio must be 1 or more, and --min_edit_distance from 0 to below 1")
+        check_numbers(
+            self, min_perplexity=(0, None), max_chosen_chars=(1, None), max_length_ratio=(1, None),
+            min_edit_distance=(0, BELOW_1),
+        )  # fmt: skip
 
     def rules(self) -> Rules:
         """The limits. Raises ValueError for thresholds that cannot be read."""

@@ -30,6 +30,7 @@ from llava.command_line import check_numbers, flag, parse
 from llava.runtime import setup_logging, stop, user_errors
 
 logger = logging.getLogger("data_gen.gen_instruction")
+MOST = 100_000_000  # prompts of a run: what decides each is in memory
 COLLAGES = {"one": schedule.COLLAGE_SHARES, "mixed": schedule.COLLAGE_SHARES_MIXED}
 NOT_OF_THE_DATA = {"output", "num_workers", "strict"}  # flags that do not change what is written
 
@@ -85,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with ExitStack() as stack:
         with user_errors():
             (flags,) = parse([Flags], __doc__, argv)
-            check_numbers(flags, refusals=(0, 1), seed=(0, None), num_records=(1, None))
+            check_numbers(flags, refusals=(0, 1), seed=(0, None), num_records=(1, MOST))
             chances = chances_of(flags)
             arguments = {name: str(value) for name, value in (asdict(flags) | chances).items()}
             output = Output(flags.output, identify(arguments, flags.source))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from data_gen.gen_instruction.workers import usable_cores
-from llava.command_line import flag
+from llava.command_line import check_numbers, flag
 
 logger = logging.getLogger("data_gen.gen_instruction")
 
@@ -26,6 +26,9 @@ class Common:
     picture_format: str = flag(
         "of collages and pictures in pictures: jpg of quality 95, or png", "jpg", choices=["jpg", "png"]
     )
+
+    def __post_init__(self):
+        check_numbers(self, num_workers=(0, 1024))
 
 
 def exit_code(counts: dict[str, Any]) -> int:

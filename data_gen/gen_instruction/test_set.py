@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     setup_logging()
     with user_errors():
         (flags,) = parse([Flags], __doc__, argv)
-        check_numbers(flags, num_per_format=(1, None), seed=(0, None))
+        check_numbers(flags, num_per_format=(1, 10_000_000), seed=(0, None))
         if bool(flags.exclude_training) != bool(flags.exclude_images):
             raise ValueError("--exclude_training and --exclude_images belong together: records and their pictures")
         if flags.exclude_images:
