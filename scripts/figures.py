@@ -1,12 +1,14 @@
 """The figures of README and docs, from real numbers: `python -m scripts.figures --output docs/figures`
 
 The miniature's base, and pictures drawn by seed: a packed pair with its mask and what the loss reads off it, region
-weights and masses. With --demo also where its base and its trained model look.
+weights and masses, scores of the last prompt row before and after scaling. With --demo also where its base and its
+trained model look.
 """
 
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 import matplotlib
 import numpy as np
@@ -15,6 +17,8 @@ from matplotlib import pyplot as plt
 from matplotlib.patches import Patch
 from PIL import Image
 
+from inference_optimization.llava_hound_dpo.adaptviz import AdaptViz, Bands
+from llava import attention
 from llava.command_line import flag, parse
 from llava.generation import batch_prompts, generate
 from llava.heatmap import draw_prompt
@@ -22,6 +26,7 @@ from llava.image import ImageStore
 from llava.records import parse_preference, read_answers, read_questions
 from llava.regions import needs_sizes, prompt_regions, target_box, target_weights
 from llava.runtime import user_errors
+from llava.scaling import scale_scores
 from llava.settings import ModelSettings
 from scripts.miniature.make_data import preference
 from scripts.miniature.prompts import sample_prompt
@@ -51,7 +56,8 @@ def main() -> None:
         looks = {"look": draw_look(own.demo)} if own.demo else {}
         own.output.mkdir(parents=True, exist_ok=True)
     model, family = checkpoint.load().eval(), checkpoint.family
-    figures = {"row": draw_row(family), "mass": draw_mass(model, family), **looks}
+    figures = {"row": draw_row(family), "mass": draw_mass(model, family),
+               "steering": draw_steering(model, family), **looks}  # fmt: skip
     for name, figure in figures.items():
         path = own.output / f"{name}.png"
         figure.savefig(path, dpi=110, bbox_inches="tight")
@@ -72,15 +78,34 @@ def sample(family, seed: int, image_type: str, num_images: int | None = None):
     return record, pictures, images, family.expand(family.encode_prompt(record.prompt), images)
 
 
+def answered(model, family, pair, layers, **options):
+    """The batch of one prompt, and what the model says to it."""
+    record, pictures, images, prompt = pair
+    regions, pixels = [prompt_regions(record, images)], family.pixels(pictures)
+    batch = batch_prompts(family, [prompt], regions, pixels, [record.image_type], [True])
+    return batch, generate(model, family, batch, layers, **options)[0]
+
+
 def packed(family) -> tuple[PackedRow, list[str]]:
     """A real pair about three pictures as a row, and a colour for what each of its tokens is."""
     record, _, images, prompt = sample(family, 1, "sequence", 3)
     chosen, *rejected = (family.encode_answer(record.prompt, text) for text in (record.chosen, *record.rejected))
     row = pack([EncodedPair(prompt, chosen, rejected, target_weights(record, images))], family.image_id)
-    found = [TARGET if target else IMAGE if image else TEXT for target, image in row.regions[0].tolist()]
+    found = colours(row.regions[0])
     for (start, end), colour in zip(row.trees[0].branches, (CHOSEN, REJECTED), strict=True):
         found[start:end] = [colour] * (end - start)
     return row, found
+
+
+def colours(regions: torch.Tensor) -> list[str]:
+    """What every token of a prompt is, by its weights (S, 2) in the target and in all images."""
+    return [TARGET if target else IMAGE if image else TEXT for target, image in regions.tolist()]
+
+
+def strip(axis, values, colour: list[str], label: str = "") -> None:
+    """A bar for every token, coloured by what it is."""
+    axis.bar(range(len(values)), values, color=colour, width=1.0)
+    axis.set_ylabel(label)
 
 
 def draw_row(family):
@@ -90,8 +115,8 @@ def draw_row(family):
                                        layout="constrained")  # fmt: skip
     (tree,), length, last = row.trees, len(colour), 16
     highest = row.position_ids.max().item()
-    axes["position"].bar(range(length), row.position_ids[0], color=colour, width=1.0)
-    axes["position"].set(ylabel="position", xlim=(-0.5, length - 0.5), ylim=(0, 2.2 * highest))
+    strip(axes["position"], row.position_ids[0], colour, "position")
+    axes["position"].set(xlim=(-0.5, length - 0.5), ylim=(0, 2.2 * highest))
     spans = [*tree.branches, tuple(row.regions[0, :, 0].nonzero()[[0, -1], 0].tolist())]
     texts = ("log π(chosen)\n→ L_dpo, L_sft", "log π(rejected)\n→ L_dpo", "share R of the image attention\n→ L_att")
     places = (length - 30, length - 4, sum(spans[2]) / 2)
@@ -114,10 +139,9 @@ def draw_row(family):
 
 def draw_mass(model, family):
     """Region weights of a picture in a picture, the mass on each image token, and the masses by layer."""
-    record, (picture,), (image,), prompt = sample(family, 3, "pip")
-    regions, layers = [prompt_regions(record, [image])], range(model.config.text_config.num_hidden_layers)
-    batch = batch_prompts(family, [prompt], regions, family.pixels([picture]), [record.image_type], [True])
-    (found,) = generate(model, family, batch, layers, max_new_tokens=8)
+    pair, layers = sample(family, 3, "pip"), range(model.config.text_config.num_hidden_layers)
+    record, (picture,), (image,), _ = pair
+    _, found = answered(model, family, pair, layers, max_new_tokens=8)
     weights, mass = (image.raster(values) for values in (target_weights(record, [image]), found.by_token))
     figure, axes = plt.subplots(1, 4, figsize=(10, 2.6), layout="constrained")
     axes[0].imshow(picture)
@@ -137,6 +161,31 @@ def draw_mass(model, family):
     axes[3].set(title=f"mass by layer, mean R = {found.ratio:.2f}", xlabel="layer", xticks=layers,
                 ylim=(0, by_layer[:, 1].max() * 1.5))  # fmt: skip
     axes[3].legend(frameon=False, loc="upper left", fontsize=7)
+    return figure
+
+
+def draw_steering(model, family, layer: int = 2, head: int = 0):
+    """Scores of the last prompt row before and after scaling, and the attention that comes of them."""
+    noted = []
+
+    def note(scores, scale, heads=None):
+        noted.append((scores, scale_scores(scores, scale, heads)))
+        return noted[-1][1]
+
+    pair, steer = sample(family, 1, "sequence", 3), AdaptViz(bands=Bands.fixed(1.5)).steer
+    with patch.object(attention, "scale_scores", note):
+        batch, found = answered(model, family, pair, [layer], steer=steer, max_new_tokens=1)
+    parts = batch.regions[0, :, :2]
+    figure, axes = plt.subplots(2, 2, figsize=(9, 4), sharex=True, sharey="row", layout="constrained")
+    for (above, below), values, title in zip(axes.T, noted[layer], ("before", f"after, factor {found.factor:g}"),
+                                             strict=True):  # fmt: skip
+        masses = values[0, head, 0].softmax(dim=-1)
+        on = masses @ parts
+        strip(above, values[0, head, 0], colours(parts), "score" if title == "before" else "")
+        strip(below, masses, colours(parts), "attention" if title == "before" else "")
+        above.set_title(title)
+        below.set_title(f"target {on[0]:.2f} of {on[1]:.2f} on images: R = {on[0] / on[1]:.2f}", fontsize=9)
+        below.set_xlabel("prompt token")
     return figure
 
 
