@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from llava.answers import AnswerStore
 from llava.attention import layer_range
@@ -32,7 +31,7 @@ from llava.image import ImageStore
 from llava.records import Question, messages, read_questions, refuse_duplicates
 from llava.regions import collage_grid, prompt_regions
 from llava.run_folder import only_writer
-from llava.runtime import is_main_process, stop, user_errors
+from llava.runtime import Progress, is_main_process, stop, user_errors
 from llava.settings import AnswerSettings, ModelSettings
 
 logger = logging.getLogger(__name__)
@@ -265,7 +264,7 @@ def batches_of(job: Job, own: Sequence[int]) -> Iterator[tuple[Any, list[int], P
         Batches(job, own), batch_size=None, num_workers=job.model.num_workers, pin_memory=torch.cuda.is_available()
     )
     total = sum(len(job.batches[number]) for number in own)
-    with tqdm(total=total, desc="answers", unit="answer", disable=not is_main_process()) as bar:
+    with Progress(total=total, desc="answers", unit="answer", disable=not is_main_process()) as bar:
         for number, batch in loader:
             if isinstance(batch, str):
                 stop(batch, from_any_process=True)

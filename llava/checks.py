@@ -3,13 +3,11 @@
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from tqdm import tqdm
-
 from llava.families import Family
 from llava.image import ImageStore
 from llava.records import DataError, Prompt
 from llava.regions import needs_sizes, target_box, target_weights
-from llava.runtime import is_main_process
+from llava.runtime import Progress, is_main_process
 
 DEPTHS = ("full", "header", "exists")
 
@@ -48,7 +46,7 @@ def _look_at(store: ImageStore, names: Iterable[str], depth: str) -> dict[str, t
     names = sorted(names)
     with ThreadPoolExecutor() as pool:
         quiet = not is_main_process() or len(names) < 1000
-        found = list(tqdm(pool.map(look, names), total=len(names), desc="checking pictures", disable=quiet or None))
+        found = list(Progress(pool.map(look, names), total=len(names), desc="checking pictures", disable=quiet))
     return dict(zip(names, found, strict=True))
 
 

@@ -1,5 +1,6 @@
 """What every entry point needs around its work: logging, errors in one line, versions, run.json, devices."""
 
+import io
 import json
 import logging
 import os
@@ -15,6 +16,7 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 import torch
+from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from llava.messages import one_line, printable
@@ -155,6 +157,24 @@ def write_records(path: Path, records: Iterable[dict[str, Any]], **options: Any)
     """Write a JSON array, a record a line, as `records.read_json` reads it; `options` of `json.dumps`."""
     lines = ",\n".join(json.dumps(record, **options) for record in records)
     write_text(path, f"[\n{lines}\n]\n")
+
+
+class _Lines(io.TextIOBase):
+    """Standard error for what redraws a line: every state of it that is written is a line of its own."""
+
+    def write(self, text: str) -> int:
+        if state := text.strip():
+            sys.stderr.write(state + "\n")
+        return len(text)
+
+
+class Progress(tqdm):
+    """A bar; where there is no terminal a line every half minute, since a log file takes no carriage returns."""
+
+    def __init__(self, *args, **options):
+        if not sys.stderr.isatty():
+            options |= {"file": _Lines(), "delay": 10, "mininterval": 30, "maxinterval": 30, "ncols": 100}
+        super().__init__(*args, **options)
 
 
 def without_compiler() -> None:

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, LogitsProcessor
 
 from llava.answering import Job, batches_of, own_device, prepare, spread
@@ -26,7 +25,7 @@ from llava.command_line import check_numbers, flag, parse
 from llava.endpoint import KEY_VARIABLE, Endpoint, Failed, Words, messages_of, url_part
 from llava.generation import generate
 from llava.records import read_prompts
-from llava.runtime import setup_logging, user_errors, write_text
+from llava.runtime import Progress, setup_logging, user_errors, write_text
 from llava.settings import AnswerSettings, ModelSettings
 from scripts.export import DTYPES, Asked, asked_of, export, plain_inputs, turns_of
 
@@ -146,7 +145,7 @@ def ask_plain(folder: Path | str, asked: Sequence[Asked], own: ProveSettings) ->
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=own.dtype, trust_remote_code=False)
     model.eval().to(own_device())
     found = []
-    for one in tqdm(asked, desc="plain transformers", unit="answer"):
+    for one in Progress(asked, desc="plain transformers", unit="answer"):
         inputs, first = plain_inputs(processor, one.turns, one.pictures).to(model.device, model.dtype), FirstToken()
         whole = model.generate(
             **inputs, do_sample=False, num_beams=1, repetition_penalty=1.0, max_new_tokens=own.max_new_tokens,
@@ -195,7 +194,7 @@ async def _all(endpoint: Endpoint, ask: Callable, count: int, workers: int) -> l
             bar.update()
             return given
 
-    with tqdm(total=count, desc="the server", unit="answer") as bar:
+    with Progress(total=count, desc="the server", unit="answer") as bar:
         async with endpoint.client:
             first = await in_turn(0)
             try:

@@ -108,3 +108,20 @@ def test_an_interrupt_ends_in_a_line():
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert done.returncode == -signal.SIGINT
     assert done.stderr.strip().splitlines() == ["interrupted: the same command does what is left"]
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_a_bar_is_lines_where_there_is_no_terminal(monkeypatch, capsys, is_terminal):
+    """Of a log file: no carriage return, a line at the end of what takes long, nothing of what does not."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal, raising=False)
+    assert list(runtime.Progress(range(3), desc="short")) == [0, 1, 2]
+    with runtime.Progress(total=3, desc="long") as bar:
+        bar.start_t -= 60
+        bar.last_print_t -= 60
+        bar.update(3)
+    err = capsys.readouterr().err
+    if is_terminal:
+        assert "\r" in err and "short" in err
+    else:
+        assert "\r" not in err and "short" not in err
+        assert [line.split(":")[0] for line in err.splitlines()] and set(err.split(":")[0].split()) == {"long"}

@@ -15,8 +15,6 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any
 
-from tqdm import tqdm
-
 from data_gen.drops import Drop
 from data_gen.gen_instruction import schedule
 from data_gen.gen_instruction.arguments import Common, exit_code
@@ -27,7 +25,7 @@ from data_gen.gen_instruction.workers import WorkerKilled, ordered
 from data_gen.sources import Sources
 from data_gen.tables import stamp
 from llava.command_line import check_numbers, flag, parse
-from llava.runtime import setup_logging, stop, user_errors
+from llava.runtime import Progress, setup_logging, stop, user_errors
 
 logger = logging.getLogger("data_gen.gen_instruction")
 MOST = 100_000_000  # prompts of a run: what decides each is in memory
@@ -190,7 +188,7 @@ def fill(flags: Flags, output: Output, recipe: Recipe, planned: schedule.Schedul
     output.begin()
     if output.num_done:
         logger.info("%d prompts found in %s: continuing", output.num_done, flags.output)
-    with tqdm(total=len(planned), initial=output.num_done, desc="prompts", unit="prompt") as bar:
+    with Progress(total=len(planned), initial=output.num_done, desc="prompts", unit="prompt") as bar:
         for record, drops in ordered(make, recipe, planned.tasks(output.num_done), flags.num_workers):
             if flags.strict and any(drop.is_bad for drop in drops):
                 break

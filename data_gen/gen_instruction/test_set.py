@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 from tqdm.contrib.concurrent import thread_map
 
 from data_gen.drops import Drop, Unusable
@@ -29,7 +28,7 @@ from data_gen.tables import stamp
 from llava.command_line import check_numbers, flag, parse
 from llava.records import name_of, read_json
 from llava.run_folder import finished_run, only_writer
-from llava.runtime import check_outputs, setup_logging, user_errors, write_records, write_run_json, write_text
+from llava.runtime import Progress, check_outputs, setup_logging, user_errors, write_records, write_run_json, write_text
 
 logger = logging.getLogger("data_gen.gen_instruction")
 SIZES = {"sequence": (2, 3, 4, 5), "collage": tuple(GRIDS), "pip": (2,)}  # pictures of a prompt
@@ -98,7 +97,7 @@ def exclude(flags: Flags, files: PictureFiles | None) -> tuple[set[bytes], int]:
     if not flags.exclude_training:
         return set(), 0
     wanted = training_pictures(flags.exclude_training, flags.exclude_images, files)
-    found = thread_map(_fingerprint, wanted, max_workers=flags.num_workers, desc="training set")
+    found = thread_map(_fingerprint, wanted, tqdm_class=Progress, max_workers=flags.num_workers, desc="training set")
     return set(found) - {None}, found.count(None)
 
 
@@ -131,7 +130,7 @@ def make_all(flags: Flags, maker: Maker) -> None:
     for image_type in FORMATS:
         records = []
         with new_tar(flags.output / f"test_images_{image_type}.tar") as tar:
-            for size, target in tqdm(slots(SIZES[image_type], flags.num_per_format, maker.rng), desc=image_type):
+            for size, target in Progress(slots(SIZES[image_type], flags.num_per_format, maker.rng), desc=image_type):
                 record = maker.next_question(f"{image_type}_{len(records):04d}", image_type, size, target, tar)
                 if record is None:
                     raise ValueError(

@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
 
-from tqdm import tqdm
-
 from data_gen.drops import Drop, Unusable
 from data_gen.mix.exporting import BRANCH, MORE
 from data_gen.mix.formats import Messages, Row, listed, take, text_of
@@ -16,7 +14,7 @@ from data_gen.mix.pictures import Folder
 from data_gen.pictures import PictureFiles, decode
 from data_gen.sources import below
 from llava.records import IMAGE, parse_preference
-from llava.runtime import write_records, write_run_json, write_text
+from llava.runtime import Progress, write_records, write_run_json, write_text
 from llava.strict_json import loads
 from llava.tables import read_rows
 
@@ -33,7 +31,7 @@ def import_pairs(paths: Sequence[str], image_folder: str | None, output: Path) -
     importer, drops, num_rows = _Importer(Folder(output / "images")), [], 0
     for table in (table for path in paths for table in _tables(Path(path))):
         importer.files = files or PictureFiles(table if table.is_dir() else table.parent)
-        for number, row in enumerate(tqdm(read_rows(table), desc=table.name, unit="row", disable=None), 1):
+        for number, row in enumerate(Progress(read_rows(table), desc=table.name, unit="row"), 1):
             num_rows += 1
             try:
                 importer.add(row, f"row_{num_rows}")

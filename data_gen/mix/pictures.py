@@ -8,12 +8,12 @@ from collections.abc import Container, Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from tqdm import tqdm
 from tqdm.contrib.concurrent import thread_map
 
 from data_gen.drops import Unusable
 from data_gen.pictures import PictureFiles, decode, fingerprint
 from llava.records import DataError
+from llava.runtime import Progress
 
 TOP = "images"  # folder inside the archive, so that it unpacks beside train.json as it is named there
 EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time that a zip can hold
@@ -33,7 +33,8 @@ def look_at(files: PictureFiles, wanted: Iterable[tuple[Sequence[str], str]]) ->
     for names, where in wanted:
         for name in names:
             places.setdefault(name, where)
-    found = thread_map(lambda name: _content(files, name), places, desc="pictures", disable=len(places) < 1000)
+    options = {"tqdm_class": Progress, "desc": "pictures", "disable": len(places) < 1000}
+    found = thread_map(lambda name: _content(files, name), places, **options)
     contents = dict(zip(places, found, strict=True))
     if problems := [f"{places[name]}: {error}" for name, error in contents.items() if isinstance(error, Unusable)]:
         raise DataError(problems)
@@ -101,7 +102,7 @@ class Names:
         """An archive without compression whose bytes depend on names and contents only; in place once it is whole."""
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
-            for name in tqdm(sorted(names), desc=path.name, unit="picture"):
+            for name in Progress(sorted(names), desc=path.name, unit="picture"):
                 files, there, _ = self._places[name]
                 info = zipfile.ZipInfo(f"{TOP}/{name}", EPOCH)
                 info.create_system, info.external_attr = 3, 0o644 << 16  # unix, whatever this machine is
@@ -110,7 +111,7 @@ class Names:
 
     def write_folder(self, folder: Path, names: Iterable[str]) -> None:
         """The pictures as files: links to those of a folder where the file system can, else copies."""
-        for name in tqdm(sorted(names), desc=folder.name, unit="picture"):
+        for name in Progress(sorted(names), desc=folder.name, unit="picture"):
             files, there, num_bytes = self._places[name]
             target = folder / name
             if target.is_file() and target.stat().st_size == num_bytes:

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from inference.llava_hound_dpo.summary import Row
 from llava.endpoint import Endpoint, EndpointError, Failed, messages_of, url_part
 from llava.image import ImageStore
 from llava.records import FORMATS, IMAGE, DataError, Question, context_of, read_questions, transcript
 from llava.run_folder import Log, only_writer
+from llava.runtime import Progress
 from llava.statistics import bootstrap_interval, paired_difference
 
 log = logging.getLogger(__name__)
@@ -194,7 +194,7 @@ class LlmJudge:
         async with self.endpoint.client:
             first = next(waiting)
             verdict = await self._ask(first)
-            with tqdm(total=len(tasks), desc="judge") as bar, only_writer(self.cache):
+            with Progress(total=len(tasks), desc="judge") as bar, only_writer(self.cache):
                 keep(first, verdict)
                 try:
                     async with asyncio.TaskGroup() as group:  # where one fails, the others are cancelled

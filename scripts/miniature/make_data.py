@@ -11,10 +11,9 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from llava.command_line import check_numbers, flag, parse
-from llava.runtime import user_errors, write_records
+from llava.runtime import Progress, user_errors, write_records
 from scripts.miniature.draw import GRID
 from scripts.miniature.prompts import MULTI_IMAGE_TYPES, Prompt, sample_prompt
 
@@ -57,7 +56,7 @@ def main() -> None:
             continue
         rng = np.random.default_rng([flags.seed, number])
         records = []
-        for index in tqdm(range(size), desc=name, unit="record"):
+        for index in Progress(range(size), desc=name, unit="record"):
             prompt = sample_prompt(rng, split, image_types[index % len(image_types)])
             record_id = f"{name}_{index:06d}"
             images = save_pictures(prompt.pictures(), flags.output / "images", name, record_id)

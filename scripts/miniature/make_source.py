@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from llava.command_line import check_numbers, flag, parse
-from llava.runtime import user_errors, write_records
+from llava.runtime import Progress, user_errors, write_records
 from scripts.miniature.draw import draw_single
 from scripts.miniature.prompts import QUESTIONS, sample_scene
 from scripts.miniature.world import SHARES, Scene
@@ -39,7 +38,7 @@ def main() -> None:
         (flags,) = parse([SourceFlags], __doc__)
     rng = np.random.default_rng([flags.seed, list(SHARES).index(flags.split)])
     records = []
-    for number in tqdm(range(flags.num_pictures), desc="source", unit="picture"):
+    for number in Progress(range(flags.num_pictures), desc="source", unit="picture"):
         path = f"{flags.split}_{number // flags.group_size:03d}/{number:06d}.png"
         scene = sample_scene(rng, flags.split)
         (flags.output / "images" / path).parent.mkdir(parents=True, exist_ok=True)

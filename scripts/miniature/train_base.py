@@ -17,13 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 from transformers.utils import logging as transformers_logging
 
 from llava.command_line import check_numbers, flag, parse
 from llava.families.llava15 import vicuna_v1
-from llava.runtime import user_errors, write_text
+from llava.runtime import Progress, user_errors, write_text
 from scripts.miniature.lessons import PATCHES, Batch, conversation_batch, encode, patch_batch
 from scripts.miniature.model import TEXT_WIDTH, VISION_WIDTH, build_model, build_processor
 from scripts.miniature.prompts import SEQUENCE_LENGTHS, Prompt, sample_prompt
@@ -99,7 +98,7 @@ def run(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / rise, max(0.02, (steps - step) / fall))
     )
-    progress = tqdm(range(1, steps + 1), desc=name)
+    progress = Progress(range(1, steps + 1), desc=name)
     for step in progress:
         loss, shown = lesson()
         optimizer.zero_grad(set_to_none=True)

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from llava.asked import FORMATS
 from llava.checks import check_pictures
@@ -18,7 +17,7 @@ from llava.families import Family
 from llava.image import ImageStore
 from llava.records import DataError, Preference, parse_preference, parse_records, read_json
 from llava.regions import target_weights
-from llava.runtime import is_main_process
+from llava.runtime import Progress, is_main_process
 from train.llava_hound_dpo.packing import EncodedPair, PackedRow, pack
 
 logger = logging.getLogger(__name__)
@@ -121,7 +120,7 @@ def _tokenized(
     records: Sequence[Preference], family: Family, store: ImageStore | None
 ) -> tuple[list[Pair], list[str]]:
     pairs, problems = [], []
-    for record in tqdm(records, desc="tokenising", disable=not is_main_process() or len(records) < 1000 or None):
+    for record in Progress(records, desc="tokenising", disable=not is_main_process() or len(records) < 1000):
         try:
             pairs.append(tokenize_one(record, family, store))
         except (OSError, ValueError) as error:

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor
-from tqdm import tqdm
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -20,7 +19,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from llava.attention import attention_ratio, mean_over_layers
 from llava.families import Family
 from llava.records import FORMATS
-from llava.runtime import is_main_process
+from llava.runtime import Progress, is_main_process
 from train.llava_hound_dpo import checkpoints
 from train.llava_hound_dpo.batches import BatchPlan, RowLoader
 from train.llava_hound_dpo.data import PairCollator, PairDataset
@@ -212,7 +211,7 @@ class AttentionAwareDPOTrainer(Trainer):
         model.eval()
         # Every process makes the same number of forwards: under ZeRO-3 they are collective.
         rounds = range(0, len(batches), args.world_size)
-        for start in tqdm(rounds, desc="reference log-probs", disable=not is_main_process() or None):
+        for start in Progress(rounds, desc="reference log-probs", disable=not is_main_process()):
             own = start + args.process_index
             indices = batches[own] if own < len(batches) else batches[0]
             inputs = self._prepare_inputs(self.data_collator([dataset[index] for index in indices]))
