@@ -25,6 +25,7 @@ from peft import (
 from PIL import Image
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedConfig, ProcessorMixin
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from llava.attention import install
@@ -95,7 +96,8 @@ class Checkpoint:
             else:
                 config = AutoConfig.from_pretrained(self.path, trust_remote_code=False)
             find_family(config.model_type).check_config(config)
-            shapes_of(config)  # what no model can be built of stumbles here
+            if not is_deepspeed_zero3_enabled():  # which would share out even this
+                shapes_of(config)  # what no model can be built of stumbles here
         return config
 
     @property
