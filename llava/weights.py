@@ -3,9 +3,10 @@
 import hashlib
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -181,6 +182,14 @@ def reason(error: Exception) -> str:
     """What an error says in a line, with its kind where that is not of bad input."""
     kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
     return kind + first_line(error)
+
+
+def share(folder: Path) -> None:
+    """Give the files of tensors below a folder the permissions that files get here: safetensors' are their owner's."""
+    os.umask(mask := os.umask(0))
+    for path in folder.rglob("*.safetensors"):
+        with suppress(OSError):  # of file systems without permissions
+            path.chmod(0o666 & ~mask)
 
 
 @contextmanager

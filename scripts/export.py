@@ -32,7 +32,7 @@ from llava.merging import in_float32, merge
 from llava.records import Question, read_prompts
 from llava.run_folder import only_writer, read_object
 from llava.runtime import setup_logging, stop, user_errors
-from llava.weights import first_line
+from llava.weights import first_line, share
 
 logger = logging.getLogger("scripts.export")
 _held = ExitStack()  # the lock of this run
@@ -110,6 +110,7 @@ def export(checkpoint: Checkpoint, output: Path, dtype: str, layout: str, asked:
     else:
         write(model, family, output)
         compare_inputs(family, output, asked)
+    share(output)
     del model  # before the result is read: one model at a time
     after = first_logits(open_checkpoint(str(output)).load(DTYPES[dtype], exact_adapter=True).eval(), family, asked)
     logger.info("wrote %s (%s, %s)", output, layout, dtype)

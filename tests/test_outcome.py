@@ -1,13 +1,17 @@
 """What lies beside trained weights for people: the curves, and the card."""
 
 import math
+import os
 
 import pytest
+import torch
 from huggingface_hub import ModelCard
 from PIL import Image
+from safetensors.torch import save_file
 
 from tests.test_trainer import make_trainer, pairs  # noqa: F401  fixtures
 from train.llava_hound_dpo import outcome
+from train.llava_hound_dpo.checkpoints import mark_complete
 from train.llava_hound_dpo.outcome import draw_curves, licence_of, write_card
 
 LOG = {"rewards/margins": 0.2, "attention/ratio": 0.6, "logps/chosen": -3.0, "losses/dpo": 0.6}
@@ -85,3 +89,19 @@ def test_every_saved_adapter_has_the_card_and_not_the_template(make_trainer, tmp
     trainer.train()
     text = (tmp_path / "out/checkpoint-1/README.md").read_text()
     assert text.startswith("---\n") and "| loss | " in text and "# checkpoint-1" in text
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_files_of_tensors_have_the_permissions_of_other_files(tmp_path, mask, mode):
+    """safetensors makes its files readable by their owner only, whatever the umask says."""
+    (tmp_path / "checkpoint-1").mkdir()
+    before = os.umask(mask)
+    try:
+        for path in (tmp_path / "a.safetensors", tmp_path / "checkpoint-1/b.safetensors"):
+            save_file({"x": torch.zeros(1)}, path)
+        mark_complete(tmp_path, {})
+        assert {path.stat().st_mode & 0o777 for path in tmp_path.rglob("*.safetensors")} == {mode}
+        assert (tmp_path / "complete.json").stat().st_mode & 0o777 == mode
+        assert os.umask(mask) == mask
+    finally:
+        os.umask(before)

@@ -22,7 +22,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from llava import run_folder
 from llava.runtime import write_text
-from llava.weights import first_line
+from llava.weights import first_line, share
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +87,7 @@ def is_finished(output_dir: str | Path, identity: Mapping[str, Any]) -> bool:
 
 def mark_complete(folder: Path, identity: Mapping[str, Any]) -> None:
     """The last file of a checkpoint, or of a finished training: all others are there."""
+    share(folder)
     write_text(folder / COMPLETE, json.dumps(identity, indent=2))
 
 
