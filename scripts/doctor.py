@@ -9,7 +9,7 @@ checked; exit code 1 if there is a problem.
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import packages_distributions
 from pathlib import Path
@@ -28,10 +28,10 @@ from llava.command_line import check_numbers, flag, parse
 from llava.families import Family
 from llava.image import ImageStore
 from llava.messages import one_line
-from llava.records import DataError, Preference, Prompt, name_of, parse_preference, parse_question, read_json
+from llava.records import Preference, Prompt, name_of, parse_preference, parse_question, read_json
 from llava.runtime import check_outputs, git_commit, setup_logging, user_errors, versions, without_compiler, write_text
 from scripts import selftest
-from train.llava_hound_dpo.data import Pair, describe, tokenize_one, within_length
+from train.llava_hound_dpo.data import Pair, describe, named_by, problems_of, tokenize_one, within_length
 
 ROOT = Path(__file__).resolve().parent.parent
 OURS = "attention-aware-dpo"
@@ -168,7 +168,7 @@ def check_data(report: Report, own: DoctorSettings, family: Family | None) -> li
     used = Counter(ids.values())
     problems += [f"{where}: the id is used {used[id]} times" for where, id in ids.items() if used[id] > 1]
     report.all_bad(problems)
-    named = {record_of(problem, ids) for problem in problems}
+    named = named_by(problems, set(ids))
     bad = [id for where, id in ids.items() if where in named]
     report.ok(f"{len(raw):,} records, {len(bad):,} of them bad")
     describe_all(report, records, pairs)
@@ -233,22 +233,6 @@ def is_question(record: Any) -> bool:
 def id_of(record: Any, number: int) -> str:
     """What a fix list calls a record."""
     return str(record["id"]) if isinstance(record, dict) and "id" in record else f"record {number}"
-
-
-def problems_of(check: Callable, *arguments: Any) -> list[str]:
-    """What a check that raises would have said."""
-    try:
-        check(*arguments)
-    except DataError as error:
-        return error.problems
-    return []
-
-
-def record_of(problem: str, names: Collection[str]) -> str | None:
-    """The name that a problem begins with; a name, as an id, may have a colon in it."""
-    parts = problem.split(": ")
-    starts = (": ".join(parts[:number]) for number in range(1, len(parts)))
-    return next((start for start in starts if start in names), None)
 
 
 if __name__ == "__main__":

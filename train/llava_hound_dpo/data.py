@@ -76,11 +76,17 @@ class PairReader:
         return fitting, [*problems, *(f"{p.record.where}: {p.num_tokens} tokens, too long" for p in long)]
 
     def _bad_pictures(self, pairs: Sequence[Pair]) -> list[str]:
-        try:
-            check_pictures([pair.record for pair in pairs], self.store, self.family, self.check_images)
-        except DataError as error:
-            return error.problems
-        return []
+        records = [pair.record for pair in pairs]
+        return problems_of(check_pictures, records, self.store, self.family, self.check_images)
+
+
+def problems_of(check: Callable, *arguments: Any) -> list[str]:
+    """What a check that raises DataError would have said."""
+    try:
+        check(*arguments)
+    except DataError as error:
+        return error.problems
+    return []
 
 
 def read_leave_out(path: str | None) -> frozenset[str]:
@@ -92,7 +98,7 @@ def read_leave_out(path: str | None) -> frozenset[str]:
 
 
 def named_by(problems: Sequence[str], names: set[str]) -> set[str]:
-    """Those of the records' names that lines of problems begin with."""
+    """Those of the records' names that lines of problems begin with; a name, as an id, may have a colon in it."""
     starts = {problem[: colon.start()] for problem in problems for colon in re.finditer(": ", problem)}
     return starts & names
 
