@@ -29,7 +29,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from llava.attention import install
-from llava.families import Family, find_family
+from llava.families import Family, find_family, refuse_unknown
 from llava.families import llava15_original as original
 from llava.merging import merge
 from llava.run_folder import read_object
@@ -68,6 +68,7 @@ class Checkpoint:
     base: "Checkpoint | None" = None  # below an adapter
     image_tower: str | None = None  # overrides the vision tower that an original checkpoint names
     pad: bool | None = None  # pictures are padded to a square; None: as the checkpoint says, else they are
+    max_image_tokens: int | None = None  # that a picture may cost; None: as the checkpoint says
     raw: Mapping[str, Any] = field(default_factory=dict, repr=False)  # config.json of a whole checkpoint
 
     @property
@@ -95,7 +96,7 @@ class Checkpoint:
                 config = original.translate_config(self.raw, self.tower)
             else:
                 config = AutoConfig.from_pretrained(self.path, trust_remote_code=False)
-            find_family(config.model_type).check_config(config)
+            find_family(config).check_config(config)
             if not is_deepspeed_zero3_enabled():  # which would share out even this
                 shapes_of(config)  # what no model can be built of stumbles here
         return config
@@ -113,7 +114,8 @@ class Checkpoint:
     @cached_property
     def family(self) -> Family:
         """Tokenizer, prompts and picture geometry. Raises ValueError if they are not the model's, FileNotFoundError."""
-        place = self.path if (Path(self.path) / "processor_config.json").is_file() else self.root.path
+        has_own = any((Path(self.path) / name).is_file() for name in ("processor_config.json", "preprocessor_config.json"))
+        place = self.path if has_own else self.root.path
         is_original = place == self.root.path and self.root.dialect == ORIGINAL
         pad, settings = self.pad, None
         if is_original:
@@ -126,10 +128,15 @@ class Checkpoint:
                 # With torchvision installed the default backend would resample otherwise.
                 image_processor = AutoImageProcessor.from_pretrained(place, backend="pil", trust_remote_code=False)
                 settings = ProcessorMixin.get_processor_dict(place)[0]
+                # Where older processors have it, which a tokenizer alone does not read.
+                tokenizer.chat_template = tokenizer.chat_template or settings.get("chat_template")
             except Exception as error:  # whatever settings of strange types make them stumble over
                 raise FileNotFoundError(f"{place}: no processor to load ({reason(error)})") from error
         with naming(place):
-            family = find_family(self.config.model_type)(self.config, tokenizer, image_processor, pad)
+            family = find_family(self.config)(self.config, tokenizer, image_processor, pad)
+            family.source = None if is_original else local_folder(place)
+            if self.max_image_tokens is not None:
+                family.cap(self.max_image_tokens)
             picture = Image.new("RGB", (8, 8))  # of which the processor's settings must make something
             family.image(picture.size)
             check_numbers(place, family.pixels([picture]))
@@ -161,9 +168,10 @@ class Checkpoint:
         install(model)
         logger.info("loaded %s: %s parameters in %s", self, f"{model.num_parameters():,}", dtype)
         if exact_adapter:
-            family = find_family(self.config.model_type)
-            for part in (family.tower, family.projector):
-                getattr(model.model, part).float()
+            family = find_family(self.config)
+            for name, parameter in model.named_parameters():
+                if family.part_of(name) in (family.tower, family.projectors[0]):
+                    parameter.data = parameter.data.float()
         return self._with_adapters(model, exact_adapter, is_quantised=bool(settings))
 
     def check_tensors(self) -> int:
@@ -178,7 +186,7 @@ class Checkpoint:
     def _load_whole(self, dtype: torch.dtype, **more):
         # Mis-shaped tensors are refused below, by name.
         settings = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True, **more}
-        model_class = find_family(self.config.model_type).model_class
+        model_class = find_family(self.config).model_class(self.config)
         if Path(self.path).is_dir():
             check_shards(Path(self.path))
         try:
@@ -208,24 +216,24 @@ class Checkpoint:
                 "those it was trained to give", folder, bits,
             )  # fmt: skip
         load = _load_original_lora if self.dialect == ORIGINAL_LORA else _load_peft
-        return load(model, folder, find_family(self.config.model_type), is_exact)
+        return load(model, folder, find_family(self.config), is_exact)
 
 
 def open_checkpoint(
-    path: str, base: str | None = None, image_tower: str | None = None, pad: bool | None = None
-) -> Checkpoint:
+    path: str, base: str | None = None, image_tower: str | None = None, pad: bool | None = None,
+    max_image_tokens: int | None = None,
+) -> Checkpoint:  # fmt: skip
     """The checkpoint of a folder or hub name, its dialect found by its files; its config is read and checked.
 
     `base` is what an adapter stands on, instead of the base it names; `pad` whether pictures are padded to a square,
-    instead of what it says. Raises FileNotFoundError if there is nothing to read, ValueError if it is of no family that
+    instead of what it says; `max_image_tokens` how many a picture may cost. Raises FileNotFoundError if there is nothing to read, ValueError if it is of no family that
     is known.
     """
-    return _open(str(path), base, image_tower, pad, above=())
+    return _open(str(path), base, (image_tower, pad, max_image_tokens), above=())
 
 
-def _open(
-    path: str, base: str | None, image_tower: str | None, pad: bool | None, above: tuple[Path, ...]
-) -> Checkpoint:
+def _open(path: str, base: str | None, settings: tuple, above: tuple[Path, ...]) -> Checkpoint:
+    """`settings`: the last fields of `Checkpoint`, which are the same along the chain."""
     if not Path(path).exists() and HUB_NAME.fullmatch(path) and find_adapter_config_file(path):
         path = str(local_folder(path))
     folder = Path(path)
@@ -236,11 +244,11 @@ def _open(
             raise ValueError(f"{path}: config.json describes no language model (no `text_config`)")
         if not original.is_original(raw):
             try:
-                find_family(raw.get("model_type"))
+                refuse_unknown(raw)
             except ValueError as error:
                 raise ValueError(f"{path}: {error}") from error
         dialect = ORIGINAL if original.is_original(raw) else WHOLE
-        checkpoint = Checkpoint(path, dialect, None, image_tower, pad, raw)
+        checkpoint = Checkpoint(path, dialect, None, *settings, raw)
         checkpoint.config  # noqa: B018  read and checked now
         return checkpoint
     if folder.resolve() in above:
@@ -251,11 +259,11 @@ def _open(
     if not base:
         named = _found(str(named), folder)
     try:
-        below = _open(str(named), None, image_tower, pad, (*above, folder.resolve()))
+        below = _open(str(named), None, settings, (*above, folder.resolve()))
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path} stands on {error}; or name its base with --base_model") from error
     dialect = ORIGINAL_LORA if original.is_original_lora(folder) else PEFT_ADAPTER
-    return Checkpoint(path, dialect, below, image_tower, pad)
+    return Checkpoint(path, dialect, below, *settings)
 
 
 def _found(named: str, folder: Path) -> str:
@@ -272,7 +280,7 @@ def _found(named: str, folder: Path) -> str:
 def shapes_of(config: PreTrainedConfig) -> dict[str, torch.Size]:
     """Name and shape of every tensor that a model of this config loads."""
     with init_empty_weights():
-        model = find_family(config.model_type).model_class(config)
+        model = find_family(config).model_class(config)(config)
     return {name: tensor.shape for name, tensor in model.state_dict().items()}
 
 

@@ -1,17 +1,38 @@
 """The model families, one file each; `find_family` picks the one of a config."""
 
-from llava.families.family import Family, ImageTokens
+from collections.abc import Mapping
+from typing import Any
+
+from llava.families.family import Family, ImageTokens, model_inputs
 from llava.families.llava15 import Llava15
+from llava.families.qwen_vl import QwenVL
 
-__all__ = ["FAMILIES", "Family", "ImageTokens", "find_family"]
+__all__ = ["FAMILIES", "Family", "ImageTokens", "find_family", "model_inputs", "refuse_unknown"]
 
-FAMILIES: tuple[type[Family], ...] = (Llava15,)
+FAMILIES: tuple[type[Family], ...] = (Llava15, QwenVL)
+
+# What people will try that cannot work here, and why.
+REFUSED = {
+    "qwen3_5": "layers of linear attention carry state from one answer of a packed row into the next",
+    "qwen3_5_moe": "layers of linear attention carry state from one answer of a packed row into the next",
+    "mllama": "pictures are read by cross-attention: no token of the prompt stands for them",
+    "gemma3": "images see themselves both ways and most layers slide, which packed rows do not",
+    "paligemma": "the prompt is seen both ways, which packed rows do not",
+}
 
 
-def find_family(model_type: str | None) -> type[Family]:
-    """The family of a config's `model_type`. Raises ValueError listing those that are known."""
-    for family in FAMILIES:
-        if family.model_type == model_type:
-            return family
-    known = ", ".join(f"{family.name} ({family.model_type})" for family in FAMILIES)
+def find_family(config: Any) -> type[Family]:
+    """The family of a config. Raises ValueError listing those that are known."""
+    refuse_unknown({"model_type": config.model_type})
+    return next(f for f in FAMILIES if config.model_type in f.model_types and f.fits(config))
+
+
+def refuse_unknown(raw: Mapping[str, Any]) -> None:
+    """Raises ValueError for a config.json of no family that is known, listing these."""
+    model_type = raw.get("model_type")
+    if any(model_type in family.model_types for family in FAMILIES):
+        return
+    if model_type in REFUSED:
+        raise ValueError(f"models of type {model_type} are not supported: {REFUSED[model_type]}")
+    known = ", ".join(f"{family.name} ({', '.join(family.model_types)})" for family in FAMILIES)
     raise ValueError(f"config.json is of model_type {model_type!r}, which is none of: {known}")

@@ -6,26 +6,33 @@ asks the family.
 Letters: P image tokens of one picture, S tokens of a prompt.
 """
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from llava.records import IMAGE
 
 Context = Sequence[tuple[str, str]]  # (role, text) before a prompt, as of `records.Prompt`
+# What is no part of a module's own name: PEFT's and the wrappers of distributed or compiled models.
+WRAPPERS = re.compile(r"^(base_model\.model\.|module\.|_orig_mod\.)+|\.(default|modules_to_save)(?=\.)")
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+ENCODED = ("pooler_output", "deepstack_features")  # of what a tower gives: what the language model reads
 
 
 @dataclass(frozen=True, eq=False)
 class ImageTokens:
     """The tokens of one picture in a prompt, and which of its pixels each image token stands for."""
 
-    ids: tuple[int, ...]  # as they stand in the prompt: image tokens, and the family's text between them if it has any
+    ids: tuple[int, ...]  # as they stand in the prompt: image tokens, and the family's text around them if it has any
     areas: Float[Tensor, "P 4"]  # x0, y0, x1, y1 of each image token, in px of the stored picture; may reach outside it
     shape: tuple[int, int]  # rows and columns of the raster that heat maps are drawn on
     size: tuple[int, int]  # width and height of the stored picture in px
@@ -64,58 +71,123 @@ def _shares(spans: Float[Tensor, "P 2"], edges: Float[Tensor, " N1"]) -> Float[T
     return covered.clamp(min=0) / (spans[:, 1:] - spans[:, :1])
 
 
+def grid_areas(box: Sequence[float], rows: int, cols: int) -> Float[Tensor, "P 4"]:
+    """Areas (x0, y0, x1, y1) of a grid that covers a box, row by row, in float64."""
+    left, top, right, bottom = box
+    x = left + (right - left) * torch.linspace(0, 1, cols + 1, dtype=torch.float64)
+    y = top + (bottom - top) * torch.linspace(0, 1, rows + 1, dtype=torch.float64)
+    sides = (x[:-1], y[:-1], x[1:], y[1:])
+    return torch.stack([
+        side[:, None].expand(-1, cols) if number % 2 else side.expand(rows, -1) for number, side in enumerate(sides)
+    ], dim=-1).reshape(-1, 4)  # fmt: skip
+
+
 class Family(ABC):
     """A family bound to one checkpoint's config, tokenizer and image processor.
 
-    `pad`: pictures are padded to a square first (`--image_aspect_ratio pad`), where the family knows such a thing.
-    Raises ValueError if the three are not of one model, saying what does not fit.
+    `pad`: pictures are padded to a square first (`--image_aspect_ratio pad`), where the family knows such a thing; None:
+    as the checkpoint says. Raises ValueError if the three are not of one model, saying what does not fit.
     """
 
     name: str
-    model_type: str  # of config.json
-    model_class: Any  # transformers' class
+    model_types: tuple[str, ...]  # of config.json
     language = "language_model"  # parts of parameter names ...
     tower = "vision_tower"
-    projector = "multi_modal_projector"
+    projectors: tuple[str, ...] = ("multi_modal_projector",)  # asked for before the tower, which may hold them
+    image_token: str  # text of an image token
     end: str  # text of the token that ends an answer
-    fixed: bool  # a picture has as many tokens whatever its size
+    fixed = False  # a picture has as many tokens whatever its size
+    source: Path | None = None  # folder that tokenizer and pictures' settings are from
+    older: tuple[tuple[re.Pattern, str], ...] = ()  # names of earlier transformers and what they are now; the first fits
 
-    def __init__(self, config, tokenizer, image_processor, pad: bool = True):
+    def __init__(self, config, tokenizer, image_processor, pad: bool | None = None):
         self.config, self.tokenizer, self.image_processor, self.pad = config, tokenizer, image_processor, pad
         self._specials = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
-        found = tokenizer.convert_tokens_to_ids(IMAGE)
+        found = tokenizer.convert_tokens_to_ids(self.image_token)
         if found != self.image_id:
-            raise ValueError(f"the tokenizer reads {IMAGE} as id {found}, the model has id {self.image_id}")
-        if tokenizer.eos_token != self.end:
-            raise ValueError(f"the end token is {tokenizer.eos_token!r}, {self.name} ends answers with {self.end!r}")
+            raise ValueError(f"the tokenizer reads {self.image_token} as id {found}, the model has id {self.image_id}")
 
     @classmethod
-    @abstractmethod
+    def fits(cls, config) -> bool:
+        """Whether a config of one of `model_types`, or its `config.json`, is of this family and not of another."""
+        return True
+
+    @classmethod
     def check_config(cls, config) -> None:
         """Raises ValueError for a config that this code would read wrongly."""
+        text = config.get_text_config()
+        check_sizes(text, SIZES)
+        check_attention(text)
+
+    @classmethod
+    def model_class(cls, config) -> Any:
+        """transformers' class of a config."""
+        return MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
+
+    @classmethod
+    def shrink(cls, config) -> None:
+        """Make a config small in place, for a random twin: same tokens of the same pictures, seconds on a CPU."""
+        text, vision = config.get_text_config(), config.vision_config
+        share = max(1, text.num_attention_heads // (text.num_key_value_heads or text.num_attention_heads))
+        text.hidden_size, text.intermediate_size, text.num_hidden_layers = 64, 96, 3
+        text.num_attention_heads, text.num_key_value_heads, text.head_dim = 4, max(1, 4 // share), 16
+        vision.hidden_size, vision.intermediate_size, vision.num_hidden_layers, vision.num_attention_heads = 32, 64, 3, 2
 
     @abstractmethod
     def processor(self) -> Any:
-        """Tokenizer, pictures' settings and chat template as transformers saves and loads them together."""
+        """What transformers' Trainer saves beside weights: tokenizer, or processor with the chat template."""
 
     @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Write tokenizer, pictures' settings and chat template, as transformers and servers read them together."""
+
     def check_processor(self, settings: Mapping[str, Any]) -> str | None:
         """What plain transformers would do wrong with a folder's processor_config.json; None: nothing."""
+        return None
 
     @property
     def image_id(self) -> int:
         """Id of an image token."""
         return self.config.image_token_id
 
-    @classmethod
-    @abstractmethod
-    def bare_name(cls, name: str) -> str:
-        """A tensor's name as the model has it, whatever PEFT, wrappers or an older transformers made of it."""
+    @property
+    def end_id(self) -> int:
+        """Id of the token that ends an answer."""
+        return self.tokenizer.convert_tokens_to_ids(self.end)
+
+    # ---- names
 
     @classmethod
-    @abstractmethod
+    def part_of(cls, name: str) -> str:
+        """The part of the model that a parameter belongs to, as `parts` calls it."""
+        head = "lm_head" if "lm_head" in name else cls.language
+        inside = cls.tower if cls.tower in name else head
+        return cls.projectors[0] if any(part in name for part in cls.projectors) else inside
+
+    @classmethod
+    def parts(cls) -> tuple[str, ...]:
+        """Tower, projector, language model, head."""
+        return cls.tower, cls.projectors[0], cls.language, "lm_head"
+
+    @classmethod
+    def projector_modules(cls, config) -> list[str]:
+        """Names, or their ends, of the modules between tower and language model: what LoRA saves if they are trained."""
+        return list(cls.projectors)
+
+    @classmethod
+    def bare_name(cls, name: str) -> str:
+        """A tensor's name as the model has it, whatever PEFT, wrappers or an older transformers made of it."""
+        bare = WRAPPERS.sub("", name)
+        return next((ours + bare[found.end() :] for old, ours in cls.older if (found := old.match(bare))), bare)
+
+    @classmethod
     def renewed(cls, names: Any) -> Any:
         """What names modules in an adapter's config (a pattern, a list, or a table) with today's names in it."""
+        if isinstance(names, dict):
+            return {cls.bare_name(f"{name}.").rstrip("."): value for name, value in names.items()}
+        return names if names is None or isinstance(names, str) else [
+            cls.bare_name(f"{name}.").rstrip(".") for name in names
+        ]  # fmt: skip
 
     @classmethod
     def is_older_name(cls, name: str) -> bool:
@@ -155,15 +227,19 @@ class Family(ABC):
         whole = self._tokens(prompt, self._checked(answer, "an answer"), context)
         if whole[: len(before)] != before:
             raise ValueError("the answer's first characters change the tokens of the prompt: trim its leading blanks")
-        if whole[-1] != self.tokenizer.eos_token_id:
-            raise ValueError(f"the tokenizer does not read {self.end} as its end token ({self.tokenizer.eos_token_id})")
-        return whole[len(before) :]
+        said = whole[len(before) :]
+        if self.end_id not in said:
+            raise ValueError(f"the tokenizer does not read {self.end} as its end token ({self.end_id})")
+        return said[: said.index(self.end_id) + 1]  # behind it a template may begin the next turn
 
     def _tokens(self, prompt: str, answer: str | None, context: Context) -> list[int]:
         system = next((text for role, text in context if role == "system"), None)
         said = [text for role, text in context if role != "system"]
         turns = [*zip(said[::2], said[1::2], strict=True), (prompt, answer)]
-        return self.tokenizer(self.render(turns, system))["input_ids"]
+        return self._encode(self.render(turns, system))
+
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer(text)["input_ids"]
 
     def _checked(self, text: str, what: str) -> str:
         """The text itself: what the model would read as a token of its own is refused, never tokenised as such."""
@@ -174,17 +250,39 @@ class Family(ABC):
 
     # ---- pictures
 
-    def num_image_tokens(self, size: tuple[int, int] | None) -> int:
-        """Tokens in a prompt of a picture of (width, height) px; a fixed family needs no size."""
-        return len(self.image(size).ids)
+    def images(self, sizes: Sequence[tuple[int, int]]) -> list[ImageTokens]:
+        """The tokens of all pictures of one prompt, of (width, height) px each."""
+        return [self.image(size, len(sizes)) for size in sizes]
+
+    def num_image_tokens(self, size: tuple[int, int] | None, count: int = 1) -> int:
+        """Tokens in a prompt of a picture of (width, height) px, one of `count`; a fixed family needs no size."""
+        return len(self.image(size, count).ids)
 
     @abstractmethod
-    def image(self, size: tuple[int, int]) -> ImageTokens:
-        """The tokens of a picture of (width, height) px."""
+    def image(self, size: tuple[int, int], count: int = 1) -> ImageTokens:
+        """The tokens of a picture of (width, height) px in a prompt of `count` pictures."""
+
+    @abstractmethod
+    def patches(self, size: tuple[int, int] | None, count: int = 1) -> tuple[int, ...]:
+        """Patches of each piece of such a picture that the tower looks at by itself; as many as all tiles have."""
 
     @abstractmethod
     def pixels(self, pictures: Sequence[Image.Image]) -> dict[str, Tensor]:
-        """What the model takes of pictures, as keyword arguments; those of several prompts are joined along axis 0."""
+        """What the model takes of the pictures of one prompt, as keyword arguments."""
+
+    def join(self, parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """The pixels of several prompts as those of one batch."""
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def encode(self, model, pixels: Mapping[str, Tensor]) -> Any:
+        """What the language model reads of pictures, to be given to `model_inputs`; `pixels` of one or more prompts."""
+        found = model.get_image_features(**pixels, return_dict=True)
+        # The tower's own states are left behind: they would stay in memory as long as this does.
+        return type(found)(**{name: found[name] for name in ENCODED if found.get(name) is not None})
+
+    def cap(self, max_image_tokens: int) -> None:
+        """Change the image processor so that a picture costs so many tokens at most. Raises ValueError."""
+        raise ValueError(f"--max_image_tokens {max_image_tokens}: {self.name} does not scale its pictures")
 
     def expand(self, ids: Sequence[int], images: Sequence[ImageTokens]) -> list[int]:
         """Ids of a prompt with every image token replaced by the tokens of its picture. Raises ValueError."""
@@ -192,3 +290,44 @@ class Family(ABC):
             raise ValueError(f"{ids.count(self.image_id)} image tokens for {len(images)} images")
         own = iter(images)
         return [t for token in ids for t in (next(own).ids if token == self.image_id else (token,))]
+
+    def positions(self, ids: Sequence[int], images: Sequence[ImageTokens]) -> Tensor:
+        """(axes, S) position of every token of an expanded prompt; the same on all axes for its last one."""
+        return torch.arange(len(ids))[None]
+
+
+def model_inputs(features: Any, positions: Tensor) -> dict[str, Any]:
+    """Keyword arguments of any family's model for encoded pictures and (axes, B, S) positions.
+
+    The features are copied: transformers changes the object that it is given.
+    """
+    copied = type(features)(**features)
+    return {"mm_encoder_outputs": {"image": copied}, "position_ids": positions[0] if len(positions) == 1 else positions}
+
+
+def check_sizes(config, names: Sequence[str]) -> None:
+    """Raises ValueError for a size that is none."""
+    for name in names:
+        value = getattr(config, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} {value!r} of the {config.model_type}: a number from 1 is due")
+
+
+def check_attention(text) -> None:
+    """Raises ValueError for a language model whose attention is more than a softmax over all that came before."""
+    other = sorted(set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"})
+    window = getattr(text, "sliding_window", None)
+    problem = None
+    if other:
+        problem = f"has layers of {', '.join(other)}, whose state runs from one answer of a packed row into the next"
+    elif getattr(text, "attn_logit_softcapping", None):
+        problem = "caps its attention scores (attn_logit_softcapping), which no fast kernel does"
+    elif getattr(text, "use_bidirectional_attention", None):
+        problem = "sees parts of a prompt both ways (use_bidirectional_attention), which packed rows do not"
+    elif window is not None and window < text.max_position_embeddings:
+        problem = (
+            f"sees the last {window} tokens alone in some layers (sliding_window), but rows may have "
+            f"{text.max_position_embeddings}"
+        )
+    if problem:
+        raise ValueError(f"the language model {text.model_type} {problem}: it is not supported")

@@ -3,14 +3,16 @@
 import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import LlavaForConditionalGeneration, LlavaImageProcessorPil, LlavaProcessor
+from transformers import LlavaImageProcessorPil, LlavaProcessor
 
-from llava.families.family import Family, ImageTokens
+from llava.families.family import SIZES, Family, ImageTokens, check_sizes, grid_areas
+from llava.records import IMAGE
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -37,8 +39,6 @@ CHAT_TEMPLATE = (
     "{% endif %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
 
-# What is no part of a module's own name: PEFT's and the wrappers of distributed or compiled models.
-WRAPPERS = re.compile(r"^(base_model\.model\.|module\.|_orig_mod\.)+|\.(default|modules_to_save)(?=\.)")
 # Names of earlier transformers, and of a model without its head; the first that fits.
 OLDER = (
     (re.compile(r"^(model\.)?language_model\.lm_head\."), "lm_head."),
@@ -53,15 +53,18 @@ class Llava15(Family):
     """See `Family`."""
 
     name = "LLaVA-1.5"
-    model_type = "llava"
-    model_class = LlavaForConditionalGeneration
+    model_types = ("llava",)
+    image_token = IMAGE
     end = END
     fixed = True
+    older = OLDER
 
     def __init__(self, config, tokenizer, image_processor, pad: bool | None = None):
         if pad is None:
             pad = image_processor.do_pad if isinstance(image_processor, LlavaImageProcessorPil) else True
         super().__init__(config, tokenizer, image_processor, pad)
+        if tokenizer.eos_token != self.end:
+            raise ValueError(f"the end token is {tokenizer.eos_token!r}, {self.name} ends answers with {self.end!r}")
         side, patch = config.vision_config.image_size, config.vision_config.patch_size
         self.side, self.rows = side, side // patch
         self._covered = patch * self.rows  # px of the model's input that become tokens
@@ -79,11 +82,8 @@ class Llava15(Family):
     @classmethod
     def check_config(cls, config) -> None:
         """Raises ValueError where image tokens are not the patches alone, or a size is none."""
-        for part in (config.text_config, config.vision_config):
-            for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
-                value = getattr(part, name)
-                if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                    raise ValueError(f"{name} {value!r} of the {part.model_type}: a number from 1 is due")
+        super().check_config(config)
+        check_sizes(config.vision_config, SIZES)
         if config.vision_feature_select_strategy != "default":
             raise ValueError(
                 f"vision_feature_select_strategy is {config.vision_feature_select_strategy!r}; regions need the patch "
@@ -102,19 +102,11 @@ class Llava15(Family):
         return LlavaImageProcessorPil.from_dict(settings)
 
     @classmethod
-    def bare_name(cls, name: str) -> str:
-        """A tensor's name as the model has it, whatever PEFT, wrappers or an older transformers made of it."""
-        bare = WRAPPERS.sub("", name)
-        return next((ours + bare[found.end() :] for old, ours in OLDER if (found := old.match(bare))), bare)
-
-    @classmethod
     def renewed(cls, names: Any) -> Any:
         """What names modules in an adapter's config (a pattern, a list, or a table) with today's names in it."""
         if isinstance(names, str):
             return rf"(?:model\.)?(?:{NESTED.sub(lambda found: found[1] + found[2], names)})"
-        if isinstance(names, dict):
-            return {cls.bare_name(f"{name}.").rstrip("."): value for name, value in names.items()}
-        return names and [cls.bare_name(f"{name}.").rstrip(".") for name in names]
+        return super().renewed(names)
 
     def processor(self) -> LlavaProcessor:
         """Tokenizer, pictures' settings and chat template as transformers saves and loads them together.
@@ -125,6 +117,10 @@ class Llava15(Family):
             self._feeding, self.tokenizer, patch_size=self.config.vision_config.patch_size,
             vision_feature_select_strategy="default", num_additional_image_tokens=1, chat_template=CHAT_TEMPLATE,
         )  # fmt: skip
+
+    def save(self, folder: Path) -> None:
+        """Write tokenizer, pictures' settings and chat template, as transformers and servers read them together."""
+        self.processor().save_pretrained(folder)
 
     def check_processor(self, settings: Mapping[str, Any]) -> str | None:
         """What plain transformers would do wrong with a folder's processor_config.json; None: nothing."""
@@ -142,22 +138,23 @@ class Llava15(Family):
         """As `vicuna_v1`."""
         return vicuna_v1(turns, SYSTEM if system is None else system)
 
-    def image(self, size: tuple[int, int]) -> ImageTokens:
+    def image(self, size: tuple[int, int], count: int = 1) -> ImageTokens:
         """A square grid of patches, row by row, over what padding, resizing and cropping leave of the picture."""
-        left, top, right, bottom = self._seen(size)
-        across = torch.linspace(0, 1, self.rows + 1, dtype=torch.float64)
-        x, y = left + (right - left) * across, top + (bottom - top) * across
-        sides = (x[:-1], y[:-1], x[1:], y[1:])
-        areas = torch.stack([
-            side[:, None].expand(-1, self.rows) if number % 2 else side.expand(self.rows, -1)
-            for number, side in enumerate(sides)
-        ], dim=-1)  # fmt: skip
         ids = (self.image_id,) * self.rows**2
-        return ImageTokens(ids, areas.reshape(-1, 4), (self.rows, self.rows), size)
+        return ImageTokens(ids, grid_areas(self._seen(size), self.rows, self.rows), (self.rows, self.rows), size)
 
-    def num_image_tokens(self, size: tuple[int, int] | None = None) -> int:
+    def num_image_tokens(self, size: tuple[int, int] | None = None, count: int = 1) -> int:
         """As many for every picture, without its areas: asked for each picture of a data set at the start."""
         return self.rows**2
+
+    def patches(self, size: tuple[int, int] | None = None, count: int = 1) -> tuple[int, ...]:
+        """Those of the one square, and CLIP's class token."""
+        return (self.rows**2 + 1,)
+
+    def cap(self, max_image_tokens: int) -> None:
+        """Every picture costs the same. Raises ValueError if that is too much."""
+        if max_image_tokens < self.rows**2:
+            super().cap(max_image_tokens)
 
     def pixels(self, pictures: Sequence[Image.Image]) -> dict[str, Tensor]:
         """`pixel_values` (pictures, 3, side, side) float32."""

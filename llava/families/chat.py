@@ -1,0 +1,82 @@
+"""What families with a chat template of their own share: prompts as the checkpoint's template makes them."""
+
+import json
+from abc import abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from llava.families.family import Family
+from llava.records import IMAGE
+from llava.run_folder import read_object
+
+SENTINEL = "an answer"
+# Files of a checkpoint that transformers' processors read beside tokenizer and pictures' settings.
+PROCESSOR, PICTURES, VIDEO = "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"
+# Before a template, so that the pictures of a message stand where its parts have them, as in training: many templates
+# put all pictures first, add line breaks, or drop a text that is no list of parts.
+IN_PLACE = (
+    "{%% set kept = namespace(turns=[]) %%}{%% for message in messages %%}{%% set said = namespace(text='') %%}"
+    "{%% if message['content'] is string %%}{%% set said.text = message['content'] %%}{%% else %%}"
+    "{%% for part in message['content'] %%}{%% if part['type'] == 'image' %%}{%% set said.text = said.text + '%s' %%}"
+    "{%% elif part['type'] == 'text' %%}{%% set said.text = said.text + part['text'] %%}{%% endif %%}{%% endfor %%}"
+    "{%% endif %%}{%% set kept.turns = kept.turns + [{'role': message['role'], "
+    "'content': [{'type': 'text', 'text': said.text}]}] %%}{%% endfor %%}{%% set messages = kept.turns %%}"
+)
+
+
+class ChatFamily(Family):
+    """See `Family`. `placeholder` is the text that the family's template has for a picture."""
+
+    placeholder: str
+
+    def __init__(self, config, tokenizer, image_processor, pad: bool | None = None):
+        super().__init__(config, tokenizer, image_processor, pad)
+        if pad is False:
+            raise ValueError(f"--image_aspect_ratio crop: {self.name} sees pictures whole; leave it at pad, or auto")
+        if not tokenizer.chat_template:
+            raise ValueError("no chat template: chat_template.jinja, or in tokenizer_config.json or chat_template.json")
+        behind = self.render([("a prompt", SENTINEL)]).rpartition(SENTINEL)[2]
+        found = [(behind.index(token), token) for token in self._specials if token in behind]
+        if not found:
+            raise ValueError(f"the chat template ends an answer with {behind!r}, which is no token of its own")
+        self.end = min(found)[1]
+
+    def render(self, turns: Sequence[tuple[str, str | None]], system: str | None = None) -> str:
+        """By the checkpoint's chat template; each `<image>` stands where it stood."""
+        said = [("system", system)] if system is not None else []
+        for prompt, answer in turns:
+            said += [("user", prompt)] + ([("assistant", answer)] if answer is not None else [])
+        return self.tokenizer.apply_chat_template(
+            [{"role": role, "content": self._content(text)} for role, text in said], tokenize=False,
+            add_generation_prompt=said[-1][0] == "user",
+        )  # fmt: skip
+
+    def processor(self) -> Any:
+        """The tokenizer; what stands beside it is written by `save`."""
+        return self.tokenizer
+
+    def save(self, folder: Path) -> None:
+        """Write tokenizer, pictures' settings and chat template, as transformers and servers read them together."""
+        own, template = self.image_processor.to_dict(), self.tokenizer.chat_template
+        prelude = IN_PLACE % self.placeholder
+        self.tokenizer.chat_template = template if template.startswith(prelude) else prelude + template
+        self.tokenizer.save_pretrained(folder)
+        self.tokenizer.chat_template = template
+        self.image_processor.save_pretrained(folder)
+        for name in (PROCESSOR, VIDEO):
+            if self.source and (self.source / name).is_file():
+                settings = read_object(self.source / name)
+                settings |= {"image_processor": own} if "image_processor" in settings else {}
+                (Path(folder) / name).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+    def _content(self, text: str) -> list[dict[str, str]]:
+        return [{"type": "text", "text": text.replace(IMAGE, self.placeholder)}]
+
+    def _encode(self, text: str) -> list[int]:
+        bos = self.tokenizer.bos_token
+        return self.tokenizer(text, add_special_tokens=not (bos and text.startswith(bos)))["input_ids"]
+
+    @abstractmethod
+    def cap(self, max_image_tokens: int) -> None:
+        """Change the image processor so that a picture costs so many tokens at most. Raises ValueError."""

@@ -1,0 +1,103 @@
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: cells of 2 x 2 patches of a picture of any size, and positions on three axes.
+
+Source of geometry and positions: Qwen2-VL (arXiv 2409.12191), sections 2.1 and 2.2.
+"""
+
+import re
+from collections.abc import Sequence
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+from llava.families.chat import ChatFamily
+from llava.families.family import ImageTokens, check_sizes, grid_areas
+
+
+class QwenVL(ChatFamily):
+    """See `Family`. Of the mixtures of experts LoRA reaches the attention alone: their experts are no linear layers."""
+
+    name = "Qwen-VL"
+    model_types = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
+    tower = "visual"
+    projectors = ("visual.merger", "visual.deepstack_merger_list")
+    image_token = "<|image_pad|>"
+    placeholder = "<|vision_start|><|image_pad|><|vision_end|>"
+    older = (
+        (re.compile(r"^visual\."), "model.visual."),
+        (re.compile(r"^model\.(?=layers\.|embed_tokens\.|norm\.)"), "model.language_model."),
+    )
+
+    @classmethod
+    def check_config(cls, config) -> None:
+        """Raises ValueError for a config that this code would read wrongly."""
+        super().check_config(config)
+        check_sizes(config.vision_config, ("depth", "num_heads", "patch_size", "spatial_merge_size"))
+
+    @classmethod
+    def shrink(cls, config) -> None:
+        """Make a config small in place, for a random twin."""
+        vision, text = config.vision_config, config.get_text_config()
+        super().shrink(config)
+        text.rope_parameters |= {"mrope_section": [2, 3, 3]}  # half a head's size
+        vision.depth, vision.num_heads, vision.out_hidden_size = 3, 2, text.hidden_size
+        if hasattr(vision, "embed_dim"):  # Qwen2-VL, whose `hidden_size` is the language model's
+            vision.embed_dim, vision.hidden_size = vision.hidden_size, text.hidden_size
+        if hasattr(vision, "fullatt_block_indexes"):
+            vision.fullatt_block_indexes = [1]
+        if hasattr(vision, "deepstack_visual_indexes"):
+            vision.deepstack_visual_indexes = [0, 1]
+        if hasattr(text, "num_experts"):
+            text.num_experts, text.num_experts_per_tok, text.moe_intermediate_size = 4, 2, 32
+
+    @classmethod
+    def projector_modules(cls, config) -> list[str]:
+        """The merger, and one more for each block of the tower whose features go into the language model deeper."""
+        deeper = getattr(config.vision_config, "deepstack_visual_indexes", ())
+        return ["visual.merger", *(f"visual.deepstack_merger_list.{number}" for number in range(len(deeper)))]
+
+    @property
+    def cell(self) -> int:
+        """Px of the resized picture that one token stands for, across and down."""
+        return self.image_processor.patch_size * self.image_processor.merge_size
+
+    def image(self, size: tuple[int, int], count: int = 1) -> ImageTokens:
+        """Cells row by row over the whole picture, which is resized to multiples of a cell, its shape roughly kept."""
+        rows, cols = self._cells(size)
+        areas = grid_areas((0, 0, *size), rows, cols)
+        return ImageTokens((self.image_id,) * (rows * cols), areas, (rows, cols), size)
+
+    def patches(self, size: tuple[int, int] | None, count: int = 1) -> tuple[int, ...]:
+        """All patches of the picture."""
+        rows, cols = self._cells(size)
+        return (rows * cols * self.image_processor.merge_size**2,)
+
+    def pixels(self, pictures: Sequence[Image.Image]) -> dict[str, Tensor]:
+        """`pixel_values` (patches of all pictures, numbers of a patch) float32, and `image_grid_thw` (pictures, 3)."""
+        return dict(self.image_processor(images=list(pictures), return_tensors="pt"))
+
+    def positions(self, ids: Sequence[int], images: Sequence[ImageTokens]) -> Tensor:
+        """(3, S) time, height and width: a picture is a plane at one time, and what follows is as far as it is long."""
+        found, index, now, own = torch.empty(3, len(ids), dtype=torch.long), 0, 0, iter(images)
+        while index < len(ids):
+            rows, cols = next(own).shape if ids[index] == self.image_id else (1, 1)
+            plane = found[:, index : index + rows * cols]
+            plane[0] = now
+            plane[1] = now + torch.arange(rows).repeat_interleave(cols)
+            plane[2] = now + torch.arange(cols).repeat(rows)
+            index, now = index + rows * cols, now + max(rows, cols)
+        return found
+
+    def cap(self, max_image_tokens: int) -> None:
+        """Change the image processor so that a picture costs so many tokens at most."""
+        size, most = dict(self.image_processor.size), max_image_tokens * self.cell**2
+        longest = min(size["longest_edge"], most)  # in spite of their names, both are numbers of px
+        self.image_processor.size = {"shortest_edge": min(size["shortest_edge"], longest), "longest_edge": longest}
+
+    def _cells(self, size: tuple[int, int]) -> tuple[int, int]:
+        limits = self.image_processor.size
+        height, width = smart_resize(
+            size[1], size[0], self.cell, min_pixels=limits["shortest_edge"], max_pixels=limits["longest_edge"]
+        )
+        return height // self.cell, width // self.cell
