@@ -125,7 +125,10 @@ def _image_lengths(family: Family, questions: Sequence[Question], store: ImageSt
     """For each question how many tokens more each of its pictures takes than the one that stands for it."""
     for question in questions:
         sizes = [None] * len(question.images) if family.fixed else [store.size(name) for name in question.images]
-        yield [family.num_image_tokens(size) - 1 for size in sizes]
+        try:
+            yield [family.num_image_tokens(size, len(sizes)) - 1 for size in sizes]
+        except ValueError as error:  # of a shape that the family refuses
+            raise ValueError(f"{question.where}: {error}") from error
 
 
 def _measured(settings: AnswerSettings, checkpoint: Checkpoint) -> tuple[list[int], Heads | None]:
@@ -155,8 +158,7 @@ def identify(job: Job) -> dict[str, Any]:
     """What decides the answers, so that those of another run are neither continued nor overwritten."""
     arguments = dataclasses.asdict(job.model) | dataclasses.asdict(job.settings)
     asked = [
-        (q.id, q.prompt, q.images, q.answer, q.target, q.target_box, q.grid, q.extra, *q.context)
-        for q in job.questions
+        (q.id, q.prompt, q.images, q.answer, q.target, q.target_box, q.grid, q.extra, *q.context) for q in job.questions
     ]
     return {
         "arguments": {name: value for name, value in arguments.items() if name not in PROCESS_FLAGS},
@@ -292,17 +294,18 @@ class Batches(Dataset):
 
 def make_batch(job: Job, numbers: Sequence[int]) -> PromptBatch:
     """The batch of the given questions."""
-    prompts, regions, shown = [], [], []
+    prompts, tokens, regions, pixels = [], [], [], []
     for number in numbers:
         question = job.questions[number]
         pictures = [job.store.open(name) for name in question.images]
-        shown += job.alter(question, pictures) if job.alter else pictures
-        images = [job.family.image(picture.size) for picture in pictures]
+        pixels.append(job.family.pixels(job.alter(question, pictures) if job.alter else pictures))
+        images = job.family.images([picture.size for picture in pictures])
+        tokens.append(images)
         prompts.append(job.family.expand(job.prompts[number], images))
         regions.append(prompt_regions(question, images))
     types = [job.questions[number].image_type for number in numbers]
     is_mapped = [number in job.mapped for number in numbers]
-    return batch_prompts(job.family, prompts, regions, job.family.pixels(shown), types, is_mapped)
+    return batch_prompts(job.family, prompts, tokens, regions, job.family.join(pixels), types, is_mapped)
 
 
 def own_device() -> torch.device:
@@ -343,6 +346,6 @@ def record(job: Job, number: int, given: Generated) -> dict[str, Any]:
     if parts > len(question.images):  # of a collage, and perhaps read off its size
         own["grid"] = list(grid)
     if number in job.mapped:
-        images = [job.family.image(job.store.size(name)) for name in question.images]
+        images = job.family.images([job.store.size(name) for name in question.images])
         own["attention_map"] = attention_map(given.by_token, images)
     return own | {name: value for name, value in question.extra.items() if name not in own}

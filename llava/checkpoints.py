@@ -53,6 +53,7 @@ from llava.weights import (
 logger = logging.getLogger(__name__)
 
 ADAPTER_CONFIG = "adapter_config.json"
+PICTURES = ("processor_config.json", "preprocessor_config.json")  # either has the pictures' settings
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 # What names modules in an adapter_config.json.
 NAMING = ("target_modules", "exclude_modules", "modules_to_save", "rank_pattern", "alpha_pattern", "layers_pattern")
@@ -114,7 +115,7 @@ class Checkpoint:
     @cached_property
     def family(self) -> Family:
         """Tokenizer, prompts and picture geometry. Raises ValueError if they are not the model's, FileNotFoundError."""
-        has_own = any((Path(self.path) / name).is_file() for name in ("processor_config.json", "preprocessor_config.json"))
+        has_own = any((Path(self.path) / name).is_file() for name in PICTURES)
         place = self.path if has_own else self.root.path
         is_original = place == self.root.path and self.root.dialect == ORIGINAL
         pad, settings = self.pad, None
@@ -226,8 +227,8 @@ def open_checkpoint(
     """The checkpoint of a folder or hub name, its dialect found by its files; its config is read and checked.
 
     `base` is what an adapter stands on, instead of the base it names; `pad` whether pictures are padded to a square,
-    instead of what it says; `max_image_tokens` how many a picture may cost. Raises FileNotFoundError if there is nothing to read, ValueError if it is of no family that
-    is known.
+    instead of what it says; `max_image_tokens` how many a picture may cost. Raises FileNotFoundError if there is
+    nothing to read, ValueError if it is of no family that is known.
     """
     return _open(str(path), base, (image_tower, pad, max_image_tokens), above=())
 

@@ -53,7 +53,7 @@ def _look_at(store: ImageStore, names: Iterable[str], depth: str) -> dict[str, t
 def _target_problem(record: Prompt, sizes: list[tuple[int, int]], family: Family | None) -> list[str]:
     try:
         if family:
-            target_weights(record, [family.image(size) for size in sizes])
+            target_weights(record, family.images(sizes))
         elif needs_sizes(record):
             target_box(record, sizes[0])
     except ValueError as error:

@@ -10,11 +10,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache, LogitsProcessor
 
 from llava.attention import Ambient, Plan, Probe, attention_ratio, mean_over_heads, mean_over_layers, use_plan
-from llava.families import Family
+from llava.families import Family, ImageTokens, model_inputs
 from llava.scaling import Scale
 
 
@@ -60,6 +61,7 @@ class PromptBatch:
 
     input_ids: Tensor  # (B, S), image tokens expanded
     attention_mask: Tensor  # (B, S)
+    positions: Tensor  # (axes, B, S), 0 where padded
     pixels: dict[str, Tensor]  # of all images of all prompts in order, as the family's model takes them
     regions: Tensor  # (B, S, R) weight of each token in each region; 0 for a region that a prompt does not have
     num_regions: tuple[int, ...]  # regions of each prompt, at least 2
@@ -75,7 +77,7 @@ class PromptBatch:
         return self._map(Tensor.pin_memory)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "PromptBatch":
-        names = ("input_ids", "attention_mask", "regions")
+        names = ("input_ids", "attention_mask", "positions", "regions")
         pixels = {name: change(tensor) for name, tensor in self.pixels.items()}
         return replace(self, pixels=pixels, **{name: change(getattr(self, name)) for name in names})
 
@@ -85,10 +87,12 @@ Steer = Callable[[Tensor, PromptBatch], Scale | None]
 
 
 def batch_prompts(
-    family: Family, prompts: Sequence[list[int]], regions: Sequence[Tensor], pixels: dict[str, Tensor],
-    image_types: Sequence[str] = (), is_mapped: Sequence[bool] = (),
+    family: Family, prompts: Sequence[list[int]], images: Sequence[Sequence[ImageTokens]], regions: Sequence[Tensor],
+    pixels: dict[str, Tensor], image_types: Sequence[str] = (), is_mapped: Sequence[bool] = (),
 ) -> PromptBatch:  # fmt: skip
-    """Left-pad expanded prompts; `regions` are each prompt's (R, image tokens) weights, target and all images first.
+    """Left-pad expanded prompts, each with the tokens of its `images`.
+
+    `regions` are each prompt's (R, image tokens) weights, target and all images first.
 
     Of a prompt that `is_mapped` the mass on every single image token is measured, too.
     """
@@ -97,11 +101,15 @@ def batch_prompts(
     input_ids = torch.full((len(prompts), longest), family.tokenizer.pad_token_id)
     attention_mask = torch.zeros(len(prompts), longest, dtype=torch.long)
     weights = torch.zeros(len(prompts), longest, max(counts))
+    positions = [family.positions(prompt, own) for prompt, own in zip(prompts, images, strict=True)]
+    positions = torch.stack([F.pad(own, (longest - own.shape[1], 0)) for own in positions], dim=1)
     for row, (prompt, own) in enumerate(zip(prompts, regions, strict=True)):
         input_ids[row, longest - len(prompt) :] = torch.tensor(prompt)
         attention_mask[row, longest - len(prompt) :] = 1
         weights[row, input_ids[row] == family.image_id, : len(own)] = own.T
-    return PromptBatch(input_ids, attention_mask, pixels, weights, counts, tuple(is_mapped), tuple(image_types))
+    return PromptBatch(
+        input_ids, attention_mask, positions, pixels, weights, counts, tuple(is_mapped), tuple(image_types)
+    )
 
 
 @torch.no_grad()
@@ -119,7 +127,7 @@ def generate(
     tokenizer, batch = family.tokenizer, batch.to(model.device)
     # What a checkpoint's generation_config says else would act on greedy answers, too.
     settings = {"do_sample": False, "max_new_tokens": 128, "pad_token_id": tokenizer.pad_token_id,
-                "eos_token_id": tokenizer.eos_token_id, "repetition_penalty": 1.0, **settings}  # fmt: skip
+                "eos_token_id": family.end_id, "repetition_penalty": 1.0, **settings}  # fmt: skip
     beams = settings.get("num_beams", 1)
     probe = Probe(batch.regions, frozenset(layers), each_key=any(batch.is_mapped)) if layers else None
     with use_plan(Plan(probe=probe)) as ambient:
@@ -128,14 +136,14 @@ def generate(
         out = model.generate(
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,
-            **batch.pixels,
+            **model_inputs(family.encode(model, batch.pixels), batch.positions),
             output_attentions=bool(layers),
             return_dict_in_generate=True,
             **({} if watch.cache is None else {"past_key_values": watch.cache}),
             **settings,
         )
     tokens = out.sequences[:, batch.input_ids.shape[1] :]
-    lengths = _lengths(tokens, tokenizer.eos_token_id)
+    lengths = _lengths(tokens, family.end_id)
     masses = by_head = torch.zeros(len(tokens), 0, batch.regions.shape[2])
     if layers:
         steps, rows = [watch.corrected(out.attentions[0]), *out.attentions[1:]], _rows(out, tokens)
@@ -149,7 +157,7 @@ def generate(
         count = batch.num_regions[row]
         by_token = masses[row][:, width:][:, is_image[row]] if any(batch.is_mapped) else masses[row][:, :0]
         found.append(Generated(
-            text.strip(), own[:length], own[length - 1] == tokenizer.eos_token_id, watch.confidence[row].item(),
+            text.strip(), own[:length], own[length - 1] == family.end_id, watch.confidence[row].item(),
             perplexities[row], watch.factor[row].item(), masses[row][:, :count], heads, by_head[row][..., :count],
             mean_over_layers(by_token, heads) if layers else None,
         ))  # fmt: skip
@@ -190,7 +198,8 @@ class Watch(LogitsProcessor):
         self.factor, self.ambient.plan = scale.factor[:, 0], replace(self.ambient.plan, scale=scale)
         self.changed = (self.factor != 1).repeat_interleave(self.beams)
         mask = self.batch.attention_mask.repeat_interleave(self.beams, dim=0)
-        logits, self.masses = run_last_again(self.model, self.cache, input_ids[:, -1:], mask, self.changed)
+        place = self.batch.positions[..., -1:].repeat_interleave(self.beams, dim=1)
+        logits, self.masses = run_last_again(self.model, self.cache, input_ids[:, -1:], mask, place, self.changed)
         if self.beams > 1:  # beam search hands over, and wants back, log-probs
             logits = logits.log_softmax(dim=-1)
         return torch.where(self.changed[:, None], logits, scores)
@@ -203,9 +212,11 @@ class Watch(LogitsProcessor):
 
 
 def run_last_again(
-    model, cache: DynamicCache, last: Tensor, mask: Tensor, changed: Tensor
+    model, cache: DynamicCache, last: Tensor, mask: Tensor, place: Tensor, changed: Tensor
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """(scores (B, V), masses per probed layer) of the last prompt token `last` (B, 1), computed anew on a full cache.
+
+    `place` (axes, B, 1) is its position.
 
     Call it inside `use_plan`. Afterwards the cache holds what the new run found for the samples in `changed` (B,) and
     is bit for bit what it was for the others.
@@ -216,7 +227,7 @@ def run_last_again(
     out = model(
         input_ids=last,
         attention_mask=mask,
-        position_ids=mask.sum(dim=1, keepdim=True) - 1,
+        position_ids=place[0] if len(place) == 1 else place,
         past_key_values=cache,
         use_cache=True,
         output_attentions=True,

@@ -36,6 +36,7 @@ class ModelSettings:
     image_aspect_ratio: str = flag(
         "as in training; auto: what the checkpoint says, else pad", "auto", choices=["auto", "pad", "crop"]
     )
+    max_image_tokens: int | None = flag("tokens that a picture may cost, in families where its size decides", None)
     batch_size: int = flag("prompts per batch", 8)
     num_workers: int = flag("processes that read pictures ahead", 2)
     check_images: str = flag(
@@ -47,12 +48,14 @@ class ModelSettings:
     )
 
     def __post_init__(self):
-        check_numbers(self, batch_size=(1, None), num_workers=(0, 512))
+        check_numbers(self, batch_size=(1, None), num_workers=(0, 512), max_image_tokens=(1, None))
 
     def open(self) -> Checkpoint:
         """The checkpoint to answer with. Raises like `open_checkpoint`."""
         pad = None if self.image_aspect_ratio == "auto" else self.image_aspect_ratio == "pad"
-        checkpoint = open_checkpoint(self.model_name_or_path, self.base_model, self.image_tower, pad)
+        checkpoint = open_checkpoint(
+            self.model_name_or_path, self.base_model, self.image_tower, pad, self.max_image_tokens
+        )
         return checkpoint.root if self.only_base_model else checkpoint
 
     @property

@@ -35,6 +35,7 @@ from train.llava_hound_dpo.data import Pair, describe, named_by, problems_of, to
 
 ROOT = Path(__file__).resolve().parent.parent
 OURS = "attention-aware-dpo"
+EXAMPLES = ((336, 336), (640, 480), (1424, 1464))  # px of a picture; the last: a published collage of nine
 SHOWN = 50  # problems printed per section; all of them count, and all go into --fix-list
 
 
@@ -141,7 +142,7 @@ def check_checkpoint(report: Report, own: DoctorSettings) -> Family | None:
         report.ok(f"{checkpoint.check_tensors():,} tensors, none missing, none left over")
     except (ValueError, OSError) as error:
         report.bad(str(error))
-    report.ok(f"processor fits the model, {family.num_image_tokens()} tokens per image")
+    report.ok(f"{family.name}: the processor fits the model, {tokens_of(family)}")
     for name, problem in selftest.run(family):
         report.bad(f"{name}: {problem}") if problem else report.ok(name)
     return family
@@ -189,6 +190,14 @@ def read_all(
         except (ValueError, OSError) as error:
             problems.append(f"{where}: {error}")
     return records, pairs, problems
+
+
+def tokens_of(family: Family) -> str:
+    """What pictures cost, in words."""
+    if family.fixed:
+        return f"{family.num_image_tokens(None)} tokens per image"
+    found = (f"{family.num_image_tokens(size):,} of {size[0]} x {size[1]} px" for size in EXAMPLES)
+    return f"tokens per image: {', '.join(found)}"
 
 
 def open_store(report: Report, folder: str | None) -> ImageStore | None:

@@ -80,15 +80,13 @@ def main() -> None:
 
 
 @torch.no_grad()
-def look(
-    model, job: Job, batch: PromptBatch, question: Question, given: str | None
-) -> tuple[str, torch.Tensor]:
+def look(model, job: Job, batch: PromptBatch, question: Question, given: str | None) -> tuple[str, torch.Tensor]:
     """(answer, mass on each image token): the model's own answer to a question, its batch alone, or a `given` one."""
     if given is None:
         (found,) = generate(model, job.family, batch, job.layers, None, job.selected, **job.settings.generation)
         return found.text, found.by_token
     answer = job.family.encode_answer(question.prompt, given, question.context)
-    masses = masses_of(model, batch, answer, job.layers, job.selected)
+    masses = masses_of(model, job.family, batch, answer, job.layers, job.selected)
     is_image = batch.input_ids[0] == job.family.image_id
     return given, mean_over_layers(masses[:, batch.num_regions[0] :][:, is_image], job.selected)
 
@@ -97,7 +95,7 @@ def draw(job: Job, number: int, masses: torch.Tensor, height: int, text: str) ->
     """The pictures of a question with the map over them and its target outlined; question, answer and scale around."""
     question = job.questions[number]
     pictures = [job.store.open(name) for name in question.images]
-    maps = attention_map(masses, [job.family.image(picture.size) for picture in pictures])
+    maps = attention_map(masses, job.family.images([picture.size for picture in pictures]))
     box = target_box(question, pictures[0].size) if needs_sizes(question) else None
     texts = [asked_of(question), f"Answer: {text}", *([f"Right: {question.answer}"] if question.answer else [])]
     hottest = max(np.max(one["mass"]) for one in maps)

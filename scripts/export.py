@@ -25,7 +25,7 @@ from llava.answering import encode_prompt, spread
 from llava.checkpoints import Checkpoint, open_checkpoint
 from llava.command_line import check_numbers, flag, parse
 from llava.endpoint import messages_of
-from llava.families import Family
+from llava.families import Family, model_inputs
 from llava.families.llava15_original import write_checkpoint
 from llava.image import ImageStore
 from llava.merging import in_float32, merge
@@ -222,10 +222,10 @@ def compare_inputs(family: Family, folder: Path, asked: Sequence[Asked]) -> None
     """Ends the process where plain transformers makes other tokens or pixels of a prompt than it was trained on."""
     processor, largest = AutoProcessor.from_pretrained(folder, trust_remote_code=False), 0.0
     for one in asked:
-        inputs, expected = plain_inputs(processor, one.turns, one.pictures), model_inputs(family, one)
-        if inputs["input_ids"].tolist() != expected["input_ids"].tolist():
+        inputs, pixels = plain_inputs(processor, one.turns, one.pictures), family.pixels(one.pictures)
+        if inputs["input_ids"][0].tolist() != tokens_of(family, one)[0]:
             stop(f"{folder}: plain transformers makes other tokens of {one.turns[-1][1][:80]!r}")
-        for name, tensor in expected.items():
+        for name, tensor in pixels.items():
             largest = max(largest, (inputs[name].float() - tensor.float()).abs().max().item())
     if largest > PIXELS_TOLERANCE:
         stop(f"{folder}: plain transformers makes other pictures, by {largest:.1e}")
@@ -240,17 +240,26 @@ def plain_inputs(processor, turns: Sequence[tuple[str, str]], pictures: Sequence
     )
 
 
-def model_inputs(family: Family, asked: Asked) -> dict[str, torch.Tensor]:
-    """A prompt as training fed it."""
-    ids = family.expand(asked.ids, [family.image(picture.size) for picture in asked.pictures])
-    return {"input_ids": torch.tensor([ids]), **family.pixels(asked.pictures)}
+def tokens_of(family: Family, asked: Asked, answer: Sequence[int] = ()) -> tuple[list[int], torch.Tensor]:
+    """(ids, positions (axes, S)) of a prompt as training fed it, and of the beginning of an answer."""
+    images = family.images([picture.size for picture in asked.pictures])
+    ids = [*family.expand(asked.ids, images), *answer]
+    return ids, family.positions(ids, images)
 
 
 @torch.no_grad()
+def next_logits(model, family: Family, asked: Asked, answer: Sequence[int] = ()) -> torch.Tensor:
+    """(V,) logits of the token that follows a prompt, or the beginning of an answer to it."""
+    ids, positions = (torch.as_tensor(found, device=model.device) for found in tokens_of(family, asked, answer))
+    pixels = {name: tensor.to(model.device) for name, tensor in family.pixels(asked.pictures).items()}
+    inputs = model_inputs(family.encode(model, pixels), positions[:, None])
+    return model(input_ids=ids[None], **inputs, logits_to_keep=1).logits[0, -1]
+
+
 def first_logits(model, family: Family, asked: Sequence[Asked]) -> torch.Tensor:
     """(N, V) logits of the first token of every answer, over the vocabulary that both layouts have; in float32."""
     with in_float32(model):
-        found = [model(**model_inputs(family, one), logits_to_keep=1).logits[0, -1, : family.image_id] for one in asked]
+        found = [next_logits(model, family, one)[: family.image_id] for one in asked]
     return torch.stack(found).float()
 
 

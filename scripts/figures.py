@@ -74,7 +74,7 @@ def sample(family, seed: int, image_type: str, num_images: int | None = None):
     pictures = drawn.pictures()
     names = [f"{number}.png" for number in range(len(pictures))]
     record = parse_preference({"image": names} | preference(drawn, rng), "a drawn pair")
-    images = [family.image(picture.size) for picture in pictures]
+    images = family.images([picture.size for picture in pictures])
     return record, pictures, images, family.expand(family.encode_prompt(record.prompt), images)
 
 
@@ -82,7 +82,7 @@ def answered(model, family, pair, layers, **options):
     """The batch of one prompt, and what the model says to it."""
     record, pictures, images, prompt = pair
     regions, pixels = [prompt_regions(record, images)], family.pixels(pictures)
-    batch = batch_prompts(family, [prompt], regions, pixels, [record.image_type], [True])
+    batch = batch_prompts(family, [prompt], [images], regions, pixels, [record.image_type], [True])
     return batch, generate(model, family, batch, layers, **options)[0]
 
 

@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor, LogitsProcessor
 
@@ -27,7 +26,7 @@ from llava.generation import generate
 from llava.records import read_prompts
 from llava.runtime import Progress, setup_logging, user_errors, write_text
 from llava.settings import AnswerSettings, ModelSettings
-from scripts.export import DTYPES, Asked, asked_of, export, plain_inputs, turns_of
+from scripts.export import DTYPES, Asked, asked_of, export, next_logits, plain_inputs, turns_of
 
 logger = logging.getLogger("scripts.prove")
 
@@ -254,16 +253,12 @@ def differing(job: Job, ours: Sequence[Given], theirs: Sequence[Given]) -> list[
     return [_difference(job, model, number, ours[number], theirs[number]) for number in numbers]
 
 
-@torch.no_grad()
 def _difference(job: Job, model, number: int, ours: Given, theirs: Given) -> Difference:
     family, question = job.family, job.questions[number]
     one = asked_of(family, question, [job.store.open(name) for name in question.images])
     a, b = ours.tokens, theirs.tokens or family.encode_answer(question.prompt, theirs.text, question.context)
     place = next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)) - 1)
-    ids = family.expand([*one.ids, *a[:place]], [family.image(picture.size) for picture in one.pictures])
-    pixels = {name: tensor.to(model.device) for name, tensor in family.pixels(one.pictures).items()}
-    logits = model(input_ids=torch.tensor([ids], device=model.device), **pixels, logits_to_keep=1).logits[0, -1]
-    probabilities = logits.float().softmax(dim=-1)
+    probabilities = next_logits(model, family, one, a[:place]).float().softmax(dim=-1)
     words = [family.tokenizer.decode([token], skip_special_tokens=False) for token in (a[place], b[place])]
     return Difference(
         question.id, place, words[0], probabilities[a[place]].item(), words[1], probabilities[b[place]].item()

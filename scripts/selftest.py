@@ -1,72 +1,86 @@
 """Does the attention term work with this installation and this checkpoint's shape? Answered on a small random twin."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from PIL import Image, ImageDraw
-from transformers import LlavaForConditionalGeneration
+from torch import nn
 
 from llava.attention import Plan, Probe, attention_ratio, install
-from llava.families import Family
+from llava.families import Family, ImageTokens, model_inputs
 from train.llava_hound_dpo.packing import EncodedPair, PackedRow, pack
 from train.llava_hound_dpo.scoring import Scores, score
 
 LAYER = 1
+SIZES = ((96, 64), (64, 96))  # px of the pictures
+PROMPT = "Image1:<image>\nImage2:<image>\nIn Image2, what is shown?"
 
 
 def run(family: Family) -> Iterator[tuple[str, str]]:
     """(what was tested, problem or "") for every check."""
-    model = small_twin(family.config)
-    (both, chosen, rejected), pixels = example(model.config)
-    yield "region mass equals eager attention", mass_against_eager(model, chosen, pixels)
-    yield "the attention term's gradient reaches query and key", gradient_of_term(model, both, pixels)
-    yield "a step along the attention term raises the target's share", sign_of_term(model, both, pixels)
-    yield "a rejected answer does not see the chosen one", packing(model, both, rejected, pixels)
-    yield "target boxes fall on the right image tokens", painted_box(family)
+    model = small_twin(family)
+    both, chosen, rejected = example(family)
+    features = encode(family, model)
+    yield "region mass equals eager attention", mass_against_eager(model, chosen, features)
+    yield "the attention term's gradient reaches query and key", gradient_of_term(family, model, both, features)
+    yield "a step along the attention term raises the target's share", sign_of_term(model, both, features)
+    yield "a rejected answer does not see the chosen one", packing(model, both, rejected, features)
+    yield "target boxes fall on the right image tokens", painted_box(family, model)
 
 
-def small_twin(config) -> LlavaForConditionalGeneration:
-    """A random model of the same class and patch grid, small enough for seconds on a CPU, with peaky attention."""
-    twin = type(config).from_dict(config.to_dict())
-    text, vision = twin.text_config, twin.vision_config
-    share = max(1, text.num_attention_heads // (text.num_key_value_heads or text.num_attention_heads))
-    text.hidden_size, text.intermediate_size, text.num_hidden_layers = 64, 96, 3
-    text.num_attention_heads, text.num_key_value_heads, text.head_dim = 4, max(1, 4 // share), 16
-    vision.hidden_size, vision.intermediate_size, vision.num_hidden_layers, vision.num_attention_heads = 32, 64, 3, 2
+def small_twin(family: Family) -> nn.Module:
+    """A random model of the same class and picture geometry, small enough for a CPU, with peaky attention."""
+    twin = type(family.config).from_dict(family.config.to_dict())
+    family.shrink(twin)
     torch.manual_seed(0)
-    model = LlavaForConditionalGeneration(twin)
+    model = family.model_class(twin)(twin)
     with torch.no_grad():
-        for layer in model.model.language_model.layers:
+        for layer in blocks(family, model):
             layer.self_attn.q_proj.weight.mul_(6)
             layer.self_attn.k_proj.weight.mul_(6)
     install(model)
     return model
 
 
-def example(config) -> tuple[list[PackedRow], dict[str, torch.Tensor]]:
-    """A pair about the second of two random pictures as a row, with both answers and with each alone; the pictures."""
-    side = config.vision_config.image_size
-    tokens = (side // config.vision_config.patch_size) ** 2
-    image, target = [config.image_token_id] * tokens, torch.tensor([0.0, 1.0]).repeat_interleave(tokens)
-    prompt, chosen, rejected = [1, 11, *image, 12, *image, 13, 14], [21, 22, 23], [31, 32]
-    rows = [
-        pack([EncodedPair(prompt, *answers, target)], config.image_token_id)
+def blocks(family: Family, model: nn.Module) -> Sequence[nn.Module]:
+    """Of the language model."""
+    return model.get_submodule(f"model.{family.language}").layers
+
+
+def example(family: Family) -> list[PackedRow]:
+    """A pair about the second of two pictures as a row, with both answers and with each alone."""
+    images = family.images(SIZES)
+    target = torch.cat([torch.full((len(image.areas),), float(number)) for number, image in enumerate(images)])
+    prompt = family.expand(family.encode_prompt(PROMPT), images)
+    chosen, rejected = (family.encode_answer(PROMPT, text) for text in ("a red ball", "rain"))
+    positions = family.positions(prompt, images)
+    return [
+        pack([EncodedPair(prompt, *answers, target, positions)], family.image_id)
         for answers in ((chosen, [rejected]), (chosen, []), (rejected, []))
     ]
-    return rows, {"pixel_values": torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))}
 
 
-def mass_against_eager(model, row: PackedRow, pixels: dict[str, torch.Tensor]) -> str:
+@torch.no_grad()
+def encode(family: Family, model: nn.Module) -> Any:
+    """Two pictures of noise."""
+    noise = torch.randint(256, (96, 96, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).numpy()
+    return family.encode(model, family.pixels([Image.fromarray(noise).resize(size) for size in SIZES]))
+
+
+def mass_against_eager(model, row: PackedRow, features: Any) -> str:
     """Compare the masses that training measures with transformers' own attention maps.
 
     Without a rejected answer a packed row is prompt and answer, as they stand.
     """
-    inputs = {"input_ids": row.input_ids, "attention_mask": torch.ones_like(row.input_ids), **pixels}
-    inputs |= {"output_attentions": True, "use_cache": False}
+    inputs = {"input_ids": row.input_ids, "attention_mask": torch.ones_like(row.input_ids), "output_attentions": True}
+    inputs |= {"use_cache": False}
+    pictures = [model_inputs(features, row.positions) for _ in range(2)]
     with torch.no_grad():
-        (ours,) = model(**inputs, plan=Plan(row.trees, Probe(row.regions, frozenset({LAYER})))).attentions
+        plan = Plan(row.trees, Probe(row.regions, frozenset({LAYER})))
+        (ours,) = model(**inputs, **pictures[0], plan=plan).attentions
         model.set_attn_implementation({"text_config": "eager"})
-        theirs = model(**inputs).attentions[LAYER][:, :, -len(row.labels) :] @ row.regions[:, None]
+        theirs = model(**inputs, **pictures[1]).attentions[LAYER][:, :, -len(row.labels) :] @ row.regions[:, None]
     install(model)
     error = (ours - theirs).abs().max().item()
     return "" if error < 1e-5 else f"largest error {error:.1e}"
@@ -77,46 +91,60 @@ def share(scores: Scores) -> torch.Tensor:
     return attention_ratio(scores.masses).mean()
 
 
-def gradient_of_term(model, row: PackedRow, pixels: dict[str, torch.Tensor]) -> str:
+def gradient_of_term(family: Family, model, row: PackedRow, features: Any) -> str:
     """The term alone, with gradient checkpointing as in training."""
     model.train()
     model.activation_checkpointing_enable()
-    (1 - share(score(model, row, pixels, layers=frozenset({LAYER})))).backward()
-    attention = model.model.language_model.layers[LAYER].self_attn
+    (1 - share(score(model, row, features, frozenset({LAYER})))).backward()
+    attention = blocks(family, model)[LAYER].self_attn
     norms = [p.weight.grad.norm().item() for p in (attention.q_proj, attention.k_proj)]
     return "" if min(norms) > 0 else f"gradient norms {norms}"
 
 
 @torch.no_grad()
-def sign_of_term(model, row: PackedRow, pixels: dict[str, torch.Tensor]) -> str:
+def sign_of_term(model, row: PackedRow, features: Any) -> str:
     """One small step against the gradient that `gradient_of_term` left."""
-    before = share(score(model, row, pixels, layers=frozenset({LAYER}))).item()
+    before = share(score(model, row, features, frozenset({LAYER}))).item()
     parameters = [p for p in model.parameters() if p.grad is not None]
     norm = sum(p.grad.square().sum() for p in parameters).sqrt()
     for parameter in parameters:
         parameter.sub_(0.05 * parameter.grad / norm)
-    after = share(score(model, row, pixels, layers=frozenset({LAYER}))).item()
+    after = share(score(model, row, features, frozenset({LAYER}))).item()
     return "" if after > before else f"share {before:.4f} before, {after:.4f} after"
 
 
 @torch.no_grad()
-def packing(model, both: PackedRow, alone: PackedRow, pixels: dict[str, torch.Tensor]) -> str:
+def packing(model, both: PackedRow, alone: PackedRow, features: Any) -> str:
     """Log-probs of the rejected answer with and without a chosen one before it."""
-    error = (score(model, both, pixels).rejected - score(model, alone, pixels).chosen).abs().max().item()
+    error = (score(model, both, features).rejected - score(model, alone, features).chosen).abs().max().item()
     return "" if error < 1e-4 else f"log-probs differ by {error:.1e}"
 
 
-def painted_box(family: Family) -> str:
-    """Paint a box into a landscape and a portrait picture: the tokens inside it change, those far from it do not."""
-    patch = family.side // family.rows
+@torch.no_grad()
+def painted_box(family: Family, model: nn.Module) -> str:
+    """Paint a box into a landscape and a portrait picture: the tokens inside it change, those far from it do not.
+
+    The blocks of the tower hand on what they get, so that a token shows its own pixels and no others.
+    """
+    tower = model.get_submodule(f"model.{family.tower}")
+    for block in max((m for m in tower.modules() if isinstance(m, nn.ModuleList)), key=len):
+        block.forward = lambda states, *_, **__: states
     for size in ((300, 200), (200, 300)):
         box = (60, 50, 140, 150)
         plain, painted = Image.new("RGB", size, "white"), Image.new("RGB", size, "white")
         ImageDraw.Draw(painted).rectangle((box[0], box[1], box[2] - 1, box[3] - 1), fill="black")
-        first, second = (family.pixels([picture])["pixel_values"] for picture in (plain, painted))
-        patches = (first - second).abs()[0].amax(0).unfold(0, patch, patch).unfold(1, patch, patch).amax((-1, -2))
-        weights = family.image(size).weights(box).view(family.rows, family.rows)
-        near = torch.nn.functional.max_pool2d(weights[None], 3, stride=1, padding=1)[0] > 0
-        if (patches[weights > 1 - 1e-6] == 0).any() or (patches[~near] > 0).any():
+        seen = (family.encode(model, family.pixels([picture])).pooler_output for picture in (plain, painted))
+        first, second = (torch.cat([part.flatten(0, -2) for part in parts]) for parts in seen)
+        changed = (first != second).any(dim=-1)
+        image = family.image(size)
+        if not changed[image.weights(box) > 1 - 1e-6].all() or changed[~near(image, box)].any():
             return f"a box in a {size[0]} x {size[1]} picture changes other tokens than its weights say"
     return ""
+
+
+def near(image: ImageTokens, box: Sequence[float]) -> torch.Tensor:
+    """(P,) bool: less than its own width and height away from the box."""
+    x0, y0, x1, y1 = image.areas.unbind(dim=1)
+    width, height = x1 - x0, y1 - y0
+    across = (x1 + width > box[0]) & (x0 - width < box[2])
+    return across & (y1 + height > box[1]) & (y0 - height < box[3])

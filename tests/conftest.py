@@ -109,6 +109,13 @@ def model(processor):
     return model
 
 
+def encoded(model, pixels):
+    """LLaVA's pictures as `score` takes them."""
+    from llava.families import Llava15
+
+    return Llava15.encode(None, model, {"pixel_values": pixels})
+
+
 def kill_with_workers(job):
     """Kill a launched job and all that it started: torchrun's workers have sessions of their own, and would go on."""
     processes = [*psutil.Process(job.pid).children(recursive=True), psutil.Process(job.pid)]

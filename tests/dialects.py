@@ -162,7 +162,7 @@ def write_adapters(formats: Formats) -> None:
     model = LlavaForConditionalGeneration.from_pretrained(formats.llava_hf)
     adapted = get_peft_model(
         model,
-        LoraConfig(r=2, lora_alpha=4, target_modules=Llava15.lora_targets(), modules_to_save=[Llava15.projector]),
+        LoraConfig(r=2, lora_alpha=4, target_modules=Llava15.lora_targets(), modules_to_save=[*Llava15.projectors]),
     )
     torch.manual_seed(1)
     with torch.no_grad():

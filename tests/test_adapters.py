@@ -30,7 +30,7 @@ def adapter(checkpoint, tmp_path_factory):
     plain = LlavaForConditionalGeneration.from_pretrained(checkpoint)
     settings = LoraConfig(
         r=4, lora_alpha=8, target_modules=Llava15.lora_targets(), init_lora_weights=False,
-        modules_to_save=[Llava15.projector],
+        modules_to_save=list(Llava15.projectors),
     )  # fmt: skip
     model = get_peft_model(plain, settings).eval()
     model.save_pretrained(folder)

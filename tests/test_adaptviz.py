@@ -93,7 +93,7 @@ class TestGrid:
         model = tiny_model(processor, num_key_value_heads=kv_heads)
         install(model)
         batch = batch_of(family, prompts_of(model, seed=4))
-        confidence, texts = answer_grid(model, family.tokenizer, batch, self.VARIANTS, 6, steps == "all")
+        confidence, texts = answer_grid(model, family, batch, self.VARIANTS, 6, steps == "all")
         for number, variant in enumerate(self.VARIANTS):
             settings = AdaptViz(variant.scope, variant.rule, steps, bands=Bands.fixed(variant.factor))
             alone = generate(model, family, batch, [1], settings.steer, max_new_tokens=6)
@@ -106,7 +106,7 @@ class TestGrid:
         regions = torch.zeros(2, 6, 5)
         regions[0] = torch.cat([eye[:, 2:], torch.ones(6, 1), eye], dim=1)
         regions[1, :2] = torch.tensor([1.0, 1.0, 1.0, 0.0, 0.0])
-        batch = PromptBatch(torch.zeros(2, 6), torch.ones(2, 6), {}, regions, (5, 3))
+        batch = PromptBatch(torch.zeros(2, 6), torch.ones(2, 6), torch.zeros(1, 2, 6), {}, regions, (5, 3))
         assert another_part(batch).tolist() == [[1, 1, 0, 0, 0, 0], [0] * 6]
 
 

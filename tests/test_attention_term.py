@@ -6,6 +6,7 @@ import torch
 from llava.attention import attention_ratio, mean_over_layers
 from llava.checkpoints import open_checkpoint
 from llava.heads import Heads, RankedHead, Ranking
+from tests.conftest import encoded
 from tests.test_packing import eager_twin, pairs_of
 from tests.test_trainer import make_trainer, one_batch, pairs  # noqa: F401  two fixtures
 from train.llava_hound_dpo import trainer as trainer_module
@@ -43,7 +44,7 @@ def test_masses_of_selected_heads_equal_eager_attention_by_hand(processor, model
     eager, (asked, pixels, own_pixels) = eager_twin(model, processor), pairs_of(model)
     row = pack(asked, model.config.image_token_id)
     settings = {"layers": SOME.layers, "heads": SOME.selected(NUM_HEADS)}
-    found = score(model, row, pixels={"pixel_values": pixels}, **settings).masses
+    found = score(model, row, encoded(model, pixels), **settings).masses
     for number, (pair, own) in enumerate(zip(asked, own_pixels, strict=True)):
         with torch.no_grad():
             expected = [eager_masses(eager, pair, own, layer, heads) for layer, heads in SOME.by_layer.items()]
@@ -59,7 +60,7 @@ def test_the_gradient_of_the_term_reaches_queries_and_keys_of_the_selected_heads
         model.train()
     chosen, row = Heads({2: (1, 3)}), pack(asked, model.config.image_token_id)
     settings = {"layers": chosen.layers, "heads": chosen.selected(NUM_HEADS)}
-    masses = score(model, row, pixels={"pixel_values": pixels}, **settings).masses
+    masses = score(model, row, encoded(model, pixels), **settings).masses
     ratio = mean_over_layers(attention_ratio(masses), settings["heads"])
     hinge_attention(ratio, 1.0).mean().backward()
     layers = model.model.language_model.layers
@@ -79,8 +80,9 @@ def test_flags_reach_the_trainer_its_log_and_the_record_of_the_run(make_trainer,
     batch = one_batch(trainer)
     with torch.no_grad():
         _, metrics = trainer.compute_loss(trainer.model, batch, return_outputs=True)
+        features = trainer._encode(batch["pixels"])
         settings = {"layers": SOME.layers, "heads": trainer.heads}
-        by_layer = attention_ratio(score(trainer.model, batch["row"], batch["pixels"], **settings).masses)
+        by_layer = attention_ratio(score(trainer.model, batch["row"], features, **settings).masses)
     torch.testing.assert_close(metrics[:, METRICS.index("attention/ratio")], (2 * by_layer[0] + by_layer[1]) / 3)
     identity = trainer.identity
     assert identity["attention_heads"] == SOME.to_json() and identity["top_heads"] == 3

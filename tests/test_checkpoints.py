@@ -13,9 +13,9 @@ from transformers import LlavaForConditionalGeneration
 
 from llava.attention import NAME
 from llava.checkpoints import open_checkpoint
-from llava.families import find_family
+from llava.families import Llava15
 
-TARGETS = find_family("llava").lora_targets()
+TARGETS = Llava15.lora_targets()
 PROJECTOR = "multi_modal_projector.linear_1.weight"  # its name in the file ends in this
 
 

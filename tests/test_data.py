@@ -259,7 +259,7 @@ def test_a_picture_gone_since_the_check_is_named(setting):
 def test_batch(setting, needs_rejected):
     dataset = setting.dataset(setting.pairs(preference(0, 2), preference(1, 3), preference(2, 1, image_type="single")))
     items = [dataset[0], dataset[1], dataset[2]]
-    batch = PairCollator(setting.image_token, needs_rejected)(items)
+    batch = PairCollator(setting.family, needs_rejected)(items)
     row, pairs = batch["row"], [item["pair"] for item in items]
     assert next(iter(batch)) == "index" and batch["index"].tolist() == [0, 1, 2]
     assert batch["pixels"]["pixel_values"].shape == (6, 3, 72, 72)

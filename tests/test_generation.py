@@ -30,7 +30,8 @@ def regions(target):
 
 def batch_of(family, prompts, **more):
     pixels = {"pixel_values": torch.cat([x for _, _, x in prompts])}
-    return batch_prompts(family, [p for p, _, _ in prompts], [regions(t) for _, t, _ in prompts], pixels, **more)
+    ids, measured = [p for p, _, _ in prompts], [regions(t) for _, t, _ in prompts]
+    return batch_prompts(family, ids, [()] * len(prompts), measured, pixels, **more)
 
 
 def alone_with_eager(model, prompt, target, pixels, steps, end, forced=None):
@@ -103,7 +104,7 @@ def test_shares_are_those_of_the_parts(model, family):
     parts = [torch.eye(len(target) // TOKENS).repeat_interleave(TOKENS, 1) for _, target, _ in prompts]
     measured = [torch.cat([part[-1:], torch.ones_like(part[:1]), part]) for part in parts]
     pixels = {"pixel_values": torch.cat([x for _, _, x in prompts])}
-    batch = batch_prompts(family, [p for p, _, _ in prompts], measured, pixels)
+    batch = batch_prompts(family, [p for p, _, _ in prompts], [()] * len(prompts), measured, pixels)
     answers = generate(model, family, batch, [1, 2], max_new_tokens=3)
     for answer, part in zip(answers, parts, strict=True):
         assert len(answer.shares) == len(part)

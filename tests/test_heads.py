@@ -57,7 +57,7 @@ def batch_with_parts(model, family, targets, seed=0):
     parts = [torch.eye(len(target) // TOKENS).repeat_interleave(TOKENS, 1) for _, target, _ in prompts]
     regions = [torch.cat([p[t : t + 1], torch.ones_like(p[:1]), p]) for p, t in zip(parts, targets, strict=True)]
     pixels = {"pixel_values": torch.cat([x for _, _, x in prompts])}
-    return batch_prompts(family, [p for p, _, _ in prompts], regions, pixels)
+    return batch_prompts(family, [p for p, _, _ in prompts], [()] * len(prompts), regions, pixels)
 
 
 @pytest.mark.parametrize("planted", [(0, 2), (1, 0), (3, 3)], ids=str)
@@ -171,7 +171,7 @@ def test_ratio_on_heads_equals_eager_attention_on_these_heads(processor, family,
     prompts, end = prompts_of(ours), family.tokenizer.eos_token_id
     regions = [torch.stack([target, torch.ones_like(target)]) for _, target, _ in prompts]
     pixels = {"pixel_values": torch.cat([x for _, _, x in prompts])}
-    batch = batch_prompts(family, [p for p, _, _ in prompts], regions, pixels)
+    batch = batch_prompts(family, [p for p, _, _ in prompts], [()] * len(prompts), regions, pixels)
     settings = {"heads": SOME.selected(4), "max_new_tokens": 5, "num_beams": beams}
     answers = generate(ours, family, batch, sorted(SOME.layers), **settings)
     for answer, (prompt, target, own) in zip(answers, prompts, strict=True):

@@ -75,7 +75,7 @@ def test_maps_and_measured_answers_equal_eager_attention(model, processor, famil
         by_layer = (rows * chosen[..., None]).sum(dim=1) / chosen.sum(dim=1, keepdim=True)  # (2, S)
         wanted = (by_layer * (chosen.sum(dim=1) / chosen.sum())[:, None]).sum(dim=0)[is_image]
         torch.testing.assert_close(answer.by_token, wanted, atol=1e-6, rtol=1e-4)
-        measured = masses_of(model, batch_of(family, [one]), answer.tokens, [1, 2], heads)
+        measured = masses_of(model, family, batch_of(family, [one]), answer.tokens, [1, 2], heads)
         assert measured.shape == (2, 2 + len(prompt))
         torch.testing.assert_close(measured[:, 2:], by_layer, atol=1e-6, rtol=1e-4)
         torch.testing.assert_close(measured[:, :2], answer.masses, atol=1e-6, rtol=0)
@@ -87,7 +87,7 @@ def test_the_mass_of_an_answer_that_another_gave(model, processor, family):
     """Also of one token, whose row is the prompt's last."""
     prompt, _, pixels = one = prompts_of(model)[2]
     for tokens in ([50, 60, 70, family.tokenizer.eos_token_id], [family.tokenizer.eos_token_id]):
-        measured = masses_of(model, batch_of(family, [one]), tokens, [1, 2])
+        measured = masses_of(model, family, batch_of(family, [one]), tokens, [1, 2])
         rows = eager_rows(processor, prompt, pixels, tokens).mean(dim=1)
         torch.testing.assert_close(measured[:, 2:], rows, atol=1e-6, rtol=1e-4)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from llava.attention import Plan, Tree, install
-from tests.conftest import SIDE, tiny_model
+from tests.conftest import SIDE, encoded, tiny_model
 from train.llava_hound_dpo.losses import LossSettings, logits_margin, total_loss
 from train.llava_hound_dpo.packing import EncodedPair, pack
 from train.llava_hound_dpo.scoring import score
@@ -71,7 +71,7 @@ def test_packed_row_equals_two_forwards_of_every_pair(processor, heads):
     eager = eager_twin(model, processor, **heads)
     pairs, pixels, own_pixels = pairs_of(model)
     row = pack(pairs, model.config.image_token_id)
-    found = score(model, row, pixels={"pixel_values": pixels}, layers=LAYERS)
+    found = score(model, row, encoded(model, pixels), layers=LAYERS)
     chosen, rejected, masses = separate_scores(eager, pairs, own_pixels)
     torch.testing.assert_close(found.chosen, chosen, atol=2e-5, rtol=1e-5)
     torch.testing.assert_close(found.rejected, rejected, atol=2e-5, rtol=1e-5)
@@ -93,7 +93,7 @@ def test_packed_gradients_equal_those_of_separate_forwards(processor, model, che
     if checkpointing:
         model.activation_checkpointing_enable()
         model.train()
-    found = score(model, pack(pairs, model.config.image_token_id), pixels={"pixel_values": pixels}, layers=LAYERS)
+    found = score(model, pack(pairs, model.config.image_token_id), encoded(model, pixels), layers=LAYERS)
     some_loss(found.chosen, found.rejected, found.masses).backward()
     some_loss(*separate_scores(eager, pairs, own_pixels)).backward()
     largest = 0.0
@@ -106,12 +106,11 @@ def test_packed_gradients_equal_those_of_separate_forwards(processor, model, che
     assert largest > 0.01
 
 
-def test_features_encoded_before_give_the_same_scores(model):
+def test_features_serve_twice(model):
+    """transformers changes what it is given: policy and reference read the same features all the same."""
     pairs, pixels, _ = pairs_of(model)
-    row = pack(pairs, model.config.image_token_id)
-    features = model.get_image_features(pixel_values=pixels, return_dict=True).pooler_output
-    a = score(model, row, pixels={"pixel_values": pixels}, layers=LAYERS)
-    b = score(model, row, image_features=features, layers=LAYERS)
+    row, features = pack(pairs, model.config.image_token_id), encoded(model, pixels)
+    a, b = (score(model, row, features, layers=LAYERS) for _ in range(2))
     assert torch.equal(a.chosen, b.chosen) and torch.equal(a.masses, b.masses)
 
 
@@ -126,7 +125,7 @@ def test_several_rejected_answers_are_the_mean_of_separate_pairs(model):
 
     def loss_of(rows, own, reference):
         row = pack(rows, model.config.image_token_id)
-        found = score(model, row, pixels={"pixel_values": own}, layers=LAYERS)
+        found = score(model, row, encoded(model, own), layers=LAYERS)
         ratio = (found.masses[..., 0] / found.masses[..., 1]).mean(dim=0)
         z = logits_margin(found.chosen[row.rejected_owner], found.rejected, *reference)
         tokens = row.answer_tokens[row.chosen].float()
@@ -148,8 +147,8 @@ def test_several_rejected_answers_are_the_mean_of_separate_pairs(model):
 def test_without_rejected_answers_the_chosen_ones_do_not_change(model):
     pairs, pixels, _ = pairs_of(model)
     alone = [EncodedPair(p.prompt, p.chosen, [], p.target) for p in pairs]
-    both = score(model, pack(pairs, model.config.image_token_id), pixels={"pixel_values": pixels}, layers=LAYERS)
-    only = score(model, pack(alone, model.config.image_token_id), pixels={"pixel_values": pixels}, layers=LAYERS)
+    both = score(model, pack(pairs, model.config.image_token_id), encoded(model, pixels), layers=LAYERS)
+    only = score(model, pack(alone, model.config.image_token_id), encoded(model, pixels), layers=LAYERS)
     assert only.rejected is None
     torch.testing.assert_close(only.chosen, both.chosen, atol=2e-5, rtol=1e-5)
     torch.testing.assert_close(only.masses, both.masses, atol=2e-6, rtol=1e-5)
@@ -161,7 +160,7 @@ class TestNegativeControls:
     def rejected_error(self, processor, model, row):
         pairs, pixels, own = pairs_of(model)
         _, expected, _ = separate_scores(eager_twin(model, processor), pairs, own)
-        return (score(model, row, pixels={"pixel_values": pixels}).rejected - expected).abs().max().item()
+        return (score(model, row, encoded(model, pixels)).rejected - expected).abs().max().item()
 
     def row(self, model):
         return pack(pairs_of(model)[0], model.config.image_token_id)
@@ -184,7 +183,7 @@ class TestNegativeControls:
 
         row = self.row(model)
         running = torch.arange(row.input_ids.shape[1])[None]
-        assert self.rejected_error(processor, model, replace(row, position_ids=running)) > 1e-2
+        assert self.rejected_error(processor, model, replace(row, positions=running[None])) > 1e-2
 
 
 def test_a_row_without_trees_is_not_taken_for_separate_documents(model):
@@ -203,4 +202,4 @@ def test_reentrant_checkpointing_is_refused_because_it_detaches_the_masses(model
     model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": True})
     model.train()
     with pytest.raises(RuntimeError, match="no gradient"):
-        score(model, pack(pairs, model.config.image_token_id), pixels={"pixel_values": pixels}, layers=LAYERS)
+        score(model, pack(pairs, model.config.image_token_id), encoded(model, pixels), layers=LAYERS)

@@ -86,9 +86,10 @@ def test_steps_per_epoch(pairs, per_device, accumulation, world, steps):
 def test_tokens_of_a_packed_row(with_rejected, tokens):
     """Prompt of 40 ids, two of them images of 576: 38 + 1152 = 1190. Branches repeat its last token and feed all but
     the last token of their answers, so an answer of n tokens takes n rows: 1189 + 4 (+ 10)."""
-    pair = Pair(SimpleNamespace(images=("a", "b")), [1] * 40, [1] * 4, [[1] * 10], image_tokens=2 * 576)
+    pair = Pair(SimpleNamespace(images=("a", "b")), [1] * 40, [1] * 4, [[1] * 10], 2 * 576, (577, 577))
     shape = shape_of(pair, with_rejected)
-    assert shape.tokens == tokens and shape.images == 2 and shape.answers == tokens - 1189
+    assert shape.tokens == tokens and shape.answers == tokens - 1189
+    assert shape.image_tokens == 1152 and shape.patches == (577, 577)
 
 
 def test_world_size(monkeypatch):

@@ -150,6 +150,7 @@ def test_answers_that_differ_are_shown_with_the_first_token_and_both_probabiliti
             one = scripts.prove.asked_of(family, job.questions[number], [
                 job.store.open(name) for name in job.questions[number].images
             ])  # fmt: skip
+            ids = family.expand(one.ids, family.images([picture.size for picture in one.pictures]))
             with torch.no_grad():
-                best = model(**scripts.export.model_inputs(family, one)).logits[0, -1].softmax(dim=-1).max()
+                best = model(torch.tensor([ids]), **family.pixels(one.pictures)).logits[0, -1].softmax(dim=-1).max()
             assert float(probability) == pytest.approx(best.item(), abs=1e-3)

@@ -67,9 +67,9 @@ def test_from_rows_of_the_same_pairs_it_is_the_same_to_the_last_bit(make_trainer
     trainer = make_trainer("--reference_cache", str(cache), "--per_device_eval_batch_size", "9", seed_b=1)
     filled(trainer)
     batch = one_batch(trainer)
-    stored = trainer._reference(trainer.model, batch, trainer._pictures(batch["pixels"]), trainer.train_dataset)
+    stored = trainer._reference(trainer.model, batch, trainer._encode(batch["pixels"]), trainer.train_dataset)
     trainer.reference = None
-    on_the_fly = trainer._reference(trainer.model, batch, trainer._pictures(batch["pixels"]), None)
+    on_the_fly = trainer._reference(trainer.model, batch, trainer._encode(batch["pixels"]), None)
     assert torch.equal(stored.chosen, on_the_fly.chosen) and torch.equal(stored.rejected, on_the_fly.rejected)
 
 
@@ -109,7 +109,7 @@ def test_full_fine_tuning_takes_its_reference_from_the_start(make_trainer, tmp_p
     trainer.model.eval()
     adapter = make_trainer("--attention_weight", "0")
     batch = one_batch(adapter)
-    expected = adapter._reference(adapter.model, batch, {"pixels": batch["pixels"]}, None)
+    expected = adapter._reference(adapter.model, batch, adapter._encode(batch["pixels"]), None)
     trainer.train()
     logs = [log for log in trainer.state.log_history if "losses/dpo" in log]
     assert logs[0]["losses/dpo"] == pytest.approx(math.log(2), abs=1e-5)

@@ -74,7 +74,7 @@ def prompts_of(model, seed=0):
 def batch_of(family, prompts):
     regions = [torch.stack([target, torch.ones_like(target)]) for _, target, _ in prompts]
     pixels = {"pixel_values": torch.cat([pixels for _, _, pixels in prompts])}
-    return batch_prompts(family, [p for p, _, _ in prompts], regions, pixels)
+    return batch_prompts(family, [p for p, _, _ in prompts], [()] * len(prompts), regions, pixels)
 
 
 def steering(factors, region=0, **settings):

@@ -257,11 +257,11 @@ def test_a_trained_projector_is_in_the_adapter_and_not_in_the_reference(make_tra
     trainer = make_trainer("--freeze_mm_mlp_adapter", "False", "--mm_projector_lr", "1e-2", "--max_steps", "2")
     assert not trainer.shares_images
     before = trainer._reference(
-        trainer.model, one_batch(trainer), trainer._pictures(one_batch(trainer)["pixels"]), None
+        trainer.model, one_batch(trainer), trainer._encode(one_batch(trainer)["pixels"]), None
     )
     trainer.train()
     batch = one_batch(trainer)
-    after = trainer._reference(trainer.model, batch, trainer._pictures(batch["pixels"]), None)
+    after = trainer._reference(trainer.model, batch, trainer._encode(batch["pixels"]), None)
     assert torch.equal(before.chosen, after.chosen)
     saved = load_file(tmp_path / "out" / "checkpoint-2" / "adapter_model.safetensors")
     assert any("multi_modal_projector" in name for name in saved)

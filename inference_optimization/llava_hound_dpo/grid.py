@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from llava.attention import Plan, use_plan
+from llava.families import Family, model_inputs
 from llava.generation import PromptBatch
 from llava.scaling import Scale
 
@@ -34,22 +35,22 @@ PLAIN = Variant("all", "multiply", 1.0)
 
 @torch.no_grad()
 def answer_grid(
-    model, tokenizer, batch: PromptBatch, variants: Sequence[Variant], max_new_tokens: int, every_step: bool = False,
-    layers: frozenset[int] | None = None, heads: Mapping[int, tuple[int, ...]] | None = None,
+    model, family: Family, batch: PromptBatch, variants: Sequence[Variant], max_new_tokens: int,
+    every_step: bool = False, layers: frozenset[int] | None = None, heads: Mapping[int, tuple[int, ...]] | None = None,
 ) -> tuple[list[float], list[list[str]]]:  # fmt: skip
     """(confidence of every prompt, answer of every prompt and variant); `layers` and `heads` as of `Scale`."""
     batch, cache = batch.to(model.device), DynamicCache(config=model.config.get_text_config(decoder=True))
     out = model(
-        input_ids=batch.input_ids, attention_mask=batch.attention_mask, **batch.pixels,
-        position_ids=(batch.attention_mask.cumsum(dim=1) - 1).clamp(min=0), past_key_values=cache, use_cache=True,
-        logits_to_keep=1,
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask, past_key_values=cache, use_cache=True,
+        **model_inputs(family.encode(model, batch.pixels), batch.positions), logits_to_keep=1,
     )  # fmt: skip
     confidence = torch.softmax(out.logits[:, -1].float(), dim=-1).amax(dim=-1)
     cache.crop(-1)
-    count, end = len(variants), tokenizer.eos_token_id
+    count, tokenizer, end = len(variants), family.tokenizer, family.end_id
     prefix = batch.attention_mask[:, None, None, :-1].bool().expand(-1, 1, count, -1)
     own = torch.eye(count, dtype=torch.bool, device=model.device).expand(len(prefix), 1, -1, -1)
-    position = batch.attention_mask.sum(dim=1, keepdim=True) - 1
+    last = batch.positions[..., -1:]
+    position = last[0] if len(last) == 1 else last
     tokens, answers = batch.input_ids[:, -1:].expand(-1, count), []
     ended = torch.zeros_like(tokens, dtype=torch.bool)
     scale = scale_of(batch, variants, None if every_step else prefix.shape[-1] + count, layers, heads)
@@ -58,7 +59,7 @@ def answer_grid(
             out = model(
                 input_ids=tokens,
                 attention_mask=torch.cat([prefix, *[own] * (step + 1)], dim=-1),
-                position_ids=(position + step).expand(-1, count),
+                position_ids=(position + step).expand(*position.shape[:-1], count),
                 past_key_values=cache,
                 use_cache=True,
             )

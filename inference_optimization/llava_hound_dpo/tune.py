@@ -123,7 +123,7 @@ def answer(job: Job, base: AdaptViz, variants: Sequence[Variant], output: Path, 
     how = job.settings.max_new_tokens, base.steps == "all", layers, base.heads and base.heads.by_layer
     answers = Answers(job, output, identity)
     for model, numbers, batch in answers:
-        confidence, given = answer_grid(model, job.family.tokenizer, batch, variants, *how)
+        confidence, given = answer_grid(model, job.family, batch, variants, *how)
         answers.append([
             {"number": number, "question_id": job.questions[number].id, "confidence": sure, "texts": texts}
             for number, sure, texts in zip(numbers, confidence, given, strict=True)

@@ -7,7 +7,7 @@ from llava.families.family import Family, ImageTokens, model_inputs
 from llava.families.llava15 import Llava15
 from llava.families.qwen_vl import QwenVL
 
-__all__ = ["FAMILIES", "Family", "ImageTokens", "find_family", "model_inputs", "refuse_unknown"]
+__all__ = ["FAMILIES", "Family", "ImageTokens", "Llava15", "QwenVL", "find_family", "model_inputs", "refuse_unknown"]
 
 FAMILIES: tuple[type[Family], ...] = (Llava15, QwenVL)
 

@@ -85,8 +85,8 @@ def grid_areas(box: Sequence[float], rows: int, cols: int) -> Float[Tensor, "P 4
 class Family(ABC):
     """A family bound to one checkpoint's config, tokenizer and image processor.
 
-    `pad`: pictures are padded to a square first (`--image_aspect_ratio pad`), where the family knows such a thing; None:
-    as the checkpoint says. Raises ValueError if the three are not of one model, saying what does not fit.
+    `pad`: pictures are padded to a square first (`--image_aspect_ratio pad`), where the family knows such a thing;
+    None: as the checkpoint says. Raises ValueError if the three are not of one model, saying what does not fit.
     """
 
     name: str
@@ -98,7 +98,7 @@ class Family(ABC):
     end: str  # text of the token that ends an answer
     fixed = False  # a picture has as many tokens whatever its size
     source: Path | None = None  # folder that tokenizer and pictures' settings are from
-    older: tuple[tuple[re.Pattern, str], ...] = ()  # names of earlier transformers and what they are now; the first fits
+    older: tuple[tuple[re.Pattern, str], ...] = ()  # names of earlier transformers, and today's; the first that fits
 
     def __init__(self, config, tokenizer, image_processor, pad: bool | None = None):
         self.config, self.tokenizer, self.image_processor, self.pad = config, tokenizer, image_processor, pad
@@ -131,7 +131,13 @@ class Family(ABC):
         share = max(1, text.num_attention_heads // (text.num_key_value_heads or text.num_attention_heads))
         text.hidden_size, text.intermediate_size, text.num_hidden_layers = 64, 96, 3
         text.num_attention_heads, text.num_key_value_heads, text.head_dim = 4, max(1, 4 // share), 16
-        vision.hidden_size, vision.intermediate_size, vision.num_hidden_layers, vision.num_attention_heads = 32, 64, 3, 2
+        vision.hidden_size, vision.intermediate_size = 32, 64
+        vision.num_hidden_layers, vision.num_attention_heads = 3, 2
+
+    @classmethod
+    def tower_shape(cls, config) -> tuple[int, int]:
+        """(width, blocks whose attention sees all patches of a piece) of the tower."""
+        return config.vision_config.hidden_size, config.vision_config.num_hidden_layers
 
     @abstractmethod
     def processor(self) -> Any:
@@ -171,7 +177,7 @@ class Family(ABC):
 
     @classmethod
     def projector_modules(cls, config) -> list[str]:
-        """Names, or their ends, of the modules between tower and language model: what LoRA saves if they are trained."""
+        """Ends of the names of the modules between tower and language model: what LoRA saves if they are trained."""
         return list(cls.projectors)
 
     @classmethod

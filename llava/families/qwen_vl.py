@@ -52,6 +52,13 @@ class QwenVL(ChatFamily):
             text.num_experts, text.num_experts_per_tok, text.moe_intermediate_size = 4, 2, 32
 
     @classmethod
+    def tower_shape(cls, config) -> tuple[int, int]:
+        """(width, blocks whose attention sees all patches of a picture); those with small windows hardly cost any."""
+        vision = config.vision_config
+        whole = getattr(vision, "fullatt_block_indexes", None)
+        return getattr(vision, "embed_dim", vision.hidden_size), vision.depth if whole is None else len(whole)
+
+    @classmethod
     def projector_modules(cls, config) -> list[str]:
         """The merger, and one more for each block of the tower whose features go into the language model deeper."""
         deeper = getattr(config.vision_config, "deepstack_visual_indexes", ())

@@ -81,9 +81,9 @@ class PlainDPOTrainer(AttentionAwareDPOTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Mean DPO loss of a batch of pairs."""
-        row, pictures = inputs["row"], self._pictures(inputs["pixels"])
-        reference = self._reference(model, inputs, pictures, self.train_dataset)
-        z = self._margin(score(model, row, **pictures), reference, row)
+        row, features = inputs["row"], self._encode(inputs["pixels"])
+        reference = self._reference(model, inputs, features, self.train_dataset)
+        z = self._margin(score(model, row, features), reference, row)
         return PREFERENCE_LOSSES[self.settings.loss_type](z, self.settings.beta, 0.0).mean()
 
 

@@ -61,7 +61,7 @@ class ModelArguments:
 
     _argument_group_name = "Model"
 
-    model_name_or_path: str = flag("LLaVA-1.5, llava-hf or original format: folder or hub name.")
+    model_name_or_path: str = flag("Checkpoint of any family (docs/families.md): folder or hub name.")
     image_tower: str | None = flag("Vision tower of an original checkpoint, instead of the one it names.", None)
     adapter: str | None = flag("Folder of a LoRA adapter to train on from; its rank and scale stay.", None)
     reference: str = flag(
@@ -89,9 +89,9 @@ class ModelArguments:
         if self.reference == "adapter" and not self.adapter:
             raise ValueError("--reference adapter: there is none; name its folder with --adapter")
 
-    def go_on_from(self, adapter: PeftConfig, projector: str) -> None:
+    def go_on_from(self, adapter: PeftConfig, projectors: Sequence[str]) -> None:
         """Take the settings of `adapter` for those that were left alone. Raises ValueError if others were given."""
-        has_projector = projector in (adapter.modules_to_save or ())
+        has_projector = projectors[0] in (adapter.modules_to_save or ())
         theirs = {"lora_r": adapter.r, "lora_alpha": adapter.lora_alpha, "freeze_mm_mlp_adapter": not has_projector}
         defaults = {"lora_r": type(self).lora_r, "lora_alpha": 2 * self.lora_r, "freeze_mm_mlp_adapter": True}
         for name, value in theirs.items():
@@ -129,6 +129,7 @@ class DataArguments:
         "pad: to a square with the mean colour, as LLaVA-1.5; crop: what the processor does alone.", "pad",
         choices=["pad", "crop"],
     )  # fmt: skip
+    max_image_tokens: int | None = flag("Tokens that a picture may cost, in families where its size decides.", None)
     model_max_length: int = flag("Tokens of prompt and longer answer, images included.", 4096)
     overlong: str = flag("Pairs above model_max_length: stop, or list and drop.", "error", choices=["error", "drop"])
     bad_records: str = flag(
@@ -142,7 +143,7 @@ class DataArguments:
     )  # fmt: skip
 
     def __post_init__(self):
-        check_numbers(self, eval_split=(0, BELOW_1), model_max_length=(1, None))
+        check_numbers(self, eval_split=(0, BELOW_1), model_max_length=(1, None), max_image_tokens=(1, None))
         if self.eval_split and self.eval_data_path:
             raise ValueError("give --eval_split or --eval_data_path, not both")
 

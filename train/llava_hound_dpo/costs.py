@@ -1,21 +1,20 @@
 """What training costs: FLOPs of a pair, hours from them, bytes of a process. To compare settings by, not measured.
 
-FLOPs are matrix products (2 per multiply-add) of the model itself, run without weights on the meta device: the vision
-tower, the projector and the linear layers. The attention products of a packed row, and of the probe's second attention
-call, follow from its shape. Left out is what is less than a percent of them: norms, activations, the softmax, the
-optimiser.
+FLOPs are matrix products (2 per multiply-add): of every linear layer by the shape of its weights, of attention by that
+of the pictures, of the packed row, and of the probe's second attention call. Left out is what is less than a percent of
+them: norms, activations, the softmax, the optimiser.
 """
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForImageTextToText, PretrainedConfig
+from torch import nn
+from transformers import PretrainedConfig
 
-from llava.families import find_family
+from llava.families import Family, find_family
 from llava.run_folder import read_object
 
 A100_PEAK = 312e12  # FLOP/s of dense bf16 products, by the data sheet
@@ -28,49 +27,56 @@ LIVE_PARAMETERS = 1e9  # DeepSpeed's default of stage3_max_live_parameters
 
 @dataclass(frozen=True)
 class ForwardFlops:
-    """FLOPs of one forward pass of a model's parts."""
+    """FLOPs of one forward pass of a model's parts. "attended" is a (query, key) pair: scores, and times the values."""
 
-    tower: float  # a picture
-    projector: float  # a picture
-    token: float  # through the linear layers of all blocks of the language model: twice their weights
-    attended: float  # a (query, key) pair in all blocks: scores, and their product with the values
+    patch: float  # through the linear layers of the tower: twice their weights
+    patch_attended: float  # in all blocks of the tower that see a whole picture or tile
+    projected: float  # an image token, through the projector
+    token: float  # through the linear layers of all blocks of the language model
+    attended: float  # in all blocks of the language model
     answer: float  # logits of a row
     blocks: int  # of the language model
 
+    def tower(self, shape: "PairShape") -> float:
+        """Of a pair's pictures."""
+        return sum(self.patch * count + self.patch_attended * count**2 for count in shape.patches)
 
-@torch.no_grad()
+    def projector(self, shape: "PairShape") -> float:
+        """Of a pair's pictures."""
+        return self.projected * shape.image_tokens
+
+
 def count(config: PretrainedConfig) -> ForwardFlops:
-    """FLOPs of a model of this config, whatever its family, run on the meta device: seconds for 7B."""
-    text, side = config.get_text_config(), config.vision_config.image_size
+    """FLOPs of a model of this config, whatever its family, from its weights' shapes on the meta device."""
+    family, text = find_family(config), config.get_text_config()
     with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(config)
-        projector = type(model.get_submodule(f"model.{find_family(config.model_type).projector}")).__name__
-        pictures = _flops(partial(model.get_image_features, pixel_values=torch.empty(1, 3, side, side)))
-        answer = _flops(partial(model.lm_head, torch.empty(1, text.hidden_size)))["Global"]
-        # linear + attended of one token, 2 linear + 4 attended of two: nothing of the layers needs to be known
-        one, two = (
-            _flops(partial(
-                model.model.language_model, inputs_embeds=torch.empty(1, tokens, text.hidden_size), use_cache=False,
-                attention_mask=torch.empty(1, 1, tokens, tokens, dtype=torch.bool),
-            ))["Global"]
-            for tokens in (1, 2)
-        )  # fmt: skip
-    attended = (two - 2 * one) / 2
+        model = family.model_class(config)(config)
+    width, whole = family.tower_shape(config)
+    weights = _linear_weights(model, family)
+    tower, projector, blocks, _ = (2 * weights[part] for part in family.parts())
+    head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return ForwardFlops(
-        tower=pictures["Global"] - pictures[projector],
-        projector=pictures[projector],
-        token=one - attended,
-        attended=attended,
-        answer=answer,
+        patch=tower,
+        patch_attended=4 * width * whole,
+        projected=projector,
+        token=blocks,
+        attended=4 * head_size * text.num_attention_heads * text.num_hidden_layers,
+        answer=2 * text.hidden_size * text.vocab_size,
         blocks=text.num_hidden_layers,
     )
 
 
-def _flops(forward: Callable[[], object]) -> dict[str, int]:
-    """By module; "Global" is all of them."""
-    with FlopCounterMode(display=False, depth=None) as counter:
-        forward()
-    return {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
+def _linear_weights(model: nn.Module, family: type[Family]) -> Counter[str]:
+    """Weights that a token meets in each part's matrix products; of experts those that one token is sent to."""
+    found: Counter[str] = Counter()
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d, nn.Conv3d)):
+            found[family.part_of(name)] += module.weight.numel()
+        elif type(module).__name__.endswith("Experts"):
+            text = model.config.get_text_config()
+            numbers = sum(parameter.numel() for parameter in module.parameters())
+            found[family.part_of(name)] += numbers * text.num_experts_per_tok // text.num_experts
+    return found
 
 
 @dataclass(frozen=True)
@@ -80,7 +86,8 @@ class PairShape:
     shared: int  # tokens before the answers branch off, image tokens included: the prompt without its last
     chosen: int
     rejected: tuple[int, ...]
-    images: int
+    image_tokens: int
+    patches: tuple[int, ...]  # of each picture or tile
 
     @property
     def answers(self) -> int:
@@ -140,7 +147,8 @@ def work(costs: ForwardFlops, shapes: Sequence[PairShape], recipe: Recipe) -> Wo
     backward    LoRA: B + H for the inputs, 2 A for the adapter; full: twice B + H; and 2.5 (T + P)
     reference   B + T + H at every step, 0 from a cache or without DPO
     """
-    tokens, images = sum(shape.tokens for shape in shapes), sum(shape.images for shape in shapes)
+    tokens = sum(shape.tokens for shape in shapes)
+    tower, projector = sum(map(costs.tower, shapes)), sum(map(costs.projector, shapes))
     blocks, head = costs.token * tokens, costs.answer * sum(shape.answers for shape in shapes)
     attention = costs.attended * sum(shape.attended_pairs for shape in shapes)
     probed = costs.attended * recipe.probed_layers / costs.blocks
@@ -148,10 +156,10 @@ def work(costs: ForwardFlops, shapes: Sequence[PairShape], recipe: Recipe) -> Wo
     adapter = 2 * recipe.lora_parameters * tokens
     backward = blocks + head + 2 * adapter if recipe.is_lora else 2 * (blocks + head)
     if recipe.trains_projector:
-        backward += images * 2 * costs.projector
+        backward += 2 * projector
     seen = 2 if recipe.trains_projector and recipe.reference == "step" else 1
     return Work(
-        pictures=seen * images * (costs.tower + costs.projector),
+        pictures=seen * (tower + projector),
         forward=blocks + attention + probe + head + adapter,
         recomputed=blocks + attention + probe + adapter if recipe.checkpointing else 0.0,
         backward=backward + ATTENTION_BACKWARD * (attention + probe),

@@ -5,7 +5,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ class Pair:
     chosen: list[int]
     rejected: list[list[int]]
     image_tokens: int  # of all pictures together
+    patches: tuple[int, ...] = ()  # that the tower sees of each piece of them
 
     @property
     def prompt_tokens(self) -> int:
@@ -122,9 +123,7 @@ def tokenize(records: Sequence[Preference], family: Family, store: ImageStore | 
     return pairs
 
 
-def _tokenized(
-    records: Sequence[Preference], family: Family, store: ImageStore | None
-) -> tuple[list[Pair], list[str]]:
+def _tokenized(records: Sequence[Preference], family: Family, store: ImageStore | None) -> tuple[list[Pair], list[str]]:
     pairs, problems = [], []
     for record in Progress(records, desc="tokenising", disable=not is_main_process() or len(records) < 1000):
         try:
@@ -145,7 +144,9 @@ def tokenize_one(record: Preference, family: Family, store: ImageStore | None) -
     if chosen in rejected:
         raise ValueError("chosen and rejected are the same tokens")
     sizes = [None if family.fixed else store.size(name) for name in record.images]
-    return Pair(record, prompt, chosen, rejected, sum(map(family.num_image_tokens, sizes)))
+    patches = [piece for size in sizes for piece in family.patches(size, len(sizes))]
+    image_tokens = sum(family.num_image_tokens(size, len(sizes)) for size in sizes)
+    return Pair(record, prompt, chosen, rejected, image_tokens, tuple(patches))
 
 
 def within_length(pairs: Sequence[Pair], max_length: int, overlong: str) -> tuple[list[Pair], list[Pair]]:
@@ -201,16 +202,13 @@ class PairDataset(Dataset):
             pictures = [self.store.open(name) for name in pair.record.images]
         except (OSError, ValueError) as error:
             raise DataError([f"{pair.record.where}: {error}"]) from error
-        images = [self.family.image(picture.size) for picture in pictures]
+        images = self.family.images([picture.size for picture in pictures])
+        prompt = self.family.expand(pair.prompt, images)
+        target, positions = target_weights(pair.record, images), self.family.positions(prompt, images)
         return {
             "index": index,
             "format": FORMATS.index(pair.record.image_type),
-            "pair": EncodedPair(
-                prompt=self.family.expand(pair.prompt, images),
-                chosen=pair.chosen,
-                rejected=pair.rejected,
-                target=target_weights(pair.record, images),
-            ),
+            "pair": EncodedPair(prompt, pair.chosen, pair.rejected, target, positions),
             "pixels": self.family.pixels(pictures),
         }
 
@@ -219,18 +217,18 @@ class PairDataset(Dataset):
 class PairCollator:
     """Items of `PairDataset` to one packed row; without the rejected answers where the loss needs none."""
 
-    image_token: int
+    family: Family
     needs_rejected: bool
 
     def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor | PackedRow]:
         pairs = [item["pair"] for item in items]
         if not self.needs_rejected:
-            pairs = [EncodedPair(pair.prompt, pair.chosen, [], pair.target) for pair in pairs]
+            pairs = [replace(pair, rejected=[]) for pair in pairs]
         batch = {
             "index": torch.tensor([item["index"] for item in items]),  # first: the Trainer reads the batch size off it
             "format": torch.tensor([item["format"] for item in items]),
-            "row": pack(pairs, self.image_token),
-            "pixels": {name: torch.cat([item["pixels"][name] for item in items]) for name in items[0]["pixels"]},
+            "row": pack(pairs, self.family.image_id),
+            "pixels": self.family.join([item["pixels"] for item in items]),
         }
         if "step_pairs" in items[0]:  # of a training step
             batch["step_pairs"] = torch.tensor([item["step_pairs"] for item in items])

@@ -52,7 +52,7 @@ def quantisation(bits: int, family: type[Family], dtype: torch.dtype, device: st
         "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True,
         "bnb_4bit_compute_dtype": dtype,
     }  # fmt: skip
-    skipped = [f"model.{family.tower}", f"model.{family.projector}", "lm_head"]
+    skipped = [f"model.{family.tower}", *(f"model.{part}" for part in family.projectors), "lm_head"]
     settings = BitsAndBytesConfig(**kind, llm_int8_skip_modules=skipped)
     return {"quantization_config": settings, "device_map": {"": str(device)}}
 
@@ -60,8 +60,8 @@ def quantisation(bits: int, family: type[Family], dtype: torch.dtype, device: st
 def build_on_meta(config: PreTrainedConfig, arguments: ModelArguments):
     """The policy without any weight, for counting."""
     with init_empty_weights():
-        family = find_family(config.model_type)
-        return make_trainable(family.model_class(config), family, arguments)
+        family = find_family(config)
+        return make_trainable(family.model_class(config)(config), family, arguments)
 
 
 def make_trainable(model, family: type[Family], arguments: ModelArguments, fp32_adapter: bool = False):
@@ -76,18 +76,19 @@ def make_trainable(model, family: type[Family], arguments: ModelArguments, fp32_
         if model.name_or_path and Path(model.name_or_path).is_dir():  # an adapter's base is found from any folder
             model.name_or_path = str(Path(model.name_or_path).resolve())
         # DeepSpeed has its own fp32 copy, and ZeRO-3 stops at fp32 LoRA weights beside a bf16 projector.
-        adapted = get_peft_model(model, lora_settings(family, arguments), autocast_adapter_dtype=fp32_adapter)
+        settings = lora_settings(family, model.config, arguments)
+        adapted = get_peft_model(model, settings, autocast_adapter_dtype=fp32_adapter)
         if arguments.adapter:
             fill_adapter(adapted, Path(arguments.adapter), family)
         return adapted
     for name, parameter in model.named_parameters():
-        is_projector = family.projector in name
-        trained = not arguments.freeze_mm_mlp_adapter if is_projector else family.tower not in name
-        parameter.requires_grad_(trained)
+        part = family.part_of(name)
+        trains_projector = part == family.projectors[0] and not arguments.freeze_mm_mlp_adapter
+        parameter.requires_grad_(trains_projector or part in (family.language, "lm_head"))
     return model
 
 
-def lora_settings(family: type[Family], arguments: ModelArguments) -> PeftConfig:
+def lora_settings(family: type[Family], config: PreTrainedConfig, arguments: ModelArguments) -> PeftConfig:
     """Of a new adapter, or those of the one that is trained on from."""
     kind = LoraConfig if arguments.bits == 16 else partial(QuantisedLora, bits=arguments.bits)
     if arguments.adapter:
@@ -99,16 +100,15 @@ def lora_settings(family: type[Family], arguments: ModelArguments) -> PeftConfig
         lora_dropout=arguments.lora_dropout,
         target_modules=family.lora_targets(),
         # As a saved module the projector is in every checkpoint's adapter, and the reference keeps the old one.
-        modules_to_save=None if arguments.freeze_mm_mlp_adapter else [family.projector],
+        modules_to_save=None if arguments.freeze_mm_mlp_adapter else family.projector_modules(config),
     )
 
 
 def parameter_table(model, family: type[Family]) -> str:
     """One line per part of the model: parameters, how many are trained, dtype."""
-    parts = (family.tower, family.projector, family.language, "lm_head")
-    rows = {part: [0, 0, set()] for part in parts}
+    rows = {part: [0, 0, set()] for part in family.parts()}
     for name, parameter in model.named_parameters():
-        row = rows[next(part for part in parts if part in name)]
+        row = rows[family.part_of(name)]
         count = _size(parameter)
         row[0] += count
         row[1] += count if parameter.requires_grad else 0

@@ -24,6 +24,7 @@ class EncodedPair:
     chosen: list[int]
     rejected: Sequence[list[int]]
     target: Tensor
+    positions: Tensor | None = None  # (axes, tokens of the prompt), as of `Family.positions`; None: 0, 1, 2, ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +36,7 @@ class PackedRow:
     """
 
     input_ids: Tensor  # (1, S)
-    position_ids: Tensor  # (1, S)
+    positions: Tensor  # (axes, 1, S)
     keep: Tensor  # (1, S) bool, rows whose logits are wanted
     labels: Tensor  # (T,) the token each kept row predicts
     branch: Tensor  # (T,) number of the answer in the row
@@ -64,13 +65,14 @@ def pack(pairs: Sequence[EncodedPair], image_token: int) -> PackedRow:
         start = len(ids)
         shared, last = pair.prompt[:-1], pair.prompt[-1]
         ids += shared
-        positions += range(len(shared))
+        own = torch.arange(len(pair.prompt))[None] if pair.positions is None else pair.positions
+        positions.append(own[:, :-1])
         keep += [False] * len(shared)
         spans = []
         for answer in (pair.chosen, *pair.rejected):
             spans.append((len(ids), len(ids) + len(answer)))
             ids += [last, *answer[:-1]]
-            positions += range(len(shared), len(shared) + len(answer))
+            positions.append(own[:, -1:] + torch.arange(len(answer)))
             keep += [True] * len(answer)
             labels += answer
         chosen.append(len(lengths))
@@ -84,7 +86,7 @@ def pack(pairs: Sequence[EncodedPair], image_token: int) -> PackedRow:
     regions[..., 0][is_image] = torch.cat([pair.target for pair in pairs])
     return PackedRow(
         input_ids=input_ids,
-        position_ids=torch.tensor([positions]),
+        positions=torch.cat(positions, dim=1)[:, None],
         keep=torch.tensor([keep]),
         labels=torch.tensor(labels),
         branch=torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)),

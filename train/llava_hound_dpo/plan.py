@@ -65,7 +65,7 @@ def world_size() -> int:
 def shape_of(pair: Pair, with_rejected: bool) -> PairShape:
     """A pair's packed row: prompt once, and its answers."""
     rejected = tuple(map(len, pair.rejected)) if with_rejected else ()
-    return PairShape(pair.prompt_tokens - 1, len(pair.chosen), rejected, len(pair.record.images))
+    return PairShape(pair.prompt_tokens - 1, len(pair.chosen), rejected, pair.image_tokens, pair.patches)
 
 
 def plan(model: ModelArguments, loss: LossArguments, args: TrainArguments, inputs: Inputs) -> str:

@@ -145,8 +145,10 @@ def check_schedule(args: TrainArguments) -> None:
 
 def read_inputs(model: ModelArguments, data: DataArguments, loss: LossArguments, args: TrainArguments) -> Inputs:
     """Read and check config, processor, records and pictures. Raises ValueError or FileNotFoundError for bad input."""
-    pad = data.image_aspect_ratio == "pad"
-    checkpoint = open_checkpoint(model.model_name_or_path, image_tower=model.image_tower, pad=pad)
+    pad, most = data.image_aspect_ratio == "pad", data.max_image_tokens
+    checkpoint = open_checkpoint(
+        model.model_name_or_path, image_tower=model.image_tower, pad=pad, max_image_tokens=most
+    )
     if checkpoint.base:
         raise ValueError(
             f"{checkpoint}: training starts from a whole model; to train on from an adapter name it with --adapter, "
@@ -180,13 +182,15 @@ def open_adapter(checkpoint: Checkpoint, model: ModelArguments, zero_stage: int)
 
     Raises ValueError for anything but a LoRA adapter in PEFT's format, or one that these flags cannot train.
     """
-    opened = open_checkpoint(model.adapter, checkpoint.path, model.image_tower, checkpoint.pad)
+    opened = open_checkpoint(
+        model.adapter, checkpoint.path, model.image_tower, checkpoint.pad, checkpoint.max_image_tokens
+    )
     if opened.dialect != PEFT_ADAPTER or opened.base is None or opened.base.base:
         raise ValueError(f"--adapter {opened}: training goes on from a LoRA adapter in PEFT's format on a whole model")
     settings = adapter_settings(Path(model.adapter), type(checkpoint.family))
     if not isinstance(settings, LoraConfig):
         raise ValueError(f"--adapter {model.adapter}: holds {settings.peft_type.value} where LoRA is due")
-    model.go_on_from(settings, checkpoint.family.projector)
+    model.go_on_from(settings, checkpoint.family.projectors)
     if zero_stage == 3 and not model.freeze_mm_mlp_adapter:
         raise ValueError(f"--adapter {model.adapter} has a projector, which ZeRO-3 shares out: use scripts/zero2.json")
     return opened
@@ -299,6 +303,7 @@ def describe_run(model, data, loss, args, inputs: Inputs) -> dict[str, Any]:
         "attention_heads": inputs.heads and inputs.heads.to_json(),  # wherever their file lies
         **{name: getattr(args, name) for name in SCHEDULE},
         **({"fp16": True} if args.fp16 else {}),
+        **({"max_image_tokens": data.max_image_tokens} if data.max_image_tokens else {}),
         "image_aspect_ratio": data.image_aspect_ratio,
         "pairs_per_step": inputs.batches.pairs_per_step,
         "deepspeed": args.deepspeed_file,

@@ -1,14 +1,14 @@
 """One forward pass over a packed row: log-probs of its answers and the attention of its chosen ones."""
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from llava.attention import Plan, Probe, mean_masses
+from llava.families import model_inputs
 from train.llava_hound_dpo.packing import PackedRow
 
 
@@ -22,26 +22,20 @@ class Scores:
 
 
 def score(
-    model, row: PackedRow, pixels: Mapping[str, Tensor] | None = None, image_features: Sequence[Tensor] | None = None,
-    layers: frozenset[int] = frozenset(), heads: Tensor | None = None,
-) -> Scores:  # fmt: skip
+    model, row: PackedRow, features: Any, layers: frozenset[int] = frozenset(), heads: Tensor | None = None
+) -> Scores:
     """Scores of a packed row; probes attention in `layers`, over those `heads` (L, H) that have a 1 (None: all).
 
-    Pictures come as `pixels` (as of `Family.pixels`) or, encoded before, as `image_features`. Raises RuntimeError
-    if the masses are cut off from the weights while gradients are wanted (a reentrant checkpoint does that): the
-    attention term would train nothing without a word.
+    `features` are the row's pictures as of `Family.encode`. Raises RuntimeError if the masses are cut off from the
+    weights while gradients are wanted (a reentrant checkpoint does that): the attention term would train nothing
+    without a word.
     """
     probe = Probe(row.regions, layers) if layers else None
-    encoded = None
-    if image_features is not None:
-        encoded = {"image": BaseModelOutputWithPooling(pooler_output=image_features)}
     outputs = model(
         input_ids=row.input_ids,
         # An explicit mask of ones: without any, restarted positions are taken for separate documents.
         attention_mask=torch.ones_like(row.input_ids),
-        position_ids=row.position_ids,
-        **(pixels or {}),
-        mm_encoder_outputs=encoded,
+        **model_inputs(features, row.positions),
         logits_to_keep=row.keep,
         use_cache=False,
         output_attentions=bool(layers),

@@ -59,7 +59,7 @@ class AttentionAwareDPOTrainer(Trainer):
         heads: Tensor | None = None, reference: ReferenceCache | None = None,
         identity: Mapping[str, Any] | None = None, on_adapter: bool = False, **kwargs,
     ):  # fmt: skip
-        super().__init__(*args, data_collator=PairCollator(family.image_id, settings.needs_rejected), **kwargs)
+        super().__init__(*args, data_collator=PairCollator(family, settings.needs_rejected), **kwargs)
         self.settings, self.layers, self.heads, self.reference = settings, layers, heads, reference
         self.family, self.batches, self.identity, self._saved_step = family, batches, dict(identity or {}), None
         assert self.args.gradient_accumulation_steps == batches.accumulation
@@ -87,14 +87,18 @@ class AttentionAwareDPOTrainer(Trainer):
         Trainer averages over micro-batches, and the processes average their gradients. Raises FloatingPointError,
         before any update, if the loss of a pair is not finite.
         """
-        row, pictures = inputs["row"], self._pictures(inputs["pixels"])
+        row, features = inputs["row"], self._encode(inputs["pixels"], self.shares_images)
         dataset = self.train_dataset if model.training else self.eval_dataset
-        reference = self._reference(model, inputs, pictures, dataset) if self.settings.needs_rejected else None
-        policy = score(model, row, **pictures, layers=self.layers, heads=self.heads)
+        reference = self._reference(model, inputs, features, dataset) if self.settings.needs_rejected else None
+        policy = score(model, row, features, self.layers, self.heads)
         ratio = mean_over_layers(attention_ratio(policy.masses), self.heads)
         z = self._margin(policy, reference, row) if reference else None
         loss, parts = total_loss(
-            self.settings, policy.chosen, row.answer_tokens[row.chosen].to(policy.chosen.dtype), ratio, z,
+            self.settings,
+            policy.chosen,
+            row.answer_tokens[row.chosen].to(policy.chosen.dtype),
+            ratio,
+            z,
             row.rejected_owner if reference else None,
         )
         if not torch.isfinite(parts["total"]).all():
@@ -183,10 +187,13 @@ class AttentionAwareDPOTrainer(Trainer):
         self._saved_step = self.state.global_step
 
     def _save(self, output_dir=None, state_dict=None):
-        """As the Trainer's, with a card in place of peft's empty template."""
+        """As the Trainer's, with all that reads pictures, and a card in place of peft's empty template."""
         super()._save(output_dir, state_dict)
+        folder = Path(output_dir or self.args.output_dir)
+        if self.args.should_save:
+            self.family.save(folder)
         if self.args.should_save and self.about:
-            write_card(Path(output_dir or self.args.output_dir), self.about, self.state.log_history)
+            write_card(folder, self.about, self.state.log_history)
 
     def _save_optimizer_and_scheduler(self, output_dir):
         if not self.is_deepspeed_enabled:
@@ -216,29 +223,27 @@ class AttentionAwareDPOTrainer(Trainer):
             indices = batches[own] if own < len(batches) else batches[0]
             inputs = self._prepare_inputs(self.data_collator([dataset[index] for index in indices]))
             with torch.no_grad(), self._as_reference(model), self.compute_loss_context_manager():
-                scores = score(model, inputs["row"], **self._pictures(inputs["pixels"]))
+                scores = score(model, inputs["row"], self._encode(inputs["pixels"]))
             if own < len(batches):
                 self.reference.append([dataset.pairs[i] for i in indices], scores.chosen, scores.rejected)
         model.train(was_training)
         self.reference.share()
 
     def _projector(self) -> list[Tensor]:
-        return [p for name, p in self.model.named_parameters() if self.family.projector in name]
+        part_of, projector = self.family.part_of, self.family.projectors[0]
+        return [p for name, p in self.model.named_parameters() if part_of(name) == projector]
 
-    def _pictures(self, pixels: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Pictures encoded once for policy and reference, unless the two see them through different projectors."""
-        if not self.shares_images:
-            return {"pixels": pixels}
-        model = self.accelerator.unwrap_model(self.model_wrapped)
-        with torch.no_grad():
-            return {"image_features": model.get_image_features(**pixels, return_dict=True).pooler_output}
+    def _encode(self, pixels: Mapping[str, Tensor], is_frozen: bool = True) -> Any:
+        """Pictures as the language model reads them, without gradient where nothing before it is trained."""
+        with torch.no_grad() if is_frozen else nullcontext():
+            return self.family.encode(self.accelerator.unwrap_model(self.model_wrapped), pixels)
 
-    def _reference(self, model, inputs, pictures: dict[str, Any], dataset: PairDataset) -> Scores:
+    def _reference(self, model, inputs, features: Any, dataset: PairDataset) -> Scores:
         if self.reference is not None:
             pairs = [dataset.pairs[index] for index in inputs["index"].tolist()]
             return Scores(*self.reference.lookup(pairs, inputs["row"].labels.device))
-        with torch.no_grad(), self._as_reference(model):
-            return score(model, inputs["row"], **pictures)
+        with torch.no_grad(), self._as_reference(model):  # the two may see pictures through different projectors
+            return score(model, inputs["row"], features if self.shares_images else self._encode(inputs["pixels"]))
 
     def _as_reference(self, model):
         """A context in which the model is the reference; before the first step, where it only then is."""
