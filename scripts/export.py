@@ -25,7 +25,7 @@ from llava.answering import encode_prompt, spread
 from llava.checkpoints import Checkpoint, open_checkpoint
 from llava.command_line import check_numbers, flag, parse
 from llava.endpoint import messages_of
-from llava.families import Family, model_inputs
+from llava.families import Family, Llava15, model_inputs
 from llava.families.llava15_original import write_checkpoint
 from llava.image import ImageStore
 from llava.merging import in_float32, merge
@@ -102,6 +102,8 @@ def export(checkpoint: Checkpoint, output: Path, dtype: str, layout: str, asked:
     stored = max(checkpoint.stored, key=lambda kind: (kind.is_floating_point, kind.itemsize))
     loaded = torch.float32 if dtype == "float32" else stored
     logger.info(describe_memory(checkpoint, loaded))
+    if layout == "original" and not isinstance(family, Llava15):
+        raise ValueError(f"--format original: {family.name} has no such layout; take --format hf")
     model = checkpoint.load(loaded, exact_adapter=True).eval()
     before = first_logits(model, family, asked)
     model, rounding = merge(model, DTYPES[dtype])
@@ -220,7 +222,11 @@ def turns_of(question: Question) -> list[tuple[str, str]]:
 
 def compare_inputs(family: Family, folder: Path, asked: Sequence[Asked]) -> None:
     """Ends the process where plain transformers makes other tokens or pixels of a prompt than it was trained on."""
-    processor, largest = AutoProcessor.from_pretrained(folder, trust_remote_code=False), 0.0
+    try:
+        processor, largest = AutoProcessor.from_pretrained(folder, trust_remote_code=False), 0.0
+    except ImportError as error:  # of what plain transformers needs for videos
+        logger.warning("not compared with plain transformers' own inputs: %s", first_line(error))
+        return
     for one in asked:
         inputs, pixels = plain_inputs(processor, one.turns, one.pictures), family.pixels(one.pictures)
         if inputs["input_ids"][0].tolist() != tokens_of(family, one)[0]:
@@ -267,9 +273,12 @@ def first_logits(model, family: Family, asked: Sequence[Asked]) -> torch.Tensor:
 
 
 def write(model, family: Family, folder: Path) -> None:
-    """The merged model as a llava-hf folder."""
+    """The merged model as the hub has its family."""
+    family.save(folder)
+    if not isinstance(family, Llava15):
+        model.save_pretrained(folder, max_shard_size=SHARD_BYTES)
+        return
     processor = family.processor()
-    processor.save_pretrained(folder)
     # Where transformers 4, and servers on it, look for the pictures' settings.
     pictures = processor.image_processor.to_dict() | {"processor_class": type(processor).__name__}
     (folder / "preprocessor_config.json").write_text(json.dumps(pictures, indent=2) + "\n", encoding="utf-8")

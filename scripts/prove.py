@@ -208,7 +208,7 @@ def exported(own: ProveSettings, job: Job, asked: Sequence[Asked], folder: Path)
     """MODEL if it is an export, else a new one."""
     template = Path(own.model) / "chat_template.jinja"
     is_whole = job.checkpoint.dialect == WHOLE and template.is_file()
-    if is_whole and template.read_text(encoding="utf-8") == job.family.processor().chat_template:
+    if is_whole and template.read_text(encoding="utf-8") == job.family.chat_template:
         return own.model
     logger.info("exporting %s first", job.checkpoint)
     export(job.checkpoint, folder, own.dtype, "hf", asked[:FEW])

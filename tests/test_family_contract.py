@@ -21,7 +21,7 @@ from llava.scaling import Scale
 from train.llava_hound_dpo.packing import EncodedPair, pack
 from train.llava_hound_dpo.scoring import score
 
-MODULES = ("qwen_vl",)
+MODULES = ("qwen_vl", "internvl")
 CASES = [(name, kind) for name in MODULES for kind in import_module(f"tests.tiny.{name}").KINDS]
 LAYERS = frozenset({1, 2})
 SIZES = ((90, 60), (64, 130), (75, 75))  # px
@@ -175,7 +175,8 @@ def test_controls_that_must_fail(tiny, module, kind):
             flat = pack([replace(pair, positions=None) for pair in pairs], family.image_id)
             flat = replace(flat, positions=flat.positions.expand(3, -1, -1))
             wrong.append(score(model, flat, family.encode(model, joined)).rejected)
-    assert all((found - right).abs().max() > 1e-2 for found in wrong)
+    apart = [(found - right).abs().max().item() for found in wrong]
+    assert min(apart) > 1e-3, apart  # equal is within 1e-5
 
 
 def batch_of(own, groups, **more):

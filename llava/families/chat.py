@@ -56,11 +56,16 @@ class ChatFamily(Family):
         """The tokenizer; what stands beside it is written by `save`."""
         return self.tokenizer
 
+    @property
+    def chat_template(self) -> str:
+        """The checkpoint's, behind `IN_PLACE`."""
+        template, prelude = self.tokenizer.chat_template, IN_PLACE % self.placeholder
+        return template if template.startswith(prelude) else prelude + template
+
     def save(self, folder: Path) -> None:
         """Write tokenizer, pictures' settings and chat template, as transformers and servers read them together."""
         own, template = self.image_processor.to_dict(), self.tokenizer.chat_template
-        prelude = IN_PLACE % self.placeholder
-        self.tokenizer.chat_template = template if template.startswith(prelude) else prelude + template
+        self.tokenizer.chat_template = self.chat_template
         self.tokenizer.save_pretrained(folder)
         self.tokenizer.chat_template = template
         self.image_processor.save_pretrained(folder)

@@ -143,6 +143,11 @@ class Family(ABC):
     def processor(self) -> Any:
         """What transformers' Trainer saves beside weights: tokenizer, or processor with the chat template."""
 
+    @property
+    @abstractmethod
+    def chat_template(self) -> str:
+        """As `save` writes it: pictures stand where the parts of a message have them."""
+
     @abstractmethod
     def save(self, folder: Path) -> None:
         """Write tokenizer, pictures' settings and chat template, as transformers and servers read them together."""

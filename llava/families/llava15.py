@@ -117,6 +117,11 @@ class Llava15(Family):
             vision_feature_select_strategy="default", num_additional_image_tokens=1, chat_template=CHAT_TEMPLATE,
         )  # fmt: skip
 
+    @property
+    def chat_template(self) -> str:
+        """See `CHAT_TEMPLATE`."""
+        return CHAT_TEMPLATE
+
     def save(self, folder: Path) -> None:
         """Write tokenizer, pictures' settings and chat template, as transformers and servers read them together."""
         self.processor().save_pretrained(folder)
