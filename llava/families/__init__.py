@@ -4,12 +4,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from llava.families.family import Family, ImageTokens, model_inputs
+from llava.families.idefics3 import Idefics3
 from llava.families.llava15 import Llava15
 from llava.families.qwen_vl import QwenVL
 
 __all__ = ["FAMILIES", "Family", "ImageTokens", "find_family", "model_inputs", "refuse_unknown"]
 
-FAMILIES: tuple[type[Family], ...] = (Llava15, QwenVL)
+FAMILIES: tuple[type[Family], ...] = (Llava15, QwenVL, Idefics3)
 
 # What people will try that cannot work here, and why.
 REFUSED = {
