@@ -4,18 +4,23 @@ from collections.abc import Mapping
 from typing import Any
 
 from llava.families.family import Family, ImageTokens, model_inputs
+from llava.families.idefics3 import Idefics3
 from llava.families.internvl import InternVL
 from llava.families.llava15 import Llava15
+from llava.families.llava_interleave import LlavaInterleave
+from llava.families.llava_onevision import LlavaOneVision
 from llava.families.qwen_vl import QwenVL
 
 __all__ = ["FAMILIES", "Family", "ImageTokens", "Llava15", "QwenVL", "find_family", "model_inputs", "refuse_unknown"]
 
-FAMILIES: tuple[type[Family], ...] = (Llava15, QwenVL, InternVL)
+# Of two of one model_type the first that fits.
+FAMILIES: tuple[type[Family], ...] = (LlavaInterleave, Llava15, QwenVL, LlavaOneVision, InternVL, Idefics3)
 
 # What people will try that cannot work here, and why.
 REFUSED = {
     "qwen3_5": "layers of linear attention carry state from one answer of a packed row into the next",
     "qwen3_5_moe": "layers of linear attention carry state from one answer of a packed row into the next",
+    "internvl_chat": "that layout runs code of its own; take the converted one, whose name ends in -hf",
     "mllama": "pictures are read by cross-attention: no token of the prompt stands for them",
     "gemma3": "images see themselves both ways and most layers slide, which packed rows do not",
     "paligemma": "the prompt is seen both ways, which packed rows do not",
