@@ -5,11 +5,14 @@ from typing import Any
 
 from llava.families.family import Family, ImageTokens, model_inputs
 from llava.families.llava15 import Llava15
+from llava.families.llava_interleave import LlavaInterleave
+from llava.families.llava_onevision import LlavaOneVision
 from llava.families.qwen_vl import QwenVL
 
 __all__ = ["FAMILIES", "Family", "ImageTokens", "find_family", "model_inputs", "refuse_unknown"]
 
-FAMILIES: tuple[type[Family], ...] = (Llava15, QwenVL)
+# LLaVA-1.5 takes the rest of the models of type llava.
+FAMILIES: tuple[type[Family], ...] = (LlavaInterleave, Llava15, QwenVL, LlavaOneVision)
 
 # What people will try that cannot work here, and why.
 REFUSED = {
