@@ -43,7 +43,21 @@ class ChatFamily(Family):
         self.end = min(found)[1]
 
     def render(self, turns: Sequence[tuple[str, str | None]], system: str | None = None) -> str:
-        """By the checkpoint's chat template; each `<image>` stands where it stood."""
+        """By the checkpoint's chat template; each `<image>` stands where it stood.
+
+        The last answer stands where the template lets the model begin one, also if the template has it elsewhere.
+        """
+        *earlier, (prompt, answer) = turns
+        opened = self._rendered([*earlier, (prompt, None)], system)
+        if answer is None:
+            return opened
+        whole = self._rendered(turns, system)
+        if whole.startswith(opened):
+            return whole
+        # LLaVA-OneVision's template on the hub has " \n" before a given answer, "\n" before one that is to come.
+        return opened + answer + self._rendered([(prompt, SENTINEL)], system).rpartition(SENTINEL)[2]
+
+    def _rendered(self, turns: Sequence[tuple[str, str | None]], system: str | None) -> str:
         said = [("system", system)] if system is not None else []
         for prompt, answer in turns:
             said += [("user", prompt)] + ([("assistant", answer)] if answer is not None else [])
