@@ -14,6 +14,7 @@ from tests.tiny.common import byte_tokenizer, peaky, template
 from tests.tiny.common import write as write_files
 
 KINDS = ("idefics3", "smolvlm")
+OURS = ("tiles",)  # of the pixels: what transformers' processor does not give
 PICTURE = ("<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>")
 TILES = tuple(f"<row_{row}_col_{col}>" for row in range(1, 7) for col in range(1, 7))
 SPECIALS = {  # of LLaMA 3 and of SmolLM2; the first begins a text, the second pads
