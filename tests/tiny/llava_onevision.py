@@ -17,6 +17,7 @@ from tests.tiny.common import byte_tokenizer, mean_light, peaky
 from tests.tiny.common import write as write_files
 
 KINDS = ("llava_onevision", "llava_onevision_converted")
+CAP = 60  # tokens of a picture that some of its grids of tiles keep to
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<video>")
 SIDE, PATCH, TILES = 44, 8, 6
 NEWLINE = -1.0  # what `show_light` makes of a newline token: no picture is as dark
