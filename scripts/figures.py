@@ -114,15 +114,15 @@ def draw_row(family):
     figure, axes = plt.subplot_mosaic([["position"] * 2, ["mask", "end"]], figsize=(9, 5.4), height_ratios=(2, 3),
                                        layout="constrained")  # fmt: skip
     (tree,), length, last = row.trees, len(colour), 16
-    highest = row.position_ids.max().item()
-    strip(axes["position"], row.position_ids[0], colour, "position")
+    highest = row.positions.max().item()
+    strip(axes["position"], row.positions[0, 0], colour, "position")
     axes["position"].set(xlim=(-0.5, length - 0.5), ylim=(0, 2.2 * highest))
     spans = [*tree.branches, tuple(row.regions[0, :, 0].nonzero()[[0, -1], 0].tolist())]
     texts = ("log π(chosen)\n→ L_dpo, L_sft", "log π(rejected)\n→ L_dpo", "share R of the image attention\n→ L_att")
     places = (length - 30, length - 4, sum(spans[2]) / 2)
     for (start, end), text, place in zip(spans, texts, places, strict=True):
         middle = (start + end) // 2
-        axes["position"].annotate(text, (middle, row.position_ids[0, middle]), (place, 1.5 * highest), ha="center",
+        axes["position"].annotate(text, (middle, row.positions[0, 0, middle]), (place, 1.5 * highest), ha="center",
                                   arrowprops={"arrowstyle": "<-"})  # fmt: skip
     visible = torch.ones(length, length, dtype=torch.bool).tril()
     visible[tree.branches[0][1] :] = tree.mask  # as `tree_attention` computes it
