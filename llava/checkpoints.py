@@ -1,4 +1,4 @@
-"""A checkpoint of any dialect, opened once: llava-hf, the original LLaVA format, or a LoRA adapter on either.
+"""A checkpoint of any family, opened once: transformers' layout, the original LLaVA format, or a LoRA on either.
 
 Every tensor is accounted for. What is missing, unexpected or of another shape is an error with its name; nothing
 starts from random numbers.
@@ -57,7 +57,7 @@ PICTURES = ("processor_config.json", "preprocessor_config.json")  # either has t
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 # What names modules in an adapter_config.json.
 NAMING = ("target_modules", "exclude_modules", "modules_to_save", "rank_pattern", "alpha_pattern", "layers_pattern")
-WHOLE, ORIGINAL, PEFT_ADAPTER, ORIGINAL_LORA = "llava-hf", "original LLaVA", "PEFT adapter", "original LLaVA LoRA"
+WHOLE, ORIGINAL, PEFT_ADAPTER, ORIGINAL_LORA = "transformers", "original LLaVA", "PEFT adapter", "original LLaVA LoRA"
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,8 @@ class Checkpoint:
         return len(self._with_adapters(model).state_dict())
 
     def __str__(self) -> str:
-        return f"{self.path} ({self.dialect})" + (f" on {self.base}" if self.base else "")
+        kind = find_family(self.config).name if self.dialect == WHOLE else self.dialect
+        return f"{self.path} ({kind})" + (f" on {self.base}" if self.base else "")
 
     def _load_whole(self, dtype: torch.dtype, **more):
         # Mis-shaped tensors are refused below, by name.

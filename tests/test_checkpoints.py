@@ -320,7 +320,7 @@ def test_a_checkpoint_is_what_it_says(adapter, checkpoint):
     own, base = open_checkpoint(str(adapter[0])), open_checkpoint(checkpoint)
     assert (base.dialect, base.base, base.root) == ("llava-hf", None, base)
     assert (own.root, own.base.path) == (own.base, checkpoint)
-    assert str(own) == f"{adapter[0]} (PEFT adapter) on {checkpoint} (llava-hf)"
+    assert str(own) == f"{adapter[0]} (PEFT adapter) on {checkpoint} (LLaVA-1.5)"
     assert own.family is own.family and (base.num_layers, base.num_heads) == (4, 4)
     assert own.check_tensors() == len(own.load().state_dict()) > base.check_tensors()
 

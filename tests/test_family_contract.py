@@ -12,12 +12,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from llava.attention import Plan, Probe, install, use_plan
 from llava.checkpoints import open_checkpoint
 from llava.families import FAMILIES, model_inputs
 from llava.generation import batch_prompts, generate
 from llava.scaling import Scale
+from train.llava_hound_dpo.arguments import ModelArguments
+from train.llava_hound_dpo.model import make_trainable, quantisation
 from train.llava_hound_dpo.packing import EncodedPair, pack
 from train.llava_hound_dpo.scoring import score
 
@@ -310,6 +313,30 @@ def test_names_parts_and_the_end_of_answers(tiny, module, kind):
     with pytest.raises(ValueError, match="special token"):
         family.encode_answer(text, f"red{family.end}")
     assert family.images([(64, 64)])[0].ids.count(family.image_id) == len(family.image((64, 64)).areas)
+
+
+@each_family
+def test_the_linear_layers_of_the_language_model_are_quantised_and_no_others(tiny, module, kind):
+    """With `--bits`: neither the tower, nor the projector, nor the head."""
+    own = tiny(module, kind)
+    family, model = own.family, own.model()
+    skipped = quantisation(4, type(family), torch.float32, "cpu")["quantization_config"].llm_int8_skip_modules
+    linear = [name for name, part in model.named_modules() if isinstance(part, torch.nn.Linear)]
+    converted = [name for name in linear if should_convert_module(name, skipped)]
+    assert converted == [name for name in linear if family.part_of(name) == family.language] and len(converted) >= 16
+
+
+@each_family
+def test_lora_reaches_the_language_model_alone(tiny, module, kind):
+    own = tiny(module, kind)
+    family = own.family
+    model = make_trainable(own.model(), type(family), ModelArguments("", lora_r=2, freeze_mm_mlp_adapter=False))
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    lora = {name.split(".lora_")[0] for name in trained if "lora_" in name}
+    assert len(lora) == own.checkpoint.num_layers * (4 if "moe" in kind else 7)
+    assert all(family.part_of(name) == family.language for name in lora)
+    others = {name for name in trained if "lora_" not in name}
+    assert others and all(family.part_of(name) == family.projectors[0] for name in others)
 
 
 @each_family

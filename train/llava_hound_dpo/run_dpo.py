@@ -155,6 +155,10 @@ def read_inputs(model: ModelArguments, data: DataArguments, loss: LossArguments,
             "or merge it with `python -m scripts.export` first"
         )
     logger.info("model: %s", checkpoint)
+    if Zero.read(args.deepspeed_file).stage == 3 and getattr(checkpoint.config.get_text_config(), "num_experts", None):
+        raise ValueError(
+            f"{checkpoint}: transformers does not read joined experts under ZeRO-3: use --deepspeed scripts/zero2.json"
+        )
     family = checkpoint.family
     adapter = open_adapter(checkpoint, model, Zero.read(args.deepspeed_file).stage) if model.adapter else None
     layers, heads = _probed(loss, checkpoint)
