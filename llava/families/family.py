@@ -93,6 +93,7 @@ class Family(ABC):
     model_types: tuple[str, ...]  # of config.json
     language = "language_model"  # parts of parameter names ...
     tower = "vision_tower"
+    tower_sizes: tuple[str, ...] = (*SIZES, "image_size", "patch_size")  # numbers of its config, for `check_sizes`
     projectors: tuple[str, ...] = ("multi_modal_projector",)  # asked for before the tower, which may hold them
     image_token: str  # text of an image token
     end: str  # text of the token that ends an answer
@@ -117,6 +118,7 @@ class Family(ABC):
         """Raises ValueError for a config that this code would read wrongly."""
         text = config.get_text_config()
         check_sizes(text, SIZES)
+        check_sizes(config.vision_config, cls.tower_sizes)
         check_attention(text)
 
     @classmethod

@@ -14,7 +14,7 @@ from transformers.models.idefics3.image_processing_pil_idefics3 import MAX_IMAGE
 from transformers.models.smolvlm.processing_smolvlm import get_image_prompt_string
 
 from llava.families.chat import ChatFamily
-from llava.families.family import SIZES, ImageTokens, check_sizes, grid_areas
+from llava.families.family import ImageTokens, check_sizes, grid_areas
 from llava.records import IMAGE
 
 # Behind `chat.IN_PLACE` in a template: makes a picture that begins a message a part again, as `_content` does.
@@ -55,7 +55,6 @@ class Idefics3(ChatFamily):
     def check_config(cls, config) -> None:
         """Raises ValueError for a config that this code would read wrongly."""
         super().check_config(config)
-        check_sizes(config.vision_config, (*SIZES, "image_size", "patch_size"))
         check_sizes(config, ("scale_factor",))
 
     def save(self, folder: Path) -> None:

@@ -15,7 +15,7 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import (
 )
 
 from llava.families.chat import ChatFamily
-from llava.families.family import SIZES, ImageTokens, check_sizes, grid_areas
+from llava.families.family import SIZES, ImageTokens, grid_areas
 from llava.families.llava15 import OLDER
 
 START, STOP = "<img>", "</img>"  # around the tokens of each picture
@@ -28,6 +28,7 @@ class InternVL(ChatFamily):
     model_types = ("internvl",)
     image_token = "<IMG_CONTEXT>"
     placeholder = image_token
+    tower_sizes = SIZES  # `image_size` and `patch_size` are lists
     older = OLDER
 
     def __init__(self, config, tokenizer, image_processor, pad: bool | None = None):
@@ -55,7 +56,6 @@ class InternVL(ChatFamily):
         """Raises ValueError where image tokens are not a square of patches each, or a size is none."""
         super().check_config(config)
         vision, layer = config.vision_config, config.vision_feature_layer
-        check_sizes(vision, SIZES)
         sides, patches, ratio = set(vision.image_size), set(vision.patch_size), config.downsample_ratio
         if len(sides) != 1 or len(patches) != 1 or min(sides | patches) < 1:
             raise ValueError(f"tiles of {vision.image_size} px in patches of {vision.patch_size} px: squares are due")

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import LlavaImageProcessorPil, LlavaProcessor
 
-from llava.families.family import SIZES, Family, ImageTokens, check_sizes, grid_areas
+from llava.families.family import Family, ImageTokens, grid_areas
 from llava.records import IMAGE
 
 SYSTEM = (
@@ -82,7 +82,6 @@ class Llava15(Family):
     def check_config(cls, config) -> None:
         """Raises ValueError where image tokens are not the patches alone, or a size is none."""
         super().check_config(config)
-        check_sizes(config.vision_config, SIZES)
         if config.vision_feature_select_strategy != "default":
             raise ValueError(
                 f"vision_feature_select_strategy is {config.vision_feature_select_strategy!r}; regions need the patch "

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from llava.families.chat import ChatFamily
-from llava.families.family import SIZES, ImageTokens, check_sizes, grid_areas
+from llava.families.family import ImageTokens, grid_areas
 from llava.families.llava15 import OLDER
 from llava.records import IMAGE
 
@@ -41,12 +41,6 @@ class LlavaInterleave(ChatFamily):
         """Whether all patches of a SigLIP are image tokens: LLaVA-1.5 leaves out the class token of its CLIP."""
         strategy, tower = (_setting(config, name) for name in ("vision_feature_select_strategy", "vision_config"))
         return strategy == "full" and _setting(tower, "model_type") == "siglip_vision_model"
-
-    @classmethod
-    def check_config(cls, config) -> None:
-        """Raises ValueError for a config that this code would read wrongly."""
-        super().check_config(config)
-        check_sizes(config.vision_config, (*SIZES, "image_size", "patch_size"))
 
     def check_processor(self, settings: Mapping[str, Any]) -> str | None:
         """What plain transformers would do wrong with a folder's processor_config.json; None: nothing."""

@@ -15,7 +15,7 @@ from torch.nn.functional import pad as padded
 from transformers.image_processing_utils import select_best_resolution
 
 from llava.families.chat import ChatFamily
-from llava.families.family import SIZES, ImageTokens, check_sizes
+from llava.families.family import ImageTokens
 from llava.families.llava15 import OLDER
 from llava.families.tiles import Tiles
 from llava.records import IMAGE
@@ -46,7 +46,6 @@ class LlavaOneVision(ChatFamily):
     def check_config(cls, config) -> None:
         """Raises ValueError for a config that this code would read wrongly."""
         super().check_config(config)
-        check_sizes(config.vision_config, (*SIZES, "image_size", "patch_size"))
         if config.vision_feature_select_strategy != "full":  # SigLIP has no class token to leave out
             raise ValueError(f"vision_feature_select_strategy is {config.vision_feature_select_strategy!r}, not 'full'")
         if not re.fullmatch(r"anyres_max_[1-9]\d*", config.vision_aspect_ratio):
