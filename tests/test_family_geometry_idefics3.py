@@ -237,6 +237,12 @@ def test_pictures_that_the_model_does_not_take_are_refused(folder, family, chang
         type(family)(family.config, family.tokenizer, family.image_processor)
 
 
+def test_a_scale_factor_that_is_none_is_refused(family):
+    family.config.scale_factor = 0
+    with pytest.raises(ValueError, match=r"scale_factor 0 of the .*: a number from 1 is due"):
+        type(family)(family.config, family.tokenizer, family.image_processor)
+
+
 # ---- features
 
 
