@@ -42,8 +42,7 @@ class ImageTokens:
 
         A border that cuts an area gives it a fractional weight.
         """
-        x0, y0, x1, y1 = box
-        return _overlap(self.areas[:, 1::2], y0, y1) * _overlap(self.areas[:, 0::2], x0, x1)
+        return (self.shares(1, box[1::2]).float() * self.shares(0, box[0::2]).float())[:, 0]
 
     @property
     def extent(self) -> tuple[float, float, float, float]:
@@ -54,19 +53,18 @@ class ImageTokens:
         """The mass of the tokens shared out over a raster of `shape` on `extent`, by area; it keeps its sum."""
         x0, y0, x1, y1 = self.extent
         rows, cols = self.shape
-        down = _shares(self.areas[:, 1::2], torch.linspace(y0, y1, rows + 1, dtype=torch.float64))
-        across = _shares(self.areas[:, 0::2], torch.linspace(x0, x1, cols + 1, dtype=torch.float64))
+        down = self.shares(1, torch.linspace(y0, y1, rows + 1, dtype=torch.float64))
+        across = self.shares(0, torch.linspace(x0, x1, cols + 1, dtype=torch.float64))
         return torch.einsum("p,pr,pc->rc", mass.double(), down, across).to(mass)
 
-
-def _overlap(spans: Float[Tensor, "P 2"], start: float, end: float) -> Float[Tensor, " P"]:
-    """Share of each span (from, to) that lies in start..end."""
-    covered = spans[:, 1].clamp(max=end) - spans[:, 0].clamp(min=start)
-    return (covered / (spans[:, 1] - spans[:, 0])).clamp(min=0).float()
+    def shares(self, axis: int, edges: Sequence[float] | Tensor) -> Float[Tensor, "P N"]:
+        """Share (0..1) of each token that lies between every two neighbouring edges, in px; axis 0 is x, 1 is y."""
+        return span_shares(self.areas[:, axis::2], edges)
 
 
-def _shares(spans: Float[Tensor, "P 2"], edges: Float[Tensor, " N1"]) -> Float[Tensor, "P N"]:
-    """Share of each span that lies between every two neighbouring edges."""
+def span_shares(spans: Float[Tensor, "P 2"], edges: Sequence[float] | Tensor) -> Float[Tensor, "P N"]:
+    """Share of each span (from, to) that lies between every two neighbouring edges, in float64."""
+    edges = torch.as_tensor(edges, dtype=torch.float64)
     covered = torch.minimum(spans[:, 1:], edges[1:]) - torch.maximum(spans[:, :1], edges[:-1])
     return covered.clamp(min=0) / (spans[:, 1:] - spans[:, :1])
 
@@ -74,12 +72,19 @@ def _shares(spans: Float[Tensor, "P 2"], edges: Float[Tensor, " N1"]) -> Float[T
 def grid_areas(box: Sequence[float], rows: int, cols: int) -> Float[Tensor, "P 4"]:
     """Areas (x0, y0, x1, y1) of a grid that covers a box, row by row, in float64."""
     left, top, right, bottom = box
-    x = left + (right - left) * torch.linspace(0, 1, cols + 1, dtype=torch.float64)
-    y = top + (bottom - top) * torch.linspace(0, 1, rows + 1, dtype=torch.float64)
-    sides = (x[:-1], y[:-1], x[1:], y[1:])
-    return torch.stack([
-        side[:, None].expand(-1, cols) if number % 2 else side.expand(rows, -1) for number, side in enumerate(sides)
-    ], dim=-1).reshape(-1, 4)  # fmt: skip
+    return areas_of(even_spans(left, right, cols), even_spans(top, bottom, rows))
+
+
+def even_spans(start: float, end: float, number: int) -> Float[Tensor, "N 2"]:
+    """So many spans (from, to) of one length that fill start..end, in float64."""
+    edges = start + (end - start) * torch.linspace(0, 1, number + 1, dtype=torch.float64)
+    return torch.stack([edges[:-1], edges[1:]], dim=-1)
+
+
+def areas_of(columns: Float[Tensor, "C 2"], rows: Float[Tensor, "R 2"]) -> Float[Tensor, "P 4"]:
+    """Areas (x0, y0, x1, y1) of the grid of such spans, row by row."""
+    x, y = columns.expand(len(rows), -1, -1), rows[:, None].expand(-1, len(columns), -1)
+    return torch.stack([x, y], dim=-1).reshape(-1, 4)
 
 
 class Family(ABC):
