@@ -150,7 +150,7 @@ def test_a_cap_is_kept_by_every_size_and_uses_what_it_may(folder):
         assert len(family.pixels([picture])["pixel_values"]) == len(family.patches(picture.size))
     free = open_checkpoint(str(folder)).family.num_image_tokens((300, 300))
     assert costs[7] == costs[33] == 7 < costs[34] == 34 < costs[80] < costs[1000] == free
-    with pytest.raises(ValueError, match=r"--max_image_tokens 6: .* has 7 for a picture at least"):
+    with pytest.raises(ValueError, match=r"--max_image_tokens 6: .* needs 7 for a picture"):
         open_checkpoint(str(folder), max_image_tokens=6).family  # noqa: B018
 
 

@@ -75,7 +75,7 @@ def grid_areas(box: Sequence[float], rows: int, cols: int) -> Float[Tensor, "P 4
     return areas_of(even_spans(left, right, cols), even_spans(top, bottom, rows))
 
 
-def even_spans(start: float, end: float, number: int) -> Float[Tensor, "N 2"]:
+def even_spans(start: float | Tensor, end: float | Tensor, number: int) -> Float[Tensor, "N 2"]:
     """So many spans (from, to) of one length that fill start..end, in float64."""
     edges = start + (end - start) * torch.linspace(0, 1, number + 1, dtype=torch.float64)
     return torch.stack([edges[:-1], edges[1:]], dim=-1)
@@ -100,10 +100,12 @@ class Family(ABC):
     tower = "vision_tower"
     tower_sizes: tuple[str, ...] = (*SIZES, "image_size", "patch_size")  # numbers of its config, for `check_sizes`
     projectors: tuple[str, ...] = ("multi_modal_projector",)  # asked for before the tower, which may hold them
+    vectors: tuple[str, ...] = ()  # parameters that count as projector but are no modules: LoRA leaves them as they are
     image_token: str  # text of an image token
     end: str  # text of the token that ends an answer
     fixed = False  # a picture has as many tokens whatever its size
     source: Path | None = None  # folder that tokenizer and pictures' settings are from
+    strategy: str | None = None  # `vision_feature_select_strategy` that is due: patches alone are image tokens
     older: tuple[tuple[re.Pattern, str], ...] = ()  # names of earlier transformers, and today's; the first that fits
 
     def __init__(self, config, tokenizer, image_processor, pad: bool | None = None):
@@ -125,6 +127,12 @@ class Family(ABC):
         check_sizes(text, SIZES)
         check_sizes(config.vision_config, cls.tower_sizes)
         check_attention(text)
+        found = getattr(config, "vision_feature_select_strategy", None)
+        if cls.strategy and found != cls.strategy:
+            raise ValueError(
+                f"vision_feature_select_strategy is {found!r}; image tokens are the patches alone, as {cls.name} has "
+                f"them with {cls.strategy!r}"
+            )
 
     @classmethod
     def model_class(cls, config) -> Any:
@@ -180,7 +188,7 @@ class Family(ABC):
         """The part of the model that a parameter belongs to, as `parts` calls it."""
         head = "lm_head" if "lm_head" in name else cls.language
         inside = cls.tower if cls.tower in name else head
-        return cls.projectors[0] if any(part in name for part in cls.projectors) else inside
+        return cls.projectors[0] if any(part in name for part in (*cls.projectors, *cls.vectors)) else inside
 
     @classmethod
     def parts(cls) -> tuple[str, ...]:
@@ -302,6 +310,11 @@ class Family(ABC):
         """Change the image processor so that a picture costs so many tokens at most. Raises ValueError."""
         raise ValueError(f"--max_image_tokens {max_image_tokens}: {self.name} does not scale its pictures")
 
+    def check_cap(self, max_image_tokens: int, least: int) -> None:
+        """Raises ValueError if a picture costs more in any case."""
+        if max_image_tokens < least:
+            raise ValueError(f"--max_image_tokens {max_image_tokens}: {self.name} needs {least} for a picture")
+
     def expand(self, ids: Sequence[int], images: Sequence[ImageTokens]) -> list[int]:
         """Ids of a prompt with every image token replaced by the tokens of its picture. Raises ValueError."""
         if ids.count(self.image_id) != len(images):
@@ -329,6 +342,21 @@ def check_sizes(config, names: Sequence[str]) -> None:
         value = getattr(config, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name} {value!r} of the {config.model_type}: a number from 1 is due")
+
+
+def other_checkpoint(made: str, side: int) -> ValueError:
+    """The error for an image processor that does not make the squares of `side` px that the vision tower takes."""
+    return ValueError(
+        f"the image processor makes {made} but the vision tower takes {side} x {side} px: processor and model are of "
+        "different checkpoints"
+    )
+
+
+def miscounted(found: int, due: int, what: str = "tile") -> str | None:
+    """What to say of a processor's settings that have another number of tokens for a picture or a tile."""
+    if found == due:
+        return None
+    return f"its processor counts {found} tokens for a {what}, the model takes {due}: plain transformers stops at it"
 
 
 def check_attention(text) -> None:

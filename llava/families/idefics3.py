@@ -91,9 +91,8 @@ class Idefics3(ChatFamily):
 
     def cap(self, max_image_tokens: int) -> None:
         """Change the image processor so that a picture costs so many tokens at most. Raises ValueError."""
-        least, pictures = len(self._text(0, 0)), self.image_processor
-        if max_image_tokens < least:
-            raise ValueError(f"--max_image_tokens {max_image_tokens}: {self.name} has {least} for a picture at least")
+        self.check_cap(max_image_tokens, len(self._text(0, 0)))
+        pictures = self.image_processor
         if pictures.do_image_splitting:
             numbers = range(2, pictures.size["longest_edge"] // self.side + 1)  # of tiles a side of a square
             fitting = [number for number in numbers if len(self._text(number, number)) <= max_image_tokens]
