@@ -81,7 +81,7 @@ class LlavaOneVision(ChatFamily):
             lines.append((spans.narrow(0, (len(spans) - kept) // 2, kept) - (px - filled) // 2) * own / filled)
             even.append(lines[-1] if made == kept else even_spans(lines[-1][0, 0], lines[-1][-1, 1], made))
         areas = torch.cat([whole, areas_of(torch.cat([even[0], newline]), even[1])])
-        tokens = (self.image_id,) * len(areas), areas, (max(self.rows, left[1]), max(self.rows, left[0] + 1)), size
+        tokens = (self.image_id,) * len(areas), areas, (max(self.rows, left[1]), max(self.rows, left[0])), size
         return ImageTokens(*tokens) if grid == left else InterpolatedTokens(*tokens, lines, grid)
 
     def num_image_tokens(self, size: tuple[int, int] | None, count: int = 1) -> int:
