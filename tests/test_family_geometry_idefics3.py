@@ -150,7 +150,7 @@ def test_a_cap_is_kept_by_every_size_and_uses_what_it_may(folder):
         assert len(family.pixels([picture])["pixel_values"]) == len(family.patches(picture.size))
     free = open_checkpoint(str(folder)).family.num_image_tokens((300, 300))
     assert costs[7] == costs[33] == 7 < costs[34] == 34 < costs[80] < costs[1000] == free
-    with pytest.raises(ValueError, match=r"--max_image_tokens 6: .* has 7 for a picture at least"):
+    with pytest.raises(ValueError, match=r"--max_image_tokens 6: .* needs 7 for a picture"):
         open_checkpoint(str(folder), max_image_tokens=6).family  # noqa: B018
 
 
@@ -234,6 +234,12 @@ def test_pictures_that_the_model_does_not_take_are_refused(folder, family, chang
     for name, value in change.items():
         setattr(family.image_processor, name, value)
     with pytest.raises(ValueError, match=said):
+        type(family)(family.config, family.tokenizer, family.image_processor)
+
+
+def test_a_scale_factor_that_is_none_is_refused(family):
+    family.config.scale_factor = 0
+    with pytest.raises(ValueError, match=r"scale_factor 0 of the .*: a number from 1 is due"):
         type(family)(family.config, family.tokenizer, family.image_processor)
 
 

@@ -149,7 +149,7 @@ def test_a_picture_costs_no_more_than_it_may(made, most, tiles):
 
 
 def test_less_than_a_tile_is_refused(made):
-    with pytest.raises(ValueError, match="--max_image_tokens 3: InternVL has 4 in its smallest"):
+    with pytest.raises(ValueError, match="--max_image_tokens 3: InternVL needs 4 for a picture"):
         _ = open_checkpoint(str(made.folder), max_image_tokens=3).family
 
 

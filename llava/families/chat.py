@@ -29,6 +29,7 @@ class ChatFamily(Family):
     """See `Family`. `placeholder` is the text that the family's template has for a picture."""
 
     placeholder: str
+    prelude = IN_PLACE  # what goes before the checkpoint's template; %s is the placeholder
 
     def __init__(self, config, tokenizer, image_processor, pad: bool | None = None):
         super().__init__(config, tokenizer, image_processor, pad)
@@ -72,8 +73,8 @@ class ChatFamily(Family):
 
     @property
     def chat_template(self) -> str:
-        """The checkpoint's, behind `IN_PLACE`."""
-        template, prelude = self.tokenizer.chat_template, IN_PLACE % self.placeholder
+        """The checkpoint's, behind `prelude`."""
+        template, prelude = self.tokenizer.chat_template, self.prelude % self.placeholder
         return template if template.startswith(prelude) else prelude + template
 
     def save(self, folder: Path) -> None:

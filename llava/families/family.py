@@ -42,8 +42,7 @@ class ImageTokens:
 
         A border that cuts an area gives it a fractional weight.
         """
-        x0, y0, x1, y1 = box
-        return _overlap(self.areas[:, 1::2], y0, y1) * _overlap(self.areas[:, 0::2], x0, x1)
+        return (self.shares(1, box[1::2]).float() * self.shares(0, box[0::2]).float())[:, 0]
 
     @property
     def extent(self) -> tuple[float, float, float, float]:
@@ -54,19 +53,18 @@ class ImageTokens:
         """The mass of the tokens shared out over a raster of `shape` on `extent`, by area; it keeps its sum."""
         x0, y0, x1, y1 = self.extent
         rows, cols = self.shape
-        down = _shares(self.areas[:, 1::2], torch.linspace(y0, y1, rows + 1, dtype=torch.float64))
-        across = _shares(self.areas[:, 0::2], torch.linspace(x0, x1, cols + 1, dtype=torch.float64))
+        down = self.shares(1, torch.linspace(y0, y1, rows + 1, dtype=torch.float64))
+        across = self.shares(0, torch.linspace(x0, x1, cols + 1, dtype=torch.float64))
         return torch.einsum("p,pr,pc->rc", mass.double(), down, across).to(mass)
 
-
-def _overlap(spans: Float[Tensor, "P 2"], start: float, end: float) -> Float[Tensor, " P"]:
-    """Share of each span (from, to) that lies in start..end."""
-    covered = spans[:, 1].clamp(max=end) - spans[:, 0].clamp(min=start)
-    return (covered / (spans[:, 1] - spans[:, 0])).clamp(min=0).float()
+    def shares(self, axis: int, edges: Sequence[float] | Tensor) -> Float[Tensor, "P N"]:
+        """Share (0..1) of each token that lies between every two neighbouring edges, in px; axis 0 is x, 1 is y."""
+        return span_shares(self.areas[:, axis::2], edges)
 
 
-def _shares(spans: Float[Tensor, "P 2"], edges: Float[Tensor, " N1"]) -> Float[Tensor, "P N"]:
-    """Share of each span that lies between every two neighbouring edges."""
+def span_shares(spans: Float[Tensor, "P 2"], edges: Sequence[float] | Tensor) -> Float[Tensor, "P N"]:
+    """Share of each span (from, to) that lies between every two neighbouring edges, in float64."""
+    edges = torch.as_tensor(edges, dtype=torch.float64)
     covered = torch.minimum(spans[:, 1:], edges[1:]) - torch.maximum(spans[:, :1], edges[:-1])
     return covered.clamp(min=0) / (spans[:, 1:] - spans[:, :1])
 
@@ -74,12 +72,19 @@ def _shares(spans: Float[Tensor, "P 2"], edges: Float[Tensor, " N1"]) -> Float[T
 def grid_areas(box: Sequence[float], rows: int, cols: int) -> Float[Tensor, "P 4"]:
     """Areas (x0, y0, x1, y1) of a grid that covers a box, row by row, in float64."""
     left, top, right, bottom = box
-    x = left + (right - left) * torch.linspace(0, 1, cols + 1, dtype=torch.float64)
-    y = top + (bottom - top) * torch.linspace(0, 1, rows + 1, dtype=torch.float64)
-    sides = (x[:-1], y[:-1], x[1:], y[1:])
-    return torch.stack([
-        side[:, None].expand(-1, cols) if number % 2 else side.expand(rows, -1) for number, side in enumerate(sides)
-    ], dim=-1).reshape(-1, 4)  # fmt: skip
+    return areas_of(even_spans(left, right, cols), even_spans(top, bottom, rows))
+
+
+def even_spans(start: float | Tensor, end: float | Tensor, number: int) -> Float[Tensor, "N 2"]:
+    """So many spans (from, to) of one length that fill start..end, in float64."""
+    edges = start + (end - start) * torch.linspace(0, 1, number + 1, dtype=torch.float64)
+    return torch.stack([edges[:-1], edges[1:]], dim=-1)
+
+
+def areas_of(columns: Float[Tensor, "C 2"], rows: Float[Tensor, "R 2"]) -> Float[Tensor, "P 4"]:
+    """Areas (x0, y0, x1, y1) of the grid of such spans, row by row."""
+    x, y = columns.expand(len(rows), -1, -1), rows[:, None].expand(-1, len(columns), -1)
+    return torch.stack([x, y], dim=-1).reshape(-1, 4)
 
 
 class Family(ABC):
@@ -93,11 +98,14 @@ class Family(ABC):
     model_types: tuple[str, ...]  # of config.json
     language = "language_model"  # parts of parameter names ...
     tower = "vision_tower"
+    tower_sizes: tuple[str, ...] = (*SIZES, "image_size", "patch_size")  # numbers of its config, for `check_sizes`
     projectors: tuple[str, ...] = ("multi_modal_projector",)  # asked for before the tower, which may hold them
+    vectors: tuple[str, ...] = ()  # parameters that count as projector but are no modules: LoRA leaves them as they are
     image_token: str  # text of an image token
     end: str  # text of the token that ends an answer
     fixed = False  # a picture has as many tokens whatever its size
     source: Path | None = None  # folder that tokenizer and pictures' settings are from
+    strategy: str | None = None  # `vision_feature_select_strategy` that is due: patches alone are image tokens
     older: tuple[tuple[re.Pattern, str], ...] = ()  # names of earlier transformers, and today's; the first that fits
 
     def __init__(self, config, tokenizer, image_processor, pad: bool | None = None):
@@ -117,7 +125,14 @@ class Family(ABC):
         """Raises ValueError for a config that this code would read wrongly."""
         text = config.get_text_config()
         check_sizes(text, SIZES)
+        check_sizes(config.vision_config, cls.tower_sizes)
         check_attention(text)
+        found = getattr(config, "vision_feature_select_strategy", None)
+        if cls.strategy and found != cls.strategy:
+            raise ValueError(
+                f"vision_feature_select_strategy is {found!r}; image tokens are the patches alone, as {cls.name} has "
+                f"them with {cls.strategy!r}"
+            )
 
     @classmethod
     def model_class(cls, config) -> Any:
@@ -173,7 +188,7 @@ class Family(ABC):
         """The part of the model that a parameter belongs to, as `parts` calls it."""
         head = "lm_head" if "lm_head" in name else cls.language
         inside = cls.tower if cls.tower in name else head
-        return cls.projectors[0] if any(part in name for part in cls.projectors) else inside
+        return cls.projectors[0] if any(part in name for part in (*cls.projectors, *cls.vectors)) else inside
 
     @classmethod
     def parts(cls) -> tuple[str, ...]:
@@ -295,6 +310,11 @@ class Family(ABC):
         """Change the image processor so that a picture costs so many tokens at most. Raises ValueError."""
         raise ValueError(f"--max_image_tokens {max_image_tokens}: {self.name} does not scale its pictures")
 
+    def check_cap(self, max_image_tokens: int, least: int) -> None:
+        """Raises ValueError if a picture costs more in any case."""
+        if max_image_tokens < least:
+            raise ValueError(f"--max_image_tokens {max_image_tokens}: {self.name} needs {least} for a picture")
+
     def expand(self, ids: Sequence[int], images: Sequence[ImageTokens]) -> list[int]:
         """Ids of a prompt with every image token replaced by the tokens of its picture. Raises ValueError."""
         if ids.count(self.image_id) != len(images):
@@ -322,6 +342,21 @@ def check_sizes(config, names: Sequence[str]) -> None:
         value = getattr(config, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name} {value!r} of the {config.model_type}: a number from 1 is due")
+
+
+def other_checkpoint(made: str, side: int) -> ValueError:
+    """The error for an image processor that does not make the squares of `side` px that the vision tower takes."""
+    return ValueError(
+        f"the image processor makes {made} but the vision tower takes {side} x {side} px: processor and model are of "
+        "different checkpoints"
+    )
+
+
+def miscounted(found: int, due: int, what: str = "tile") -> str | None:
+    """What to say of a processor's settings that have another number of tokens for a picture or a tile."""
+    if found == due:
+        return None
+    return f"its processor counts {found} tokens for a {what}, the model takes {due}: plain transformers stops at it"
 
 
 def check_attention(text) -> None:

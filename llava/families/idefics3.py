@@ -4,7 +4,6 @@ Source of the tiles: Idefics3 (arXiv 2408.12637), section 4.1; of their text: tr
 """
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,16 +12,16 @@ from torch import Tensor
 from transformers.models.idefics3.image_processing_pil_idefics3 import MAX_IMAGE_SIZE
 from transformers.models.smolvlm.processing_smolvlm import get_image_prompt_string
 
-from llava.families.chat import ChatFamily
-from llava.families.family import SIZES, ImageTokens, check_sizes, grid_areas
+from llava.families.chat import IN_PLACE, ChatFamily
+from llava.families.family import ImageTokens, check_sizes, grid_areas
 from llava.records import IMAGE
 
 # Behind `chat.IN_PLACE` in a template: makes a picture that begins a message a part again, as `_content` does.
 LEADING = (
-    "{% set kept = namespace(turns=[]) %}{% for message in messages %}{% set text = message['content'][0]['text'] %}"
-    "{% set parts = [{'type': 'image'}, {'type': 'text', 'text': text[7:]}] if text.startswith('<image>') "
-    "else message['content'] %}{% set kept.turns = kept.turns + [{'role': message['role'], 'content': parts}] %}"
-    "{% endfor %}{% set messages = kept.turns %}"
+    "{%% set kept = namespace(turns=[]) %%}{%% for message in messages %%}{%% set text = message['content'][0]['text'] "
+    "%%}{%% set parts = [{'type': 'image'}, {'type': 'text', 'text': text[7:]}] if text.startswith('<image>') "
+    "else message['content'] %%}{%% set kept.turns = kept.turns + [{'role': message['role'], 'content': parts}] %%}"
+    "{%% endfor %%}{%% set messages = kept.turns %%}"
 )
 
 
@@ -35,9 +34,11 @@ class Idefics3(ChatFamily):
     tower = "vision_model"
     projectors = ("connector",)
     image_token = placeholder = IMAGE
+    prelude = IN_PLACE + LEADING
 
     def __init__(self, config, tokenizer, image_processor, pad: bool | None = None):
         super().__init__(config, tokenizer, image_processor, pad)
+        check_sizes(config, ("scale_factor",))
         self.side = image_processor.max_image_size["longest_edge"]  # px of a tile
         self._patches = self.side // config.vision_config.patch_size  # of a tile, across and down; so for the next
         self.rows, rest = divmod(self._patches, config.scale_factor)  # of its tokens
@@ -51,28 +52,13 @@ class Idefics3(ChatFamily):
             raise ValueError(f"size.longest_edge of the image processor {problem}")
         self._known: dict[tuple[int, int], tuple[int, ...]] = {}
 
-    @classmethod
-    def check_config(cls, config) -> None:
-        """Raises ValueError for a config that this code would read wrongly."""
-        super().check_config(config)
-        check_sizes(config.vision_config, (*SIZES, "image_size", "patch_size"))
-        check_sizes(config, ("scale_factor",))
-
-    def save(self, folder: Path) -> None:
-        """Write tokenizer, pictures' settings and chat template, as transformers and servers read them together."""
-        template = self.tokenizer.chat_template
-        self.tokenizer.chat_template = template if LEADING in template else LEADING + template
-        super().save(folder)
-        self.tokenizer.chat_template = template
-
     def image(self, size: tuple[int, int], count: int = 1) -> ImageTokens:
         """Tiles row by row, each an even share of the picture, then the whole of it again; in each a grid of tokens.
 
         A patch that does not fit into a tile is not seen, which leaves gaps between tiles.
         """
         rows, cols = self._tiles(size)
-        pieces = grid_areas((0, 0, *size), 1, 1)
-        pieces = torch.cat([grid_areas((0, 0, *size), rows, cols), pieces]) if rows else pieces
+        pieces = torch.cat([grid_areas((0, 0, *size), rows, cols), grid_areas((0, 0, *size), 1, 1)])
         seen = self._patches * self.config.vision_config.patch_size / self.side
         pieces[:, 2:] = pieces[:, :2] + seen * (pieces[:, 2:] - pieces[:, :2])
         areas = torch.cat([grid_areas(piece, self.rows, self.rows) for piece in pieces.tolist()])
@@ -105,9 +91,8 @@ class Idefics3(ChatFamily):
 
     def cap(self, max_image_tokens: int) -> None:
         """Change the image processor so that a picture costs so many tokens at most. Raises ValueError."""
-        least, pictures = len(self._text(0, 0)), self.image_processor
-        if max_image_tokens < least:
-            raise ValueError(f"--max_image_tokens {max_image_tokens}: {self.name} has {least} for a picture at least")
+        self.check_cap(max_image_tokens, len(self._text(0, 0)))
+        pictures = self.image_processor
         if pictures.do_image_splitting:
             numbers = range(2, pictures.size["longest_edge"] // self.side + 1)  # of tiles a side of a square
             fitting = [number for number in numbers if len(self._text(number, number)) <= max_image_tokens]

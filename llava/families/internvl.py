@@ -15,7 +15,7 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import (
 )
 
 from llava.families.chat import ChatFamily
-from llava.families.family import SIZES, ImageTokens, check_sizes, grid_areas
+from llava.families.family import SIZES, ImageTokens, grid_areas, miscounted, other_checkpoint
 from llava.families.llava15 import OLDER
 
 START, STOP = "<img>", "</img>"  # around the tokens of each picture
@@ -28,6 +28,8 @@ class InternVL(ChatFamily):
     model_types = ("internvl",)
     image_token = "<IMG_CONTEXT>"
     placeholder = image_token
+    strategy = "default"
+    tower_sizes = SIZES  # `image_size` and `patch_size` are lists
     older = OLDER
 
     def __init__(self, config, tokenizer, image_processor, pad: bool | None = None):
@@ -43,10 +45,7 @@ class InternVL(ChatFamily):
             raise ValueError(f"the image processor is a {type(image_processor).__name__}, which makes no tiles")
         made = dict(image_processor.size) if image_processor.do_resize else {}
         if (made.get("height"), made.get("width")) != (self.side, self.side):
-            raise ValueError(
-                f"the image processor makes tiles of {made or 'any size'} but the vision tower takes {self.side} x "
-                f"{self.side} px: processor and model are of different checkpoints"
-            )
+            raise other_checkpoint(f"tiles of {made or 'any size'}", self.side)
         # Published settings have it off, and InternVL's processor switches it on in each call.
         image_processor.crop_to_patches = True
 
@@ -55,29 +54,17 @@ class InternVL(ChatFamily):
         """Raises ValueError where image tokens are not a square of patches each, or a size is none."""
         super().check_config(config)
         vision, layer = config.vision_config, config.vision_feature_layer
-        check_sizes(vision, SIZES)
         sides, patches, ratio = set(vision.image_size), set(vision.patch_size), config.downsample_ratio
         if len(sides) != 1 or len(patches) != 1 or min(sides | patches) < 1:
             raise ValueError(f"tiles of {vision.image_size} px in patches of {vision.patch_size} px: squares are due")
         if not 0 < ratio <= 1 or 1 / ratio % 1 or sides.pop() % (patches.pop() / ratio):
             raise ValueError(f"patches joined by {ratio} (downsample_ratio) do not fill the vision tower's square")
-        if config.vision_feature_select_strategy != "default":
-            raise ValueError(
-                f"vision_feature_select_strategy is {config.vision_feature_select_strategy!r}; InternVL takes the "
-                "patch tokens alone ('default')"
-            )
         if not isinstance(layer, int) or not -vision.num_hidden_layers - 1 <= layer <= vision.num_hidden_layers:
             raise ValueError(f"vision_feature_layer is {layer}, but the tower has {vision.num_hidden_layers} layers")
 
     def check_processor(self, settings: Mapping[str, Any]) -> str | None:
         """What plain transformers would do wrong with a folder's processor_config.json; None: nothing."""
-        found = settings.get("image_seq_length", 256)
-        if found == self.grid**2:
-            return None
-        return (
-            f"its processor counts {found} tokens for a tile (image_seq_length), the model takes {self.grid**2}: "
-            "nothing here reads that number, plain transformers stops at it"
-        )
+        return miscounted(settings.get("image_seq_length", 256), self.grid**2)
 
     def image(self, size: tuple[int, int], count: int = 1) -> ImageTokens:
         """Tiles row by row, each row by row, then the whole picture unless it is the one tile; squashed, not padded."""
@@ -107,8 +94,7 @@ class InternVL(ChatFamily):
         Raises ValueError below one tile. Above it the whole picture takes the place of one.
         """
         tiles, own = max_image_tokens // self.grid**2, self.image_processor
-        if tiles < 1:
-            raise ValueError(f"--max_image_tokens {max_image_tokens}: {self.name} has {self.grid**2} in its smallest")
+        self.check_cap(max_image_tokens, self.grid**2)
         own.max_patches = min(own.max_patches, max(1, tiles - 1))
         own.min_patches = min(own.min_patches, own.max_patches)
 

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import LlavaImageProcessorPil, LlavaProcessor
 
-from llava.families.family import SIZES, Family, ImageTokens, check_sizes, grid_areas
+from llava.families.family import Family, ImageTokens, grid_areas, other_checkpoint
 from llava.records import IMAGE
 
 SYSTEM = (
@@ -54,6 +54,7 @@ class Llava15(Family):
     name = "LLaVA-1.5"
     model_types = ("llava",)
     image_token = IMAGE
+    strategy = "default"
     end = END
     fixed = True
     older = OLDER
@@ -73,21 +74,12 @@ class Llava15(Family):
         crop = image_processor.crop_size if image_processor.do_center_crop else None
         self._crop = (crop["width"], crop["height"]) if crop else None  # then this is cut from the centre
         if (self._crop or self._exact) != (side, side):
-            raise ValueError(
-                f"the image processor makes {self._crop or self._exact or resized} px pictures but the vision tower "
-                f"takes {side} x {side}: processor and model are of different checkpoints"
-            )
+            raise other_checkpoint(f"{self._crop or self._exact or resized} px pictures", side)
 
     @classmethod
     def check_config(cls, config) -> None:
         """Raises ValueError where image tokens are not the patches alone, or a size is none."""
         super().check_config(config)
-        check_sizes(config.vision_config, SIZES)
-        if config.vision_feature_select_strategy != "default":
-            raise ValueError(
-                f"vision_feature_select_strategy is {config.vision_feature_select_strategy!r}; regions need the patch "
-                "tokens alone ('default'), as LLaVA-1.5 has them"
-            )
         layers, number = config.vision_feature_layer, config.vision_config.num_hidden_layers
         wrong = [n for n in (layers if isinstance(layers, list) else [layers]) if not -number - 1 <= n <= number]
         if wrong:

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from llava.families.chat import ChatFamily
-from llava.families.family import SIZES, ImageTokens, check_sizes, grid_areas
+from llava.families.family import ImageTokens, grid_areas, miscounted, other_checkpoint
 from llava.families.llava15 import OLDER
 from llava.records import IMAGE
 
@@ -31,10 +31,7 @@ class LlavaInterleave(ChatFamily):
         size = dict(image_processor.size) if image_processor.do_resize else {}
         others = [name for name in ("do_center_crop", "do_pad") if getattr(image_processor, name, None)]
         if (size.get("height"), size.get("width")) != (self.side, self.side) or others:
-            raise ValueError(
-                f"the image processor resizes to {size} ({', '.join(others) or 'no more'}) but {self.name} squashes "
-                f"pictures to {self.side} x {self.side} px: processor and model are of different checkpoints"
-            )
+            raise other_checkpoint(f"pictures of {size or 'any size'} ({', '.join(others) or 'no more'})", self.side)
 
     @classmethod
     def fits(cls, config) -> bool:
@@ -42,21 +39,13 @@ class LlavaInterleave(ChatFamily):
         strategy, tower = (_setting(config, name) for name in ("vision_feature_select_strategy", "vision_config"))
         return strategy == "full" and _setting(tower, "model_type") == "siglip_vision_model"
 
-    @classmethod
-    def check_config(cls, config) -> None:
-        """Raises ValueError for a config that this code would read wrongly."""
-        super().check_config(config)
-        check_sizes(config.vision_config, (*SIZES, "image_size", "patch_size"))
-
     def check_processor(self, settings: Mapping[str, Any]) -> str | None:
         """What plain transformers would do wrong with a folder's processor_config.json; None: nothing."""
         if "patch_size" not in settings:
             return None
         is_default = settings.get("vision_feature_select_strategy") == "default"
         found = (self.side // settings["patch_size"]) ** 2 + settings.get("num_additional_image_tokens", 0) - is_default
-        if found == self.rows**2:
-            return None
-        return f"its processor counts {found} tokens for a picture, the model takes {self.rows**2}"
+        return miscounted(found, self.rows**2, "picture")
 
     def image(self, size: tuple[int, int], count: int = 1) -> ImageTokens:
         """A square grid of patches, row by row, over what they see of the squashed picture."""
@@ -78,8 +67,7 @@ class LlavaInterleave(ChatFamily):
 
     def cap(self, max_image_tokens: int) -> None:
         """Every picture costs the same. Raises ValueError if that is too much."""
-        if max_image_tokens < self.rows**2:
-            raise ValueError(f"--max_image_tokens {max_image_tokens}: {self.name} needs {self.rows**2} for a picture")
+        self.check_cap(max_image_tokens, self.rows**2)
 
 
 def _setting(settings: Any, name: str) -> Any:

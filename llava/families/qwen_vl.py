@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from llava.families.chat import ChatFamily
-from llava.families.family import ImageTokens, check_sizes, grid_areas
+from llava.families.family import ImageTokens, grid_areas
 
 
 class QwenVL(ChatFamily):
@@ -21,6 +21,7 @@ class QwenVL(ChatFamily):
     name = "Qwen-VL"
     model_types = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
     tower = "visual"
+    tower_sizes = ("depth", "num_heads", "patch_size", "spatial_merge_size")
     projectors = ("visual.merger", "visual.deepstack_merger_list")
     image_token = "<|image_pad|>"
     placeholder = "<|vision_start|><|image_pad|><|vision_end|>"
@@ -28,12 +29,6 @@ class QwenVL(ChatFamily):
         (re.compile(r"^visual\."), "model.visual."),
         (re.compile(r"^model\.(?=layers\.|embed_tokens\.|norm\.)"), "model.language_model."),
     )
-
-    @classmethod
-    def check_config(cls, config) -> None:
-        """Raises ValueError for a config that this code would read wrongly."""
-        super().check_config(config)
-        check_sizes(config.vision_config, ("depth", "num_heads", "patch_size", "spatial_merge_size"))
 
     @classmethod
     def shrink(cls, config) -> None:
