@@ -285,6 +285,10 @@ class Family(ABC):
         """The pixels of several prompts as those of one batch."""
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
+    def plain_pixels(self, pixels: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Of the pixels of one prompt, what transformers' own processor makes of it, in its shapes."""
+        return dict(pixels)
+
     def encode(self, model, pixels: Mapping[str, Tensor]) -> Any:
         """What the language model reads of pictures, to be given to `model_inputs`; `pixels` of one or more prompts."""
         found = model.get_image_features(**pixels, return_dict=True)
