@@ -24,6 +24,7 @@ from llava.command_line import check_numbers, flag, parse
 from llava.endpoint import KEY_VARIABLE, Endpoint, Failed, Words, messages_of, url_part
 from llava.generation import generate
 from llava.records import read_prompts
+from llava.run_folder import read_object
 from llava.runtime import Progress, setup_logging, user_errors, write_text
 from llava.settings import AnswerSettings, ModelSettings
 from scripts.export import DTYPES, Asked, asked_of, export, next_logits, plain_inputs, plain_processor, turns_of
@@ -141,9 +142,7 @@ def ask_here(job: Job) -> list[Given]:
     return [found[number] for number in range(len(job.questions))]
 
 
-def ask_plain(
-    folder: Path | str, asked: Sequence[Asked], own: ProveSettings, by_pillow: bool = False
-) -> list[Given]:
+def ask_plain(folder: Path | str, asked: Sequence[Asked], own: ProveSettings, by_pillow: bool = False) -> list[Given]:
     """transformers alone: its processor, the folder's chat template, `generate`.
 
     `by_pillow`: it resamples pictures as training does, not by torchvision.
@@ -169,9 +168,18 @@ def open_endpoint(own: ProveSettings) -> Endpoint | None:
     if own.endpoint is None:
         return None
     return Endpoint(
-        own.endpoint, own.endpoint_model or own.model, own.endpoint_key_env, SERVER, GREEDY,
+        own.endpoint, own.endpoint_model or own.model, own.endpoint_key_env, SERVER, greedy(Path(own.model)),
         max_tokens=own.max_new_tokens,
     )  # fmt: skip
+
+
+def greedy(folder: Path) -> dict[str, Any]:
+    """What a server is asked for; of a folder that penalises repetition also as `transformers serve` takes it."""
+    file = folder / "generation_config.json"
+    settings = read_object(file) if file.is_file() else {}
+    if settings.get("repetition_penalty") in (None, 1.0):
+        return GREEDY
+    return GREEDY | {"generation_config": json.dumps(settings | GREEDY | {"do_sample": False})}
 
 
 def ask_server(endpoint: Endpoint, job: Job, workers: int) -> list[Given]:
@@ -184,7 +192,8 @@ def ask_server(endpoint: Endpoint, job: Job, workers: int) -> list[Given]:
     async def ask(number: int) -> Given:
         about = job.questions[number].where
         try:
-            return Given((await endpoint.chat(await asyncio.to_thread(messages, number), about)).strip())
+            text = await endpoint.chat(await asyncio.to_thread(messages, number), about)
+            return Given(job.family.without_specials(text).strip())
         except Failed as error:
             raise ValueError(f"{endpoint.url}: no answer to {about} ({error}); is the server well?") from error
 

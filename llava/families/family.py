@@ -259,6 +259,10 @@ class Family(ABC):
                 raise ValueError(f"{what} must not contain {token!r}, which {self.name} reads as a special token")
         return text
 
+    def without_specials(self, text: str) -> str:
+        """A text without the special tokens that `transformers serve` leaves in the answers of some families."""
+        return re.sub("|".join(map(re.escape, self._specials)), "", text)
+
     # ---- pictures
 
     def images(self, sizes: Sequence[tuple[int, int]]) -> list[ImageTokens]:
