@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, AutoProcessor, LogitsProcessor
+from transformers import AutoModelForImageTextToText, LogitsProcessor
 
 from llava.answering import Job, batches_of, own_device, prepare, spread
 from llava.checkpoints import WHOLE
@@ -24,14 +24,16 @@ from llava.command_line import check_numbers, flag, parse
 from llava.endpoint import KEY_VARIABLE, Endpoint, Failed, Words, messages_of, url_part
 from llava.generation import generate
 from llava.records import read_prompts
+from llava.run_folder import read_object
 from llava.runtime import Progress, setup_logging, user_errors, write_text
 from llava.settings import AnswerSettings, ModelSettings
-from scripts.export import DTYPES, Asked, asked_of, export, next_logits, plain_inputs, turns_of
+from scripts.export import DTYPES, Asked, asked_of, export, next_logits, plain_inputs, plain_processor, turns_of
 
 logger = logging.getLogger("scripts.prove")
 
 SERVER = Words("the server", "--endpoint", "--endpoint_model", "--endpoint_key_env")
 FEW = 8  # prompts that a new export is compared on, before all of them are
+PLAIN, PILLOW = "plain transformers", "plain transformers, pictures resampled by pillow as here"
 GREEDY = {"top_p": 1.0, "repetition_penalty": 1.0}  # whatever the folder's generation_config says, as here
 
 
@@ -105,7 +107,9 @@ def main() -> int:
         asked = [asked_of(job.family, q, [job.store.open(name) for name in q.images]) for q in job.questions]
         served = ask_server(endpoint, job, own.workers) if endpoint else None
         folder = exported(own, job, asked, Path(temporary) / "exported")
-        given = {"this repository": ask_here(job), "plain transformers": ask_plain(folder, asked, own)}
+        given = {"this repository": ask_here(job), PLAIN: ask_plain(folder, asked, own)}
+        if any(a.text != b.text for a, b in zip(*given.values(), strict=True)):
+            given[PILLOW] = ask_plain(folder, asked, own, by_pillow=True)
         if served:
             given[f"the server at {own.endpoint}"] = served
         return report(job, given, own.output)
@@ -138,9 +142,12 @@ def ask_here(job: Job) -> list[Given]:
     return [found[number] for number in range(len(job.questions))]
 
 
-def ask_plain(folder: Path | str, asked: Sequence[Asked], own: ProveSettings) -> list[Given]:
-    """transformers alone: its processor, the folder's chat template, `generate`."""
-    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+def ask_plain(folder: Path | str, asked: Sequence[Asked], own: ProveSettings, by_pillow: bool = False) -> list[Given]:
+    """transformers alone: its processor, the folder's chat template, `generate`.
+
+    `by_pillow`: it resamples pictures as training does, not by torchvision.
+    """
+    processor = plain_processor(folder, by_pillow)
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=own.dtype, trust_remote_code=False)
     model.eval().to(own_device())
     found = []
@@ -161,9 +168,18 @@ def open_endpoint(own: ProveSettings) -> Endpoint | None:
     if own.endpoint is None:
         return None
     return Endpoint(
-        own.endpoint, own.endpoint_model or own.model, own.endpoint_key_env, SERVER, GREEDY,
+        own.endpoint, own.endpoint_model or own.model, own.endpoint_key_env, SERVER, greedy(Path(own.model)),
         max_tokens=own.max_new_tokens,
     )  # fmt: skip
+
+
+def greedy(folder: Path) -> dict[str, Any]:
+    """What a server is asked for; of a folder that penalises repetition also as `transformers serve` takes it."""
+    file = folder / "generation_config.json"
+    settings = read_object(file) if file.is_file() else {}
+    if settings.get("repetition_penalty") in (None, 1.0):
+        return GREEDY
+    return GREEDY | {"generation_config": json.dumps(settings | GREEDY | {"do_sample": False})}
 
 
 def ask_server(endpoint: Endpoint, job: Job, workers: int) -> list[Given]:
@@ -176,7 +192,8 @@ def ask_server(endpoint: Endpoint, job: Job, workers: int) -> list[Given]:
     async def ask(number: int) -> Given:
         about = job.questions[number].where
         try:
-            return Given((await endpoint.chat(await asyncio.to_thread(messages, number), about)).strip())
+            text = await endpoint.chat(await asyncio.to_thread(messages, number), about)
+            return Given(job.family.without_specials(text).strip())
         except Failed as error:
             raise ValueError(f"{endpoint.url}: no answer to {about} ({error}); is the server well?") from error
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -67,13 +68,13 @@ def prove(asked, monkeypatch, capsys):
     return run
 
 
-@pytest.fixture(scope="module")
-def server(exported):
-    """URL of `transformers serve` with the exported folder."""
+@contextmanager
+def running_server(folder):
+    """URL of `transformers serve` with a folder."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [str(Path(sys.executable).parent / "transformers"), "serve", str(exported), "--device", "cpu"]
+    command = [str(Path(sys.executable).parent / "transformers"), "serve", str(folder), "--device", "cpu"]
     command += ["--dtype", "float32", "--host", "127.0.0.1", "--port", str(port)]
     job = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
@@ -88,6 +89,13 @@ def server(exported):
     finally:
         job.kill()
         job.wait()
+
+
+@pytest.fixture(scope="module")
+def server(exported):
+    """URL of `transformers serve` with the exported folder."""
+    with running_server(exported) as url:
+        yield url
 
 
 @NEEDS_SERVER

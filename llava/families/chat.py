@@ -13,6 +13,7 @@ from llava.run_folder import read_object
 SENTINEL = "an answer"
 # Files of a checkpoint that transformers' processors read beside tokenizer and pictures' settings.
 PROCESSOR, PICTURES, VIDEO = "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"
+FILES = (PROCESSOR, PICTURES, VIDEO)
 # Before a template, so that the pictures of a message stand where its parts have them, as in training: many templates
 # put all pictures first, add line breaks, or drop a text that is no list of parts.
 IN_PLACE = (
@@ -84,11 +85,16 @@ class ChatFamily(Family):
         self.tokenizer.save_pretrained(folder)
         self.tokenizer.chat_template = template
         self.image_processor.save_pretrained(folder)
+        files = {name: self.source / name for name in FILES} if self.source else {}
+        found = {name: read_object(file) for name, file in files.items() if file.is_file()}
         for name in (PROCESSOR, VIDEO):
-            if self.source and (self.source / name).is_file():
-                settings = read_object(self.source / name)
-                settings |= {"image_processor": own} if "image_processor" in settings else {}
-                (Path(folder) / name).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+            if name in found:
+                settings = found[name] | ({"image_processor": own} if "image_processor" in found[name] else {})
+                write_object(Path(folder) / name, settings)
+        # An image processor forgets the name of the processor that it is a part of, which other readers go by.
+        named = [settings["processor_class"] for settings in found.values() if settings.get("processor_class")]
+        if named:
+            write_object(Path(folder) / PICTURES, read_object(Path(folder) / PICTURES) | {"processor_class": named[0]})
 
     def _content(self, text: str) -> list[dict[str, str]]:
         return [{"type": "text", "text": text.replace(IMAGE, self.placeholder)}]
@@ -100,3 +106,8 @@ class ChatFamily(Family):
     @abstractmethod
     def cap(self, max_image_tokens: int) -> None:
         """Change the image processor so that a picture costs so many tokens at most. Raises ValueError."""
+
+
+def write_object(file: Path, settings: dict[str, Any]) -> None:
+    """Write settings as transformers writes them."""
+    file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

@@ -274,6 +274,10 @@ class Family(ABC):
                 raise ValueError(f"{what} must not contain {token!r}, which {self.name} reads as a special token")
         return text
 
+    def without_specials(self, text: str) -> str:
+        """A text without the special tokens that `transformers serve` leaves in the answers of some families."""
+        return re.sub("|".join(map(re.escape, self._specials)), "", text)
+
     # ---- pictures
 
     def images(self, sizes: Sequence[tuple[int, int]]) -> list[ImageTokens]:
@@ -299,6 +303,10 @@ class Family(ABC):
     def join(self, parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """The pixels of several prompts as those of one batch."""
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def plain_pixels(self, pixels: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Of the pixels of one prompt, what transformers' own processor makes of it, in its shapes."""
+        return dict(pixels)
 
     def encode(self, model, pixels: Mapping[str, Tensor]) -> Any:
         """What the language model reads of pictures, to be given to `model_inputs`; `pixels` of one or more prompts."""

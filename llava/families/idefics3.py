@@ -83,6 +83,10 @@ class Idefics3(ChatFamily):
         tiles = torch.tensor([len(self.patches(picture.size)) for picture in pictures])
         return {"pixel_values": values.transpose(0, 1), "tiles": tiles}
 
+    def plain_pixels(self, pixels: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`pixel_values` (1, tiles of all pictures, 3, side, side)."""
+        return {"pixel_values": pixels["pixel_values"].transpose(0, 1)}
+
     def encode(self, model, pixels: Mapping[str, Tensor]) -> Any:
         """What the language model reads of pictures, one tensor for each, which beams then repeat by prompt."""
         found = super().encode(model, {"pixel_values": pixels["pixel_values"]})

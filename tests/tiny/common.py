@@ -1,5 +1,6 @@
 """What the tiny checkpoints share: a tokenizer with the real special tokens, a peaky model, a tower that sees light."""
 
+import json
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -43,11 +44,18 @@ def peaky(config, sharpness: float = 3.0, seed: int = 0):
     return model.eval()
 
 
-def write(folder: Path, model, tokenizer, image_processor) -> None:
-    """The files of a checkpoint; weights under the names that the hub has."""
+def write(folder: Path, model, tokenizer, image_processor, processor: str, **settings) -> None:
+    """The files of a checkpoint; weights under the names that the hub has.
+
+    `processor`: name of transformers' class, as the hub has it in preprocessor_config.json; `settings` are those in its
+    place, None for one that is left out.
+    """
     model.save_pretrained(folder, save_original_format=True)
     tokenizer.save_pretrained(folder)
     image_processor.save_pretrained(folder)
+    file = folder / "preprocessor_config.json"
+    own = json.loads(file.read_text(encoding="utf-8")) | {"processor_class": processor} | settings
+    file.write_text(json.dumps({name: value for name, value in own.items() if value is not None}), encoding="utf-8")
 
 
 def mean_light(pixels: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:

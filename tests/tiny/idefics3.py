@@ -38,8 +38,8 @@ def write(folder: Path, kind: str) -> None:
         )
     side, patch, scale = GEOMETRY[kind]
     pictures = PROCESSORS[kind](size={"longest_edge": 4 * side}, max_image_size={"longest_edge": side})
-    write_files(folder, peaky(config(tokenizer, kind)), tokenizer, pictures)
     name = {"idefics3": "Idefics3Processor", "smolvlm": "SmolVLMProcessor"}[kind]
+    write_files(folder, peaky(config(tokenizer, kind)), tokenizer, pictures, name)
     settings = {"processor_class": name, "image_seq_len": (side // patch // scale) ** 2}
     (folder / "processor_config.json").write_text(json.dumps(settings), encoding="utf-8")
 

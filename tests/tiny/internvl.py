@@ -51,7 +51,7 @@ def write(folder: Path, kind: str) -> None:
     pictures = GotOcr2ImageProcessorPil(
         size={"height": SIDE, "width": SIDE}, image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225]
     )
-    write_files(folder, peaky(config(tokenizer, kind)), tokenizer, pictures)
+    write_files(folder, peaky(config(tokenizer, kind)), tokenizer, pictures, "InternVLProcessor")
     settings = {"processor_class": "InternVLProcessor", "image_seq_length": int(SIDE // PATCH * RATIO) ** 2}
     (Path(folder) / "processor_config.json").write_text(json.dumps(settings), encoding="utf-8")
 

@@ -19,7 +19,7 @@ def write(folder: Path, kind: str) -> None:
     template = chat_template(" ", "", "\\n", "", ("image",))
     tokenizer = byte_tokenizer(SPECIALS[:-1], template, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     pictures = SiglipImageProcessorPil(size={"height": SIDE, "width": SIDE}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
-    write_files(folder, peaky(config(tokenizer, "llava")), tokenizer, pictures)
+    write_files(folder, peaky(config(tokenizer, "llava")), tokenizer, pictures, "LlavaProcessor")
     settings = {
         "processor_class": "LlavaProcessor", "image_token": "<image>", "patch_size": PATCH,
         "vision_feature_select_strategy": "full", "num_additional_image_tokens": 0,

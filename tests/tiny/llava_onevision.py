@@ -49,7 +49,8 @@ def write(folder: Path, kind: str) -> None:
     pictures = LlavaOnevisionImageProcessorPil(
         size={"height": SIDE, "width": SIDE}, image_grid_pinpoints=grids, image_mean=[0.5] * 3, image_std=[0.5] * 3
     )
-    write_files(folder, peaky(config(tokenizer, "llava_onevision", image_grid_pinpoints=grids)), tokenizer, pictures)
+    model = peaky(config(tokenizer, "llava_onevision", image_grid_pinpoints=grids))
+    write_files(folder, model, tokenizer, pictures, "LlavaOnevisionProcessor")
     settings = {
         "processor_class": "LlavaOnevisionProcessor", "image_token": "<image>", "video_token": "<video>",
         "num_image_tokens": (SIDE // PATCH) ** 2, "vision_feature_select_strategy": "full",

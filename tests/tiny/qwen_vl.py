@@ -1,5 +1,6 @@
 """Tiny Qwen2-VL, Qwen2.5-VL, Qwen3-VL and Qwen3-VL-MoE."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -22,11 +23,15 @@ VISION = {
     "qwen3_vl": {"depth": 3, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 64,
                  "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1], "patch_size": 16},
 }  # fmt: skip
+PROCESSORS = {
+    "qwen2_vl": "Qwen2VLProcessor", "qwen2_5_vl": "Qwen2_5_VLProcessor", "qwen3_vl": "Qwen3VLProcessor",
+    "qwen3_vl_moe": "Qwen3VLProcessor",
+}  # fmt: skip
 VISION["qwen3_vl_moe"] = VISION["qwen3_vl"]
 
 
 def write(folder: Path, kind: str) -> None:
-    """A checkpoint of one of `KINDS`."""
+    """A checkpoint of one of `KINDS`. The older ones' settings are those of the hub: numbers of px by older names."""
     is_third = kind.startswith("qwen3")
     tokenizer = byte_tokenizer(
         SPECIALS, template("qwen3_vl" if is_third else "qwen2_5_vl"), eos_token="<|im_end|>", pad_token="<|endoftext|>"
@@ -34,7 +39,15 @@ def write(folder: Path, kind: str) -> None:
     pictures = Qwen2VLImageProcessorPil(
         patch_size=16 if is_third else 14, merge_size=2, size={"shortest_edge": 4 * 28**2, "longest_edge": 1280 * 28**2}
     )
-    write_files(folder, peaky(config(tokenizer, kind)), tokenizer, pictures)
+    model, name = peaky(config(tokenizer, kind)), PROCESSORS[kind]
+    if is_third:
+        write_files(folder, model, tokenizer, pictures, name)
+        settings = {"video_processor_type": "Qwen3VLVideoProcessor", "processor_class": name, "patch_size": 16}
+        (folder / "video_preprocessor_config.json").write_text(json.dumps(settings), encoding="utf-8")
+        return
+    model.generation_config.repetition_penalty = 1.05
+    pixels = {"min_pixels": pictures.size["shortest_edge"], "max_pixels": pictures.size["longest_edge"]}
+    write_files(folder, model, tokenizer, pictures, name, size=None, **pixels)
 
 
 def config(tokenizer, kind: str):
