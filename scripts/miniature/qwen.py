@@ -1,7 +1,8 @@
 """A tiny Qwen2.5-VL for the miniature world: windows and a whole look in the tower, positions on three axes, ChatML."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,9 +66,9 @@ def save(family: QwenVL, folder: Path) -> None:
     family.image_processor.save_pretrained(folder)
 
 
-def build_tokenizer() -> Qwen2Tokenizer:
-    """A byte-level BPE by Qwen's rules, with a word a token for the world's own text."""
-    text = world_text((SYSTEM, "system\n", "user\n", "assistant\n", " what"))
+def build_tokenizer(more: Sequence[str] = ()) -> Qwen2Tokenizer:
+    """A byte-level BPE by Qwen's rules, with a word a token for the world's own text and for `more`."""
+    text = [*world_text((SYSTEM, "system\n", "user\n", "assistant\n", " what")), *more]
     learnt = Qwen2Tokenizer().train_new_from_iterator(
         text, vocab_size=10_000, new_special_tokens=list(SPECIALS[1:]), show_progress=False
     )
@@ -84,20 +85,26 @@ def build_image_processor() -> Qwen2VLImageProcessorPil:
     )
 
 
-def build_config(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLConfig:
-    """Sizes as the tiny LLaVA's, but for grouped heads; windows are as large as a collage's cell."""
+def build_config(
+    tokenizer: Qwen2Tokenizer, text: Mapping[str, Any] | None = None, vision: Mapping[str, Any] | None = None
+) -> Qwen2_5_VLConfig:
+    """Sizes as the tiny LLaVA's, but for grouped heads; windows are as large as a collage's cell.
+
+    Settings of both parts in `text` and `vision` go first.
+    """
     ids = dict(zip(SPECIALS, tokenizer.convert_tokens_to_ids(list(SPECIALS)), strict=True))
     return Qwen2_5_VLConfig(
         vision_config={
             "depth": 4, "hidden_size": VISION_WIDTH, "intermediate_size": 192, "num_heads": 4,
             "patch_size": PATCH_SIDE // MERGE, "spatial_merge_size": MERGE, "window_size": 3 * PATCH_SIDE,
-            "fullatt_block_indexes": [1, 2, 3], "out_hidden_size": TEXT_WIDTH,
+            "fullatt_block_indexes": [1, 2, 3], "out_hidden_size": TEXT_WIDTH, **(vision or {}),
         },
         text_config={
             "vocab_size": len(tokenizer), "hidden_size": TEXT_WIDTH, "intermediate_size": 384, "num_hidden_layers": 4,
             "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": MAX_POSITIONS,
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]},
             "bos_token_id": ids["<|endoftext|>"], "eos_token_id": ids["<|im_end|>"], "pad_token_id": None,
+            **(text or {}),
         },
         **{f"{name}_token_id": ids[f"<|{name}|>"] for name in ("vision_start", "vision_end")},
         **{f"{name}_token_id": ids[f"<|{name}_pad|>"] for name in ("image", "video")},
