@@ -8,7 +8,7 @@ import torch
 from llava.families.llava15 import Llava15
 from scripts.bench import common, training
 from scripts.bench.common import Shape, add_lora, build_pairs
-from scripts.bench.steps import NAMES, build_steps, difference
+from scripts.bench.steps import NAMES, build_steps, difference, lacks_trl
 from tests.conftest import tiny_model
 
 SHAPE = Shape(images=2, chosen=7, rejected=4, count=3)
@@ -35,6 +35,27 @@ def test_all_compute_the_same_loss_and_gradients(steps):
     assert losses["ours"] > losses["plain"] + 0.01
     assert difference(gradients["ours"], gradients["plain"]) > 0.01
     assert all(len(own) == 2 * 7 * 4 for own in gradients.values())  # A and B of 7 layers of 4 blocks
+
+
+@pytest.mark.parametrize(("name", "peer"), [("ours", "eager"), ("plain", "trl")])
+def test_qwen_computes_the_same_as_its_peers(name, peer, tmp_path):
+    """Its peers make their own positions, on three axes; with those of text alone they would differ."""
+    family = common.build_qwen("tiny")
+    if peer == "trl" and lacks_trl(family):
+        pytest.skip("TRL takes Qwen2.5-VL's own processor, which needs torchvision")
+    build = partial(common.build_base, family)
+    pairs = build_pairs(tmp_path / "data", Shape(images=2, chosen=7, rejected=4, count=1), family)
+    assert pairs.pairs[0].image_tokens == 2 * 144
+    policy = add_lora(build(), family, rank=4)
+    ours, theirs = build_steps((name, peer), policy, build, pairs, tmp_path).values()
+    # One after the other: the steps may be of one policy, whose gradients are those of the last.
+    (loss, own), (their_loss, others) = [(step().item(), step.gradients()) for step in (ours, theirs)]
+    assert their_loss == pytest.approx(loss, rel=1e-5)
+    assert len(own) == 2 * 7 * 4 and difference(own, others) < 1e-4
+    if peer == "eager":
+        del theirs.batch["mm_token_type_ids"]
+        theirs()
+        assert difference(own, theirs.gradients()) > 0.01
 
 
 def test_a_step_does_not_add_to_the_one_before(steps):
@@ -72,16 +93,20 @@ def test_only_what_is_published_changes_a_tracked_file(tmp_path, monkeypatch, pu
     assert written.read_text().count("\n## ") == 2
 
 
-def test_the_command_writes_its_table(tmp_path, monkeypatch):
+@pytest.mark.parametrize("family", list(common.FAMILIES))
+def test_the_command_writes_its_table(family, tmp_path, monkeypatch):
     """Smaller than small."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["training", "--size", "tiny", "--images", "1", "--repeats", "1"])
+    flags = f"--family {family} --size tiny --repeats 1 --images 1"
+    monkeypatch.setattr("sys.argv", ["training", *flags.split()])
     training.main()
     text = common.RESULTS.read_text()
     assert text.count("\n## ") == 1 and "out of memory" not in text
-    assert "`python -m scripts.bench.training --size tiny --repeats 1 --images 1`" in text
+    assert f"`python -m scripts.bench.training {flags}`" in text
     rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| 1")]
     assert [len(row) for row in rows] == [9, 9] and [row.count("-") for row in rows] == [0, 4]
+    lacking = 3 if lacks_trl(common.FAMILIES[family]("tiny")) else 0
+    assert text.count("needs torchvision") == lacking
 
 
 @pytest.mark.parametrize("flag", ["--repeats", "--images"])

@@ -13,13 +13,15 @@ import torch
 from PIL import Image
 
 from llava.checkpoints import open_checkpoint
+from llava.families.qwen_vl import QwenVL
 from llava.records import read_preferences, read_questions
 from scripts import figures
-from scripts.miniature import make_data, make_source, train_base, wrong_targets
-from scripts.miniature.lessons import conversation_batch
+from scripts.miniature import make_data, make_source, qwen, train_base, wrong_targets
+from scripts.miniature.lessons import conversation_batch, encode, patch_batch
 from scripts.miniature.prompts import sample_prompt
 from scripts.miniature.world import ATTRIBUTES, combinations
 from tests.conftest import preference
+from tests.tiny.common import template
 
 ROOT = Path(__file__).parent.parent
 BASE = ROOT / "scripts/miniature/base"
@@ -206,7 +208,7 @@ class TestShippedBase:
         """Fewer prompts than the file's, so within three standard errors of both."""
         said = json.loads((BASE / "base_scores.json").read_text())
         checkpoint = open_checkpoint(str(BASE))
-        found = train_base.score_base(checkpoint.load().eval(), checkpoint.family.processor(), 60)
+        found = train_base.score_base(checkpoint.load().eval(), checkpoint.family, 60)
         for name, scores in found.items():
             share = said[name]["accuracy"] / 100
             error = (max(share * (1 - share), 0.02) * (1 / 60 + 1 / said[name]["num_prompts"])) ** 0.5
@@ -220,28 +222,100 @@ class TestTrainingTheBase:
 
     @pytest.fixture
     def recipe(self, monkeypatch):
-        small = {
-            "vision": train_base.RECIPE["vision"] | {"steps": 3, "batch": 2},
-            "reading": {"steps": 2, "batch": 2, "rate": 1e-3},
-            "routing": train_base.RECIPE["routing"]
-            | {"steps": 5, "batch": dict.fromkeys(("single", "sequence", "collage", "pip"), 2), "prompts": 2},
-        }
-        monkeypatch.setattr(train_base, "RECIPE", small)
+        for name, recipe in train_base.RECIPES.items():
+            batch = dict.fromkeys(("single", "sequence", "collage", "pip"), 2)
+            small = {
+                "vision": recipe["vision"] | {"steps": 3, "batch": 2},
+                "reading": {"steps": 2, "batch": 2, "rate": 1e-3},
+                "routing": recipe["routing"] | {"steps": 5, "batch": batch, "prompts": 2},
+            }
+            monkeypatch.setitem(train_base.RECIPES, name, small)
 
-    def run(self, folder, monkeypatch):
-        monkeypatch.setattr(sys, "argv", ["train_base", "--output", str(folder), "--num_test", "4"])
+    def run(self, folder, monkeypatch, family="llava"):
+        words = ["--output", str(folder), "--num_test", "4", "--family", family]
+        monkeypatch.setattr(sys, "argv", ["train_base", *words])
         train_base.main()
         return (folder / "model.safetensors").read_bytes(), json.loads((folder / "base_scores.json").read_text())
 
-    def test_the_same_seed_makes_the_same_bytes(self, recipe, monkeypatch, tmp_path):
-        model, said = self.run(tmp_path, monkeypatch)
+    @pytest.mark.parametrize("family", ["llava", "qwen"])
+    def test_the_same_seed_makes_the_same_bytes(self, family, recipe, monkeypatch, tmp_path):
+        model, said = self.run(tmp_path, monkeypatch, family)
         assert said["steps"] == {"vision": 3, "reading": 2, "routing": 5}
-        assert self.run(tmp_path, monkeypatch) == (model, said)
+        assert self.run(tmp_path, monkeypatch, family) == (model, said)
+
+    def test_a_qwen_opens_as_any_checkpoint(self, recipe, monkeypatch, tmp_path):
+        """What was written gives the same text, tokens and pixels as what was trained."""
+        self.run(tmp_path, monkeypatch, "qwen")
+        checkpoint = open_checkpoint(str(tmp_path))
+        assert isinstance(checkpoint.family, QwenVL)
+        model, family = qwen.build(0)
+        assert model.state_dict().keys() == checkpoint.load().state_dict().keys()
+        turns = [("<image>\nWhat is the colour?", "red"), ("And the shape?", None)]
+        assert checkpoint.family.render(turns) == family.render(turns)
+        assert checkpoint.family.encode_prompt("Ünïcode\n<image> 12") == family.encode_prompt("Ünïcode\n<image> 12")
+        picture = Image.new("RGB", (50, 90), "red")
+        read, own = (one.pixels([picture])["pixel_values"] for one in (checkpoint.family, family))
+        assert torch.equal(read, own)
+
+    @pytest.mark.parametrize("maker", train_base.MAKERS.values(), ids=train_base.MAKERS)
+    def test_a_batch_is_the_text_of_inference_with_one_token_an_answer(self, maker):
+        _, family = maker.build(0)
+        batch = conversation_batch(np.random.default_rng(0), family, "sequence", 3, 2, 4)
+        assert family.num_image_tokens((72, 72)) == 36 and batch.is_image.sum() == 2 * 3 * 36
+        first = sample_prompt(np.random.default_rng(0), "train", "sequence", 3)
+        prompt = family.expand(family.encode_prompt(first.text), family.images([(72, 72)] * 3))
+        row = batch.input_ids[0].tolist()
+        assert row[: len(prompt)] == prompt
+        assert batch.answers[0].nonzero()[:2].flatten().tolist() == [len(prompt), len(prompt) + 1]
+        answers = batch.input_ids[batch.answers].view(-1, 2)
+        assert (answers[:, 1] == family.end_id).all() and len(answers) == 2 * 4
+        words = [family.tokenizer.decode(token).strip() for token in answers[:, 0]]
+        assert {*words} <= {word for values in ATTRIBUTES.values() for word in values} and words[0] == first.answer
+
+    @pytest.mark.parametrize("maker", train_base.MAKERS.values(), ids=train_base.MAKERS)
+    def test_patches_are_labelled_with_what_is_drawn_under_them(self, maker):
+        """Of a collage each quarter has one scene; places run row by row."""
+        model, family = maker.build(0)
+        pixels, values, places = patch_batch(np.random.default_rng(0), family, "train", ["single", "collage"])
+        assert torch.equal(places, torch.arange(36).repeat(2))
+        single, collage = values.view(2, 6, 6, -1)
+        assert (single == single[0, 0]).all()
+        prompts = np.random.default_rng(0)
+        _, prompt = (sample_prompt(prompts, "train", kind) for kind in ("single", "collage"))
+        for number, scene in enumerate(prompt.scenes):
+            row, column = divmod(number, 2)
+            quarter = collage[3 * row : 3 * row + 3, 3 * column : 3 * column + 3].reshape(9, -1)
+            assert (quarter == torch.tensor([v.index(getattr(scene, n)) for n, v in ATTRIBUTES.items()])).all()
+        features = maker.features(model, pixels)
+        assert features.flatten(0, -2).shape == (72, maker.FEATURES_WIDTH)
+
+    def test_qwens_positions_are_the_familys(self):
+        """transformers counts them from the batch as the family does for inference, pictures of any size."""
+        model, family = qwen.build(0)
+        pictures = [Image.new("RGB", size) for size in ((72, 72), (100, 60))]
+        batch = encode(family, [[("<image> <image>\nWhat?", "red")], [("<image>", "blue")]], [pictures, pictures[1:]])
+        found, _ = model.model.get_rope_index(
+            batch.input_ids, batch.inputs["mm_token_type_ids"], batch.pixels["image_grid_thw"]
+        )
+        images = family.images([picture.size for picture in pictures])
+        row = batch.input_ids[0].tolist()
+        assert torch.equal(found[:, 0], family.positions(row, images))
+
+    def test_qwens_template_is_the_published_one_for_what_it_says(self):
+        _, family = qwen.build(0)
+        picture = {"type": "image"}
+        parts = [{"type": "text", "text": "Image1:"}, picture, {"type": "text", "text": "\nWhat?"}]
+        for chat in ([("user", parts)], [("system", "Be brief."), ("user", "Hi"), ("assistant", "x"), ("user", parts)]):
+            said = [{"role": role, "content": content} for role, content in chat]
+            settings = {"tokenize": False, "add_generation_prompt": True}
+            own = family.tokenizer.apply_chat_template(said, **settings)
+            published = template("qwen2_5_vl")
+            assert own == family.tokenizer.apply_chat_template(said, **settings, chat_template=published)
 
     def test_the_naming_lesson_reads_numbers_where_they_are(self):
         """States that spell the numbers out cost nothing; states of a wrong picture do."""
-        processor = open_checkpoint(str(BASE)).family.processor()
-        batch = conversation_batch(np.random.default_rng(0), processor, "sequence", 3, 2, 4)
+        family = open_checkpoint(str(BASE)).family
+        batch = conversation_batch(np.random.default_rng(0), family, "sequence", 3, 2, 4)
         states = torch.zeros(*batch.input_ids.shape, 3)
         states[batch.owners >= 0] = torch.eye(3)[batch.owners[batch.owners >= 0]]
         rows = batch.before.nonzero()[::2]

@@ -14,12 +14,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from transformers import LlavaForConditionalGeneration
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from llava.families.llava15 import Llava15
+from llava.families import Family, Llava15, QwenVL
 from llava.image import ImageStore
 from llava.records import read_preferences
 from llava.runtime import git_commit, short_commit, versions
+from scripts.miniature import qwen
 from scripts.miniature.model import build_config, build_processor
 from scripts.miniature.world import ATTRIBUTES
 from train.llava_hound_dpo.arguments import ModelArguments
@@ -28,7 +29,7 @@ from train.llava_hound_dpo.model import make_trainable
 
 RESULTS = Path("output/bench/RESULTS.md")
 PUBLISHED = Path(__file__).parent / "RESULTS.md"  # what is to stay
-SIDE, PATCH = 336, 14  # of LLaVA-1.5: real images of 576 tokens
+SIDE, PATCH = 336, 14  # of LLaVA-1.5: real images of 576 tokens; 144 of Qwen2.5-VL
 SIZES = {  # language model: hidden, layers, heads, feed-forward; vision tower: hidden, layers, heads
     "tiny": ((64, 4, 2, 128), (64, 2, 1)),
     "shallow": ((256, 4, 8, 688), (128, 2, 2)),
@@ -38,7 +39,7 @@ LORA_SHARE = 128 / 4096  # rank over hidden size, as of the launch script at 7B
 WORDS = [word for values in ATTRIBUTES.values() for word in values]  # one token each
 
 
-def build_family(size: str) -> Llava15:
+def build_llava(size: str) -> Llava15:
     """LLaVA-1.5 with 336 px pictures of 576 tokens, bound to the config of a size and the miniature's tokenizer.
 
     Below 7B the vocabulary is as small as the miniature's: it keeps the output layer's share of the work at the two
@@ -52,7 +53,31 @@ def build_family(size: str) -> Llava15:
     return Llava15(config, processor.tokenizer, processor.image_processor)
 
 
-def build_base(family: Llava15) -> LlavaForConditionalGeneration:
+def build_qwen(size: str) -> QwenVL:
+    """Qwen2.5-VL with pictures as published and 336 px ones of 144 tokens, of the same sizes and as few words.
+
+    Four heads share keys and values, and all blocks of the tower but the last look at windows.
+    """
+    (width, layers, heads, inner), (seen, depth, eyes) = SIZES[size]
+    tokenizer = qwen.build_tokenizer([f" {word}" for word in WORDS])
+    axis = width // heads // 16  # numbers of a head that turn with time are two parts of eight, with either side three
+    text = {
+        "hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads, "intermediate_size": inner,
+        "num_key_value_heads": max(1, heads // 4), "max_position_embeddings": 4096,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2 * axis, 3 * axis, 3 * axis]},
+        **({"vocab_size": 152064} if size == "7b" else {}),
+    }  # fmt: skip
+    vision = {
+        "hidden_size": seen, "depth": depth, "num_heads": eyes, "intermediate_size": 8 * seen // 3, "patch_size": PATCH,
+        "window_size": 8 * PATCH, "fullatt_block_indexes": [depth - 1], "out_hidden_size": width,
+    }  # fmt: skip
+    return QwenVL(qwen.build_config(tokenizer, text, vision), tokenizer, Qwen2VLImageProcessorPil())
+
+
+FAMILIES = {"llava": build_llava, "qwen": build_qwen}
+
+
+def build_base(family: Family):
     """A model of random weights whose attention is far from uniform, so that two implementations could differ.
 
     On a GPU in bf16, else on the CPU in fp32.
@@ -60,7 +85,7 @@ def build_base(family: Llava15) -> LlavaForConditionalGeneration:
     on_gpu = torch.cuda.is_available()
     torch.manual_seed(0)
     with torch.device("cuda" if on_gpu else "cpu"):
-        model = LlavaForConditionalGeneration(copy.deepcopy(family.config))
+        model = family.model_class(family.config)(copy.deepcopy(family.config))
     model.to(torch.bfloat16 if on_gpu else torch.float32)
     with torch.no_grad():
         for layer in model.model.language_model.layers:
@@ -79,16 +104,16 @@ class Shape:
     count: int = 1
 
 
-def build_pairs(folder: Path, shape: Shape, family: Llava15) -> PairDataset:
+def build_pairs(folder: Path, shape: Shape, family: Family) -> PairDataset:
     """Sequence pairs about their last image, written below `folder`; the same ones every time."""
-    rng = np.random.default_rng(shape.images)
+    rng, side = np.random.default_rng(shape.images), family.side if family.fixed else SIDE
     folder.mkdir(parents=True, exist_ok=True)
     raw = []
     for number in range(shape.count):
         names = [f"{number}_{image}.png" for image in range(shape.images)]
         for name in names:
-            noise = rng.integers(0, 256, (family.side // 8, family.side // 8, 3), dtype=np.uint8)
-            Image.fromarray(noise).resize((family.side, family.side), Image.Resampling.BICUBIC).save(folder / name)
+            noise = rng.integers(0, 256, (side // 8, side // 8, 3), dtype=np.uint8)
+            Image.fromarray(noise).resize((side, side), Image.Resampling.BICUBIC).save(folder / name)
         lines = "".join(f"Image{image + 1}:<image>\n" for image in range(shape.images))
         answers = {
             name: " ".join(rng.choice(WORDS, length - 1))  # and the end token
@@ -104,7 +129,7 @@ def build_pairs(folder: Path, shape: Shape, family: Llava15) -> PairDataset:
     return PairDataset(pairs, store, family)
 
 
-def add_lora(model, family: Llava15, rank: int | None = None):
+def add_lora(model, family: Family, rank: int | None = None):
     """The policy, its adapter off its zero start so that policy and reference differ, checkpointing on."""
     rank = rank or max(1, round(LORA_SHARE * model.config.text_config.hidden_size))
     arguments = ModelArguments("", lora_r=rank, lora_alpha=2 * rank)

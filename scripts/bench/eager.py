@@ -36,14 +36,16 @@ def collate(items: Sequence[dict[str, Any]], image_token: int, pad: int = 0) -> 
     regions = torch.zeros(*is_image.shape, 2)
     regions[..., 1] = is_image
     regions[..., 0][is_image] = torch.cat([pair.target for pair in pairs])
-    pixels = torch.cat([item["pixels"]["pixel_values"] for item in items]).repeat(2, 1, 1, 1)
-    inputs = {"input_ids": input_ids, "attention_mask": mask, "pixel_values": pixels}
+    inputs = {"input_ids": input_ids, "attention_mask": mask}
+    inputs |= {name: torch.cat([item["pixels"][name] for item in items] * 2) for name in items[0]["pixels"]}
+    if "image_grid_thw" in inputs:  # Qwen-VL: from this and the grids the model makes its positions itself
+        inputs["mm_token_type_ids"] = (input_ids == image_token).long()
     return {**inputs, "labels": labels, "regions": regions}
 
 
 def attention_aware_dpo(policy, batch: dict[str, Tensor], layers: Sequence[int], settings: LossSettings) -> Tensor:
     """Mean loss of a batch: dpo_alpha · (L_dpo + λ·L_att), hinge, with all attention maps in memory."""
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values")}
+    inputs = {name: tensor for name, tensor in batch.items() if name not in ("labels", "regions")}
     model = policy.get_base_model()  # without accelerate's wrapper, which would turn all maps into fp32
     with torch.no_grad(), policy.disable_adapter():
         reference = answer_logps(model(**inputs, use_cache=False).logits, batch["labels"])

@@ -10,8 +10,10 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from torch import Tensor
+from transformers.utils import is_torchvision_available
 
 from llava.attention import NAME, install, layer_range
+from llava.families import Family
 from scripts.bench import eager
 from train.llava_hound_dpo.arguments import TrainArguments
 from train.llava_hound_dpo.batches import make_plan
@@ -106,6 +108,20 @@ def build_trainer(policy, pairs: PairDataset, folder: Path, kind: type[Attention
     )  # fmt: skip
 
 
+def lacks_trl(family: Family) -> bool:
+    """Whether transformers' processor of a family, which TRL takes, cannot be had here."""
+    return not family.fixed and not is_torchvision_available()
+
+
+def stock_processor(family: Family):
+    """transformers' processor of a family; Qwen2.5-VL's has one for videos, which needs torchvision."""
+    if family.fixed:
+        return family.processor()
+    from transformers import Qwen2_5_VLProcessor, Qwen2VLVideoProcessor
+
+    return Qwen2_5_VLProcessor(family.image_processor, family.tokenizer, Qwen2VLVideoProcessor(), family.chat_template)
+
+
 def build_trl(base, policy, pairs: PairDataset, folder: Path) -> TrainerStep:
     """TRL's DPOTrainer at its best settings, on a `base` of its own with LoRA of `policy`'s settings and weights.
 
@@ -116,12 +132,13 @@ def build_trl(base, policy, pairs: PairDataset, folder: Path) -> TrainerStep:
     """
     from trl import DPOConfig, DPOTrainer  # takes seconds to import
 
+    begin = pairs.family.tokenizer.bos_token or ""
     examples = [
         {
             "images": [pairs.store.open(name) for name in record.images],
-            "prompt": "<s>" + pairs.family.render([(record.prompt, None)]),
-            "chosen": record.chosen + "</s>",
-            "rejected": record.rejected[0] + "</s>",
+            "prompt": begin + pairs.family.render([(record.prompt, None)]),
+            "chosen": record.chosen + pairs.family.end,
+            "rejected": record.rejected[0] + pairs.family.end,
         }
         for record in (pair.record for pair in pairs.pairs)
     ]
@@ -133,7 +150,7 @@ def build_trl(base, policy, pairs: PairDataset, folder: Path) -> TrainerStep:
             bf16=torch.cuda.is_available(), use_cpu=not torch.cuda.is_available(),
         ),
         train_dataset=Dataset.from_list(examples),
-        processing_class=pairs.family.processor(),
+        processing_class=stock_processor(pairs.family),
         peft_config=policy.peft_config["default"],
     )  # fmt: skip
     adapter = {name: weight for name, weight in policy.state_dict().items() if "lora" in name}

@@ -2,9 +2,9 @@
 
 Ours against TRL's DPOTrainer, against the straight way (eager, whole attention maps), and against itself without the
 attention term; that they compute the same is part of the table. A step is the loss with its reference log-probs, and
-the gradients of LoRA; the optimiser is left out. Batches are one pair of 336 px pictures, 576 tokens each;
-checkpointing on; bf16 on a GPU, else fp32. Tokens per second count a pair's prompt once and both its answers, whoever
-computes more.
+the gradients of LoRA; the optimiser is left out. Batches are one pair of 336 px pictures, 576 tokens each (144 with
+Qwen2.5-VL, whose processor TRL can have only where torchvision is); checkpointing on; bf16 on a GPU, else fp32. Tokens
+per second count a pair's prompt once and both its answers, whoever computes more.
 """
 
 import gc
@@ -22,7 +22,7 @@ from llava.markdown import table
 from llava.runtime import user_errors
 from scripts.bench import common
 from scripts.bench.common import Shape, ratio
-from scripts.bench.steps import NAMES, build_steps, difference
+from scripts.bench.steps import NAMES, build_steps, difference, lacks_trl
 
 COLUMNS = (
     "images", "tokens", "ours, s", "ours, tokens/s", "TRL / ours", "eager / ours", "with / without the term",
@@ -34,7 +34,8 @@ COLUMNS = (
 class Flags:
     """What is measured."""
 
-    size: str = flag("of the random model; 7b needs a GPU", "shallow", choices=list(common.SIZES))
+    family: str = flag("of the random model", "llava", choices=list(common.FAMILIES))
+    size: str = flag("of the model; 7b needs a GPU", "shallow", choices=list(common.SIZES))
     repeats: int = flag("counted runs of each, in turn", 3)
     images: list[int] = flag("of a prompt, in turn", [1, 2, 4])
     publish: bool = flag("append to scripts/bench/RESULTS.md, which git keeps, and not to output/bench/", False)
@@ -56,7 +57,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             rows.append([title, *compare(own, shape, names, Path(folder))])
     images = " ".join(map(str, own.images))
-    command = f"python -m scripts.bench.training --size {own.size} --repeats {own.repeats} --images {images}"
+    flags = f"--family {own.family} --size {own.size} --repeats {own.repeats} --images {images}"
+    command = f"python -m scripts.bench.training {flags}"
     title = "Training step: time, median (lowest to highest) of paired runs"
     common.record(title, command, table(COLUMNS, rows), common.PUBLISHED if own.publish else common.RESULTS)
 
@@ -64,10 +66,11 @@ def main() -> None:
 def compare(own: Flags, shape: Shape, names: Sequence[str], folder: Path) -> list[object]:
     """Cells of a row; what does not fit on the GPU says so."""
     release()
-    family = common.build_family(own.size)
+    family = common.FAMILIES[own.family](own.size)
     pairs = common.build_pairs(folder / "data", shape, family)
     policy = common.add_lora(common.build_base(family), family)
-    steps = build_steps(names, policy, partial(common.build_base, family), pairs, folder)
+    possible = [name for name in names if name != "trl" or not lacks_trl(family)]
+    steps = build_steps(possible, policy, partial(common.build_base, family), pairs, folder)
     losses, gradients = {}, {}
     for name, step in list(steps.items()):  # warms up as well
         try:
@@ -80,12 +83,19 @@ def compare(own: Flags, shape: Shape, names: Sequence[str], folder: Path) -> lis
     tokens = sum(pair.prompt_tokens + len(pair.chosen) + sum(map(len, pair.rejected)) for pair in pairs.pairs)
     cells = [tokens, f"{median:.2f}", f"{tokens / median:.0f}"]
     for first, second in (("trl", "ours"), ("eager", "ours"), ("ours", "plain")):
-        missing = "out of memory" if {first, second} <= {*names} else "-"
-        cells.append(ratio(seconds[first], seconds[second]) if {first, second} <= seconds.keys() else missing)
+        both = {first, second} <= seconds.keys()
+        cells.append(ratio(seconds[first], seconds[second]) if both else missing({first, second}, names, possible))
     for first, second in (("ours", "eager"), ("plain", "trl")):
         both = {first, second} <= losses.keys()
-        cells.append(apart(losses, gradients, first, second) if both else "-")
+        cells.append(apart(losses, gradients, first, second) if both else missing({first, second}, names, possible))
     return cells
+
+
+def missing(pair: set[str], asked: Sequence[str], possible: Sequence[str]) -> str:
+    """Why two steps are not compared."""
+    if not pair <= {*asked}:
+        return "-"
+    return "out of memory" if pair <= {*possible} else "needs torchvision"
 
 
 def release() -> None:

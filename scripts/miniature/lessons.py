@@ -4,95 +4,104 @@ Several questions about the same pictures supervise a prompt more densely than o
 exactly the one-question prompt that the product asks.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from PIL import Image
-from transformers import LlavaProcessor
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from llava.families.llava15 import vicuna_v1
+from llava.families import Family, ImageTokens
 from scripts.miniature import draw
 from scripts.miniature.model import PATCH_SIDE
 from scripts.miniature.prompts import Prompt, sample_prompt
 from scripts.miniature.world import ATTRIBUTES, Scene
 
 PATCHES = draw.SIDE // PATCH_SIDE  # along a side
+Turns = Sequence[tuple[str, str]]  # (prompt, answer)
 
 
 @dataclass(frozen=True)
 class Batch:
     """Right-padded conversations of one format. `answers` marks the tokens to be learnt."""
 
-    input_ids: torch.Tensor  # (batch, tokens)
-    pixel_values: torch.Tensor  # (pictures of all rows in order, 3, side, side)
-    answers: torch.Tensor  # (batch, tokens), bool
-    owners: torch.Tensor | None = None  # (batch, tokens), scene number of each image token, -1 elsewhere
-    targets: torch.Tensor | None = None  # (batch, questions), scene number that each question asks about
+    input_ids: Tensor  # (batch, tokens)
+    pixels: dict[str, Tensor]  # of the pictures of all rows in order, as the family's model takes them
+    answers: Tensor  # (batch, tokens), bool
+    is_image: Tensor  # (batch, tokens), bool
+    owners: Tensor | None = None  # (batch, tokens), scene number of each image token, -1 elsewhere
+    targets: Tensor | None = None  # (batch, questions), scene number that each question asks about
 
     @property
-    def before(self) -> torch.Tensor:
+    def before(self) -> Tensor:
         """(batch, tokens) bool: the rows that predict the answers."""
         before = self.answers.roll(-1, dims=1)
         before[:, -1] = False
         return before
 
     @property
-    def inputs(self) -> dict[str, torch.Tensor]:
+    def inputs(self) -> dict[str, Tensor]:
         """What the model takes, to give the logits of `before` alone."""
-        return {"input_ids": self.input_ids, "pixel_values": self.pixel_values, "logits_to_keep": self.before}
+        inputs = {"input_ids": self.input_ids, **self.pixels, "logits_to_keep": self.before}
+        if "image_grid_thw" in self.pixels:  # transformers then counts positions on three axes
+            inputs["mm_token_type_ids"] = self.is_image.int()
+        return inputs
 
 
 def patch_batch(
-    rng: np.random.Generator, processor: LlavaProcessor, split: str, image_types: list[str]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Pixels, the scene number of every patch (pictures, patches), and the scenes' values
-    (pictures, scenes, attributes), rows of absent scenes being -1."""
+    rng: np.random.Generator, family: Family, split: str, image_types: list[str]
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """Pixels, and of the patches of all pictures the values (patches, attributes) of their scenes and their places."""
     prompts = [sample_prompt(rng, split, image_type) for image_type in image_types]
     pictures = [prompt.pictures()[0] for prompt in prompts]
-    values = np.full((len(prompts), 4, len(ATTRIBUTES)), -1)
-    for row, prompt in enumerate(prompts):
-        values[row, : len(prompt.scenes)] = [_values(scene) for scene in prompt.scenes]
-    owners = np.stack([_patch_owners(prompt) for prompt in prompts])
-    return to_pixels(processor, pictures), torch.tensor(owners), torch.tensor(values)
+    images = [family.image(picture.size) for picture in pictures]
+    values = [
+        torch.tensor([_values(scene) for scene in prompt.scenes])[_owners(prompt, [image])]
+        for prompt, image in zip(prompts, images, strict=True)
+    ]
+    return family.pixels(pictures), torch.cat(values), torch.cat([_places(image) for image in images])
 
 
 def conversation_batch(
-    rng: np.random.Generator, processor: LlavaProcessor, image_type: str, num_scenes: int | None, size: int,
-    num_questions: int,
-) -> Batch:  # fmt: skip
+    rng: np.random.Generator, family: Family, image_type: str, num_scenes: int | None, size: int, num_questions: int
+) -> Batch:
     """Conversations about train scenes, all of the same number of scenes."""
-    texts, pictures, targets = [], [], []
+    chats, pictures, targets, owners = [], [], [], []
     for _ in range(size):
         first = sample_prompt(rng, "train", image_type, num_scenes)
         prompts = [first, *_follow_ups(rng, first, num_questions - 1)]
-        texts.append(vicuna_v1([(p.text if p is first else p.question, p.answer) for p in prompts]))
-        pictures += first.pictures()
+        chats.append([(p.text if p is first else p.question, p.answer) for p in prompts])
+        pictures.append(first.pictures())
         targets.append([p.target for p in prompts])
-    batch = encode(processor, texts, pictures)
-    owners = torch.full_like(batch.input_ids, -1)
-    is_image = batch.input_ids == processor.tokenizer.convert_tokens_to_ids("<image>")
-    in_order = range(len(pictures) // size) if image_type == "sequence" else _patch_owners(first)
-    each = PATCHES**2 if image_type == "sequence" else 1
-    owners[is_image] = torch.tensor(np.tile(np.repeat(in_order, each), size))
-    return replace(batch, owners=owners, targets=torch.tensor(targets))
+        owners.append(_owners(first, family.images([picture.size for picture in pictures[-1]])))
+    batch = encode(family, chats, pictures)
+    numbers = torch.full_like(batch.input_ids, -1)
+    numbers[batch.is_image] = torch.cat(owners)
+    return replace(batch, owners=numbers, targets=torch.tensor(targets))
 
 
-def encode(processor: LlavaProcessor, texts: list[str], pictures: list[Image.Image]) -> Batch:
-    """The texts as one padded batch, each `<image>` as many times as a picture has patches."""
-    tokenizer = processor.tokenizer
-    expanded = [text.replace("<image>", "<image>" * PATCHES**2) for text in texts]
-    rows = tokenizer(expanded, padding=True, return_tensors="pt")["input_ids"]
-    ends = rows == tokenizer.eos_token_id
-    answers = ends | ends.roll(-1, dims=1)  # an answer is one token and the end token
-    return Batch(rows, to_pixels(processor, pictures), answers)
+def encode(family: Family, chats: Sequence[Turns], pictures: Sequence[list[Image.Image]]) -> Batch:
+    """Conversations about the pictures of each as one padded batch."""
+    images = [family.images([picture.size for picture in own]) for own in pictures]
+    rows, answers = zip(*(_tokens(family, *both) for both in zip(chats, images, strict=True)), strict=True)
+    input_ids = pad_sequence(rows, batch_first=True, padding_value=family.tokenizer.pad_token_id)
+    pixels = family.pixels([picture for own in pictures for picture in own])
+    return Batch(input_ids, pixels, pad_sequence(answers, batch_first=True), input_ids == family.image_id)
 
 
-def to_pixels(processor: LlavaProcessor, pictures: list[Image.Image]) -> torch.Tensor:
-    """What the image processor gives for pictures that already have the model's size, but faster."""
-    image = processor.image_processor
-    pixels = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).float() / 255
-    return ((pixels - torch.tensor(image.image_mean)) / torch.tensor(image.image_std)).permute(0, 3, 1, 2)
+def _tokens(family: Family, turns: Turns, images: Sequence[ImageTokens]) -> tuple[Tensor, Tensor]:
+    """Ids of a conversation, and which of them are answers: each is one token and the end token."""
+    starts, context = [], []
+    for prompt, answer in turns:
+        ids = family.expand(family.encode_prompt(prompt, context), images)
+        starts.append(len(ids))
+        context += [("user", prompt), ("assistant", answer)]
+    ids += family.encode_answer(*turns[-1], context[:-2])
+    is_answer = torch.zeros(len(ids), dtype=torch.bool)
+    is_answer[[place for start in starts for place in (start, start + 1)]] = True
+    return torch.tensor(ids), is_answer
 
 
 def _follow_ups(rng: np.random.Generator, first: Prompt, number: int) -> list[Prompt]:
@@ -106,14 +115,26 @@ def _values(scene: Scene) -> list[int]:
     return [values.index(getattr(scene, name)) for name, values in ATTRIBUTES.items()]
 
 
-def _patch_owners(prompt: Prompt) -> np.ndarray:
-    """Number of the scene under each patch's middle."""
-    middle = (np.arange(PATCHES) + 0.5) * draw.SIDE / PATCHES
+def _owners(prompt: Prompt, images: Sequence[ImageTokens]) -> Tensor:
+    """Number of the scene under the middle of each token of the pictures of a prompt."""
+    if prompt.image_type == "sequence":
+        return torch.arange(len(images)).repeat_interleave(torch.tensor([len(image.ids) for image in images]))
+    x, y = _middles(images[0]).unbind(-1)
     if prompt.image_type == "collage":
-        half = (middle > draw.SIDE / 2).astype(int)
-        return (2 * half[:, None] + half[None, :]).ravel()
+        return 2 * (y > draw.SIDE / 2).long() + (x > draw.SIDE / 2).long()
     if prompt.image_type == "pip":
         start, _, end, _ = draw.inner_box()
-        inside = (middle > start) & (middle < end)
-        return 1 - (inside[:, None] & inside[None, :]).astype(int).ravel()
-    return np.zeros(PATCHES**2, dtype=int)
+        return 1 - ((x > start) & (x < end) & (y > start) & (y < end)).long()
+    return torch.zeros(len(x), dtype=torch.long)
+
+
+def _places(image: ImageTokens) -> Tensor:
+    """Number of each token's place among PATCHES x PATCHES of the picture, row by row."""
+    column, row = (_middles(image) // PATCH_SIDE).long().unbind(-1)
+    return PATCHES * row + column
+
+
+def _middles(image: ImageTokens) -> Tensor:
+    """(P, 2) x and y of the middle of each token, in px of a picture of the world's size."""
+    middles = (image.areas[:, :2] + image.areas[:, 2:]) / 2
+    return middles * draw.SIDE / torch.tensor(image.size)

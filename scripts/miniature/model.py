@@ -1,10 +1,12 @@
 """A tiny LLaVA-1.5 for the miniature world: plain architecture, LLaMA-style tokenizer, everything from nothing."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from torch import Tensor, nn
 from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
@@ -16,7 +18,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from llava.families.llava15 import SYSTEM
+from llava.families.llava15 import SYSTEM, Llava15
 from scripts.miniature.draw import SIDE
 from scripts.miniature.prompts import CENTRE_PHRASES, QUESTIONS
 from scripts.miniature.world import ATTRIBUTES
@@ -25,13 +27,30 @@ PATCH_SIDE = 12
 TEXT_WIDTH, VISION_WIDTH = 128, 96
 MAX_POSITIONS = 2048
 PROJECTOR_SCALE = 0.1  # of its last layer: image tokens start at the scale of word embeddings, or routing is slow
+FEATURES_WIDTH = VISION_WIDTH  # of what `features` gives
+
+
+def build(seed: int) -> tuple[LlavaForConditionalGeneration, Llava15]:
+    """An untrained model and its family."""
+    processor = build_processor()
+    model = build_model(processor, seed)
+    return model, Llava15(model.config, processor.tokenizer, processor.image_processor)
+
+
+def features(model: LlavaForConditionalGeneration, pixels: Mapping[str, Tensor]) -> Tensor:
+    """(pictures, patches, FEATURES_WIDTH) what the tower hands to the projector."""
+    states = model.model.vision_tower(**pixels, output_hidden_states=True).hidden_states
+    return states[model.config.vision_feature_layer][:, 1:]
+
+
+def save(family: Llava15, folder: Path) -> None:
+    """Write tokenizer and pictures' settings."""
+    build_processor().save_pretrained(folder)
 
 
 def build_processor(side: int = SIDE, patch: int = PATCH_SIDE) -> LlavaProcessor:
     """Tokenizer and image processor, as those of llava-1.5-7b-hf but for the sizes and the vocabulary."""
-    image_processor = CLIPImageProcessorPil(
-        size={"shortest_edge": side}, crop_size={"height": side, "width": side}
-    )
+    image_processor = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
     return LlavaProcessor(
         image_processor=image_processor, tokenizer=build_tokenizer(), patch_size=patch, num_additional_image_tokens=1,
         vision_feature_select_strategy="default",
@@ -62,15 +81,15 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )  # fmt: skip
 
 
-def world_text() -> list[str]:
-    """Every word that the world's conversations contain."""
+def world_text(frame: Sequence[str] = (SYSTEM, "USER: ASSISTANT:")) -> list[str]:
+    """Every word that the world's conversations contain, first those of the frame that a family puts around them."""
     questions = [
         variant
         for question in QUESTIONS.values()
         for variant in (question, f"\n{question}", question[0].lower() + question[1:])
     ]
     answers = [word for values in ATTRIBUTES.values() for word in values]
-    return [SYSTEM, "USER: ASSISTANT:", "In Image1,", "\nIn", "\nImage1:", *CENTRE_PHRASES, *questions, *answers]
+    return [*frame, "In Image1,", "\nIn", "\nImage1:", *CENTRE_PHRASES, *questions, *answers]
 
 
 def build_model(processor: LlavaProcessor, seed: int) -> LlavaForConditionalGeneration:
@@ -78,13 +97,18 @@ def build_model(processor: LlavaProcessor, seed: int) -> LlavaForConditionalGene
     config = build_config(processor, (TEXT_WIDTH, 4, 4, 384), (VISION_WIDTH, 4, 6))
     torch.manual_seed(seed)
     model = LlavaForConditionalGeneration(config)
-    with torch.no_grad():
-        for name, weight in model.model.language_model.named_parameters():
-            if weight.ndim == 2 and "embed" not in name:
-                weight.normal_(std=weight.shape[1] ** -0.5)
-        model.model.multi_modal_projector.linear_2.weight.mul_(PROJECTOR_SCALE)
+    spread(model.model.language_model)
+    model.model.multi_modal_projector.linear_2.weight.data.mul_(PROJECTOR_SCALE)
     model.generation_config = GenerationConfig(do_sample=False, **_special_ids(processor))
     return model
+
+
+@torch.no_grad()
+def spread(module: nn.Module) -> None:
+    """Draw the weights of every layer so that what goes through keeps its scale: from 0.02 routing does not form."""
+    for name, weight in module.named_parameters():
+        if weight.ndim == 2 and "embed" not in name:
+            weight.normal_(std=weight.shape[1] ** -0.5)
 
 
 def build_config(

@@ -6,6 +6,8 @@ thousands of steps, so a second lesson names things: halfway up the language mod
 image token which picture it belongs to, and from an answer's row which picture is asked about. No attention is guided:
 where and how the rows look the picture up is the model's own. The stage ends once routing is partly formed, by a fixed
 check on held-out prompts, so that what is built on the base has something to improve.
+
+It is a tiny LLaVA-1.5, or with `--family qwen` a tiny Qwen2.5-VL of the same size by the same course.
 """
 
 import json
@@ -17,14 +19,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import LlavaForConditionalGeneration, LlavaProcessor
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from llava.command_line import check_numbers, flag, parse
-from llava.families.llava15 import vicuna_v1
+from llava.families import Family
 from llava.runtime import Progress, user_errors, write_text
+from scripts.miniature import model as llava
+from scripts.miniature import qwen
 from scripts.miniature.lessons import PATCHES, Batch, conversation_batch, encode, patch_batch
-from scripts.miniature.model import TEXT_WIDTH, VISION_WIDTH, build_model, build_processor
+from scripts.miniature.model import TEXT_WIDTH
 from scripts.miniature.prompts import SEQUENCE_LENGTHS, Prompt, sample_prompt
 from scripts.miniature.world import ATTRIBUTES
 
@@ -33,7 +37,8 @@ COOLDOWN = 0.25  # share over which it falls again
 WEIGHT_DECAY, MAX_GRAD_NORM = 0.01, 1.0
 SCORED_AT_ONCE = 50  # prompts
 SETS = [("single", None), *(("sequence", n) for n in SEQUENCE_LENGTHS), ("collage", None), ("pip", None)]
-RECIPE = {
+MAKERS = {"llava": llava, "qwen": qwen}  # modules with `build`, `features`, FEATURES_WIDTH and `save`
+LLAVA = {
     "vision": {"steps": 1500, "batch": 48, "rate": 1.5e-3, "mix": {"single": 0.4, "collage": 0.35, "pip": 0.25},
                "position_weight": 0.1},  # of the head that keeps a patch's place readable from its features
     "reading": {"steps": 160, "batch": 48, "rate": 1e-3},
@@ -48,6 +53,11 @@ RECIPE = {
         "naming_weight": 0.3, "naming_layer": 2,  # the lesson reads what enters this layer
     },
 }  # fmt: skip
+QWEN = LLAVA | {  # of a picture its tower sees four times as many patches, in windows first: fewer pictures a step
+    "vision": LLAVA["vision"] | {"batch": 16, "rate": 2e-3},
+    "reading": LLAVA["reading"] | {"batch": 24},
+}
+RECIPES = {"llava": LLAVA, "qwen": QWEN}
 
 
 @dataclass(frozen=True)
@@ -56,6 +66,7 @@ class BaseFlags:
 
     _argument_group_name = "base"
     output: Path = flag("folder of the checkpoint")
+    family: str = flag("LLaVA-1.5 or Qwen2.5-VL", "llava", choices=list(MAKERS))
     seed: int = flag("of weights and lessons", 0)
     num_test: int = flag("held-out prompts for each score", 400)
 
@@ -69,15 +80,15 @@ def main() -> None:
     transformers_logging.set_verbosity_error()
     with user_errors():
         (flags,) = parse([BaseFlags], __doc__)
-    processor, rng, steps = build_processor(), np.random.default_rng(flags.seed), {}
-    model = build_model(processor, flags.seed)
+    maker, rng, steps = MAKERS[flags.family], np.random.default_rng(flags.seed), {}
+    model, family = maker.build(flags.seed)
     for number, stage in enumerate((vision, reading, routing)):
         torch.manual_seed(1000 * flags.seed + number)  # of the stage's head
-        steps[stage.__name__] = stage(model, processor, rng)
+        steps[stage.__name__] = stage(flags.family, model, family, rng)
     model.half().save_pretrained(flags.output)  # a normal Hugging Face checkpoint
-    processor.save_pretrained(flags.output)
+    maker.save(family, flags.output)
     model.float()  # from now on, what was saved
-    found = score_base(model.eval(), processor, flags.num_test)
+    found = score_base(model.eval(), family, flags.num_test)
     scores = json.dumps(found | {"steps": steps, "seed": flags.seed}, indent=1)
     write_text(flags.output / "base_scores.json", scores + "\n")
     print(scores)
@@ -112,23 +123,20 @@ def run(
     return step
 
 
-def vision(model: LlavaForConditionalGeneration, processor: LlavaProcessor, rng: np.random.Generator) -> int:
+def vision(name: str, model: PreTrainedModel, family: Family, rng: np.random.Generator) -> int:
     """Every patch learns the five attributes of the scene it belongs to, and its own place.
 
     A tower that keeps the regions of one picture apart is what collages and pictures in pictures need.
     """
-    recipe, tower = RECIPE["vision"], model.model.vision_tower
+    recipe, maker, tower = RECIPES[name]["vision"], MAKERS[name], getattr(model.model, family.tower)
     sizes = [len(values) for values in ATTRIBUTES.values()]
-    head = nn.Linear(VISION_WIDTH, sum(sizes) + PATCHES**2)
+    head = nn.Linear(maker.FEATURES_WIDTH, sum(sizes) + PATCHES**2)
     names, shares = list(recipe["mix"]), list(recipe["mix"].values())
-    places = torch.arange(PATCHES**2).repeat(recipe["batch"])
 
     def lesson() -> tuple[Tensor, dict[str, str]]:
         image_types = [str(name) for name in rng.choice(names, recipe["batch"], p=shares)]
-        pixels, owners, values = patch_batch(rng, processor, "train", image_types)
-        features = tower(pixels, output_hidden_states=True).hidden_states[model.config.vision_feature_layer]
-        *logits, place = head(features[:, 1:]).flatten(0, 1).split([*sizes, PATCHES**2], dim=-1)
-        truth = values[torch.arange(len(values))[:, None], owners].flatten(0, 1)  # (patches of all, attributes)
+        pixels, truth, places = patch_batch(rng, family, "train", image_types)
+        *logits, place = head(maker.features(model, pixels)).flatten(0, -2).split([*sizes, PATCHES**2], dim=-1)
         loss = sum(F.cross_entropy(part, truth[:, i]) for i, part in enumerate(logits)) / len(sizes)
         right = [(part.argmax(-1) == truth[:, i]).float().mean().item() for i, part in enumerate(logits)]
         loss = loss + recipe["position_weight"] * F.cross_entropy(place, places)
@@ -137,28 +145,28 @@ def vision(model: LlavaForConditionalGeneration, processor: LlavaProcessor, rng:
     return run("vision", recipe, [*tower.parameters(), *head.parameters()], lesson)
 
 
-def reading(model: LlavaForConditionalGeneration, processor: LlavaProcessor, rng: np.random.Generator) -> int:
+def reading(name: str, model: PreTrainedModel, family: Family, rng: np.random.Generator) -> int:
     """Projector and language model learn to answer about one picture, behind the frozen tower."""
-    recipe = RECIPE["reading"]
+    recipe = RECIPES[name]["reading"]
 
     def lesson() -> tuple[Tensor, dict[str, str]]:
-        batch = conversation_batch(rng, processor, "single", None, recipe["batch"], len(ATTRIBUTES))
+        batch = conversation_batch(rng, family, "single", None, recipe["batch"], len(ATTRIBUTES))
         loss, accuracy, _ = answer_loss(model, batch)
         return loss, {"accuracy": f"{accuracy:.2f}"}
 
-    return run("reading", recipe, behind_the_tower(model), lesson)
+    return run("reading", recipe, behind_the_tower(model, family), lesson)
 
 
-def routing(model: LlavaForConditionalGeneration, processor: LlavaProcessor, rng: np.random.Generator) -> int:
+def routing(name: str, model: PreTrainedModel, family: Family, rng: np.random.Generator) -> int:
     """They learn all formats, one format a step, and the lesson of naming where pictures or cells have numbers."""
-    recipe = RECIPE["routing"]
+    recipe = RECIPES[name]["routing"]
     head = nn.Linear(TEXT_WIDTH, max(recipe["scenes"]))
     names, shares = list(recipe["mix"]), list(recipe["mix"].values())
     held_out = [sample_prompt(np.random.default_rng(n), "validation", "sequence", 3) for n in range(recipe["prompts"])]
 
     def lesson() -> tuple[Tensor, dict[str, str]]:
         kind, num_scenes = str(rng.choice(names, p=shares)), int(rng.choice(recipe["scenes"]))
-        batch = conversation_batch(rng, processor, kind, num_scenes, recipe["batch"][kind], recipe["questions"])
+        batch = conversation_batch(rng, family, kind, num_scenes, recipe["batch"][kind], recipe["questions"])
         has_numbers = kind in ("sequence", "collage")
         loss, accuracy, states = answer_loss(model, batch, recipe["naming_layer"] if has_numbers else None)
         if has_numbers:
@@ -166,20 +174,19 @@ def routing(model: LlavaForConditionalGeneration, processor: LlavaProcessor, rng
         return loss, {"kind": kind, "accuracy": f"{accuracy:.2f}"}
 
     def is_over(step: int) -> bool:
-        return step % recipe["check_every"] == 0 and accuracy(model, processor, held_out) >= recipe["wanted"]
+        return step % recipe["check_every"] == 0 and accuracy(model, family, held_out) >= recipe["wanted"]
 
-    return run("routing", recipe, [*behind_the_tower(model), *head.parameters()], lesson, is_over)
+    return run("routing", recipe, [*behind_the_tower(model, family), *head.parameters()], lesson, is_over)
 
 
-def behind_the_tower(model: LlavaForConditionalGeneration) -> list[nn.Parameter]:
+def behind_the_tower(model: PreTrainedModel, family: Family) -> list[nn.Parameter]:
     """Everything but the tower, which is frozen."""
-    model.model.vision_tower.requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(family.part_of(name) != family.tower)
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def answer_loss(
-    model: LlavaForConditionalGeneration, batch: Batch, layer: int | None = None
-) -> tuple[Tensor, float, Tensor | None]:
+def answer_loss(model: PreTrainedModel, batch: Batch, layer: int | None = None) -> tuple[Tensor, float, Tensor | None]:
     """Loss of the answers, share of right words, and, if asked for, (batch, tokens, hidden) states entering a layer."""
     out = model(**batch.inputs, use_cache=False, output_hidden_states=layer is not None)
     logits, truth = out.logits.flatten(0, -2), batch.input_ids[batch.answers]
@@ -200,24 +207,24 @@ def naming_loss(head: nn.Linear, states: Tensor, batch: Batch) -> Tensor:
     return owners + F.cross_entropy(head(states[rows[:, 0], rows[:, 1]]), batch.targets.flatten())
 
 
-def score_base(model: LlavaForConditionalGeneration, processor: LlavaProcessor, num_test: int) -> dict:
+def score_base(model: PreTrainedModel, family: Family, num_test: int) -> dict:
     """Accuracy in % on `num_test` test prompts of every format."""
     scores = {}
     for number, (image_type, num_scenes) in enumerate(SETS):
         rng = np.random.default_rng([0, number])
         prompts = [sample_prompt(rng, "test", image_type, num_scenes) for _ in range(num_test)]
         name = f"{image_type}_{num_scenes}" if num_scenes else image_type
-        scores[name] = {"accuracy": accuracy(model, processor, prompts), "num_prompts": num_test}
+        scores[name] = {"accuracy": accuracy(model, family, prompts), "num_prompts": num_test}
     return scores
 
 
-def accuracy(model: LlavaForConditionalGeneration, processor: LlavaProcessor, prompts: list[Prompt]) -> float:
+def accuracy(model: PreTrainedModel, family: Family, prompts: list[Prompt]) -> float:
     """Share in % of prompts whose greedy answer is the true word and then the end token."""
     right = []
     for start in range(0, len(prompts), SCORED_AT_ONCE):
         part = prompts[start : start + SCORED_AT_ONCE]
-        texts = [vicuna_v1([(prompt.text, prompt.answer)]) for prompt in part]
-        batch = encode(processor, texts, [picture for prompt in part for picture in prompt.pictures()])
+        chats = [[(prompt.text, prompt.answer)] for prompt in part]
+        batch = encode(family, chats, [prompt.pictures() for prompt in part])
         with torch.inference_mode():
             logits = model(**batch.inputs).logits
         found, truth = logits.flatten(0, -2).argmax(-1), batch.input_ids[batch.answers]
