@@ -53,7 +53,7 @@ LLAVA = {
         "naming_weight": 0.3, "naming_layer": 2,  # the lesson reads what enters this layer
     },
 }  # fmt: skip
-QWEN = LLAVA | {  # of a picture its tower sees four times as many patches, in windows first: fewer pictures a step
+QWEN = LLAVA | {  # its tower sees four times as many patches of a picture: fewer pictures a step
     "vision": LLAVA["vision"] | {"batch": 16, "rate": 2e-3},
     "reading": LLAVA["reading"] | {"batch": 24},
 }
