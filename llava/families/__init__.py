@@ -36,6 +36,8 @@ def find_family(config: Any) -> type[Family]:
 def refuse_unknown(raw: Mapping[str, Any]) -> None:
     """Raises ValueError for a config.json of no family that is known, listing these."""
     model_type = raw.get("model_type")
+    if not isinstance(model_type, str | None):
+        raise ValueError(f"config.json is of model_type {model_type!r}: a name is due")
     if any(model_type in family.model_types for family in FAMILIES):
         return
     if model_type in REFUSED:

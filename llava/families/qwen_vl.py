@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
@@ -81,14 +82,12 @@ class QwenVL(ChatFamily):
 
     def positions(self, ids: Sequence[int], images: Sequence[ImageTokens]) -> Tensor:
         """(3, S) time, height and width: a picture is a plane at one time, and what follows is as far as it is long."""
-        found, index, now, own = torch.empty(3, len(ids), dtype=torch.long), 0, 0, iter(images)
-        while index < len(ids):
-            rows, cols = next(own).shape if ids[index] == self.image_id else (1, 1)
-            plane = found[:, index : index + rows * cols]
-            plane[0] = now
-            plane[1] = now + torch.arange(rows).repeat_interleave(cols)
-            plane[2] = now + torch.arange(cols).repeat(rows)
-            index, now = index + rows * cols, now + max(rows, cols)
+        is_image, steps = torch.tensor(ids) == self.image_id, torch.ones(len(ids), dtype=torch.long)
+        cells = [torch.cartesian_prod(*map(torch.arange, image.shape)).view(-1, 2) for image in images]
+        # The tokens of a picture are at one time; the last of them steps as far as the picture is long.
+        steps[is_image] = torch.cat([F.pad(own.max()[None] + 1, (len(own) - 1, 0)) for own in cells])
+        found = (steps.cumsum(dim=0) - steps).repeat(3, 1)
+        found[1:, is_image] += torch.cat(cells).T
         return found
 
     def cap(self, max_image_tokens: int) -> None:

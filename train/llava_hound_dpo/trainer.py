@@ -69,6 +69,8 @@ class AttentionAwareDPOTrainer(Trainer):
         self.about: Mapping[str, Any] = {}  # of the card that lies beside weights
         self._sums = torch.zeros(2, len(METRICS), dtype=torch.float64)
         self.shares_images = not any(p.requires_grad for p in self._projector())
+        names = self.family.vectors
+        self._vectors = [p for name, p in self.model.named_parameters() if any(vector in name for vector in names)]
         self.starts_as_reference = on_adapter or not isinstance(self.model, PeftModel)
         is_known = not self.starts_as_reference or reference is not None
         assert is_known or not settings.needs_rejected, "no source of reference log-probs"
@@ -235,6 +237,8 @@ class AttentionAwareDPOTrainer(Trainer):
 
     def _encode(self, pixels: Mapping[str, Tensor], is_frozen: bool = True) -> Any:
         """Pictures as the language model reads them, without gradient where nothing before it is trained."""
+        for parameter in filter(is_partitioned, self._vectors):
+            parameter.all_gather()  # ZeRO-3 does it when the module that holds them is called: here its parts alone are
         with torch.no_grad() if is_frozen else nullcontext():
             return self.family.encode(self.accelerator.unwrap_model(self.model_wrapped), pixels)
 
@@ -282,6 +286,11 @@ class AttentionAwareDPOTrainer(Trainer):
             }
         absent = torch.full_like(ratio, math.nan)
         return torch.stack([found.get(name, absent).detach().float() for name in METRICS], dim=1)
+
+
+def is_partitioned(parameter: Tensor) -> bool:
+    """Whether ZeRO-3 has shared a parameter out."""
+    return hasattr(parameter, "ds_id")
 
 
 def _mean_metrics(predictions) -> dict[str, float]:
