@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, LogitsProcessor
+from transformers.utils import is_torchvision_available
 
 from llava.answering import Job, batches_of, own_device, prepare, spread
 from llava.checkpoints import WHOLE
@@ -108,7 +109,8 @@ def main() -> int:
         served = ask_server(endpoint, job, own.workers) if endpoint else None
         folder = exported(own, job, asked, Path(temporary) / "exported")
         given = {"this repository": ask_here(job), PLAIN: ask_plain(folder, asked, own)}
-        if any(a.text != b.text for a, b in zip(*given.values(), strict=True)):
+        differs = any(a.text != b.text for a, b in zip(*given.values(), strict=True))
+        if differs and is_torchvision_available():  # else it has resampled by pillow
             given[PILLOW] = ask_plain(folder, asked, own, by_pillow=True)
         if served:
             given[f"the server at {own.endpoint}"] = served
