@@ -43,13 +43,11 @@ class Idefics3(ChatFamily):
         self._patches = self.side // config.vision_config.patch_size  # of a tile, across and down; so for the next
         self.rows, rest = divmod(self._patches, config.scale_factor)  # of its tokens
         if rest or not self.rows:
-            problem = f"are {self._patches} patches, which do not make groups of {config.scale_factor} (scale_factor)"
-            raise ValueError(f"the image processor's tiles of {self.side} px (max_image_size) {problem}")
+            raise ValueError(f"tiles of {self.side} px (max_image_size) do not make groups of scale_factor patches")
         longest = dict(image_processor.size).get("longest_edge") if image_processor.do_resize else None
         is_whole = longest and longest % self.side == 0 and longest <= MAX_IMAGE_SIZE
         if image_processor.do_image_splitting and not is_whole:  # `get_number_of_image_patches` would count other tiles
-            problem = f"is {longest}; a multiple of its tiles' {self.side} px, up to {MAX_IMAGE_SIZE}, is due"
-            raise ValueError(f"size.longest_edge of the image processor {problem}")
+            raise ValueError(f"size.longest_edge is {longest}, not a multiple of {self.side} px up to {MAX_IMAGE_SIZE}")
         self._known: dict[tuple[int, int], tuple[int, ...]] = {}
 
     def image(self, size: tuple[int, int], count: int = 1) -> ImageTokens:
