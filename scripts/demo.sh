@@ -7,7 +7,7 @@ source scripts/setup.sh
 start=$SECONDS
 
 OUT=${OUT:-output/demo}
-BASE=scripts/miniature/base
+BASE=${BASE:-scripts/miniature/base} # or another that scripts.miniature.train_base made
 rm -rf "$OUT"
 
 echo "== 1/4  data: multi-image preference pairs of the miniature world"

@@ -225,7 +225,7 @@ def test_a_shrunk_twin_has_the_same_tokens_for_a_picture(folder, family):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"size": {"longest_edge": 250}}, "size.longest_edge of the image processor is 250; a multiple"),
+        ({"size": {"longest_edge": 250}}, "size.longest_edge is 250, not a multiple"),
         ({"size": {"longest_edge": 64 * 56 * 2}}, "up to 4096"),
         ({"max_image_size": {"longest_edge": 100}}, "do not make groups"),
     ],
