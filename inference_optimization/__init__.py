@@ -1,1 +1,1 @@
-"""Steering of LLaVA-1.5 at inference: AdaptViz."""
+"""Steering at inference: AdaptViz."""

@@ -1,7 +1,7 @@
 """Merge an adapter into a plain checkpoint: `python -m scripts.export --model_name_or_path ADAPTER --output DIR`.
 
-Writes a llava-hf folder (safetensors, processor, chat template), which transformers reads without this repository, or
-with `--format original` the layout of liuhaotian/llava-v1.5. The result is read again and compared with the source: the
+Writes the folder that the hub has for its family, which transformers reads without this repository, or with
+`--format original` the layout of liuhaotian/llava-v1.5. The result is read again and compared with the source: the
 tokens and pixels that plain transformers makes of prompts, and the first token of their answers.
 """
 

@@ -1,1 +1,1 @@
-"""Inference and evaluation of LLaVA-1.5 on multi-image prompts."""
+"""Inference and evaluation on multi-image prompts."""

@@ -1,1 +1,1 @@
-"""Attention-aware DPO and SFT of LLaVA-1.5."""
+"""Attention-aware DPO and SFT."""

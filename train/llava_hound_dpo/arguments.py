@@ -27,12 +27,12 @@ RETIRED = {
     "training_modal": "images are the only modality",
     "video_tower": "there is no video",
     "video_folder": "there is no video",
-    "version": "the template is always vicuna_v1, the one LLaVA-1.5 was trained with",
+    "version": "the template is the checkpoint's own; of LLaVA-1.5 vicuna_v1",
     "mm_projector_type": "the checkpoint's config says it",
     "mm_vision_select_layer": "the checkpoint's config says it",
     "mm_vision_select_feature": "the checkpoint's config says it",
-    "mm_use_x_start_end": "LLaVA-1.5 has no start and end tokens around images",
-    "mm_use_x_patch_token": "LLaVA-1.5 has no patch token",
+    "mm_use_x_start_end": "the family says what stands around images",
+    "mm_use_x_patch_token": "the family says what stands for images",
     "pretrain_mm_mlp_adapter": "the projector comes with the checkpoint",
     "tune_mm_mlp_adapter": "use --freeze_mm_mlp_adapter False",
     "freeze_backbone": "use --lora_enable True, or False for full fine-tuning",
@@ -126,7 +126,7 @@ class DataArguments:
     eval_data_path: str | None = flag("Preference pairs to evaluate on.", None)
     eval_split: float = flag("Share (0..1) of data_path held out for evaluation.", 0.0)
     image_aspect_ratio: str = flag(
-        "pad: to a square with the mean colour, as LLaVA-1.5; crop: what the processor does alone.", "pad",
+        "Of LLaVA-1.5. pad: to a square with the mean colour; crop: what the processor does alone.", "pad",
         choices=["pad", "crop"],
     )  # fmt: skip
     max_image_tokens: int | None = flag("Tokens that a picture may cost, in families where its size decides.", None)
@@ -264,4 +264,4 @@ def parse(argv: Sequence[str] | None = None) -> tuple[ModelArguments, DataArgume
     """The four groups of flags. Raises ValueError with a nearest name for an unknown flag."""
     groups = (ModelArguments, DataArguments, LossArguments, TrainArguments)
     usage = "run_dpo --model_name_or_path MODEL --data_path PAIRS --image_folder IMAGES --output_dir OUTPUT ..."
-    return command_line.parse(groups, "Attention-aware DPO and SFT of LLaVA-1.5.", argv, RETIRED, usage)
+    return command_line.parse(groups, "Attention-aware DPO and SFT of vision-language models.", argv, RETIRED, usage)

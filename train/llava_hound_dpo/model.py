@@ -1,4 +1,4 @@
-"""The policy: a LLaVA with LoRA or with a trainable language model, and a table of what is trained."""
+"""The policy: a model with LoRA or with a trainable language model, and a table of what is trained."""
 
 from dataclasses import dataclass
 from functools import partial

@@ -1,4 +1,4 @@
-"""Train a LLaVA with attention-aware DPO and SFT: `torchrun -m train.llava_hound_dpo.run_dpo --help`."""
+"""Train a model with attention-aware DPO and SFT: `torchrun -m train.llava_hound_dpo.run_dpo --help`."""
 
 import dataclasses
 import hashlib

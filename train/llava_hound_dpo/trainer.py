@@ -45,7 +45,7 @@ LOADER_OPTIONS = (
 
 
 class AttentionAwareDPOTrainer(Trainer):
-    """Trains a LLaVA, with or without LoRA, on packed preference pairs.
+    """Trains a vision-language model, with or without LoRA, on packed preference pairs.
 
     `layers` are the probed layers of the language model, `heads` (L, H) has a 1 for those of their heads that count
     (None: all). `reference` is needed for a DPO share where the reference is the policy as it starts: in full
