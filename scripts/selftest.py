@@ -130,7 +130,7 @@ def painted_box(family: Family, model: nn.Module) -> str:
     for block in max((m for m in tower.modules() if isinstance(m, nn.ModuleList)), key=len):
         block.forward = lambda states, *_, **__: states
     for size in ((300, 200), (200, 300)):
-        box = (60, 50, 140, 150)
+        box = [round(share * side) for share, side in zip((0.2, 0.25, 0.8, 0.9), 2 * size, strict=True)]
         plain, painted = Image.new("RGB", size, "white"), Image.new("RGB", size, "white")
         ImageDraw.Draw(painted).rectangle((box[0], box[1], box[2] - 1, box[3] - 1), fill="black")
         seen = (family.encode(model, family.pixels([picture])).pooler_output for picture in (plain, painted))

@@ -71,7 +71,7 @@ class WithoutCapitals:
     """A tokenizer that reads "Red" and "red" alike."""
 
     def __init__(self, tokenizer):
-        self.tokenizer, self.eos_token_id = tokenizer, tokenizer.eos_token_id
+        self.tokenizer, self.convert_tokens_to_ids = tokenizer, tokenizer.convert_tokens_to_ids
 
     def __call__(self, text):
         return self.tokenizer(text.lower())

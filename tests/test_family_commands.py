@@ -16,11 +16,14 @@ from inference_optimization.llava_hound_dpo import run_adaptive, tune
 from llava.checkpoints import open_checkpoint
 from scripts import discover_heads, doctor, draw_attention, export
 from tests.conftest import preference
-from tests.test_family_contract import CASES, Tiny, each_family, separate, tiny  # noqa: F401  a fixture
+from tests.test_family_contract import CASES, Tiny, separate, tiny  # noqa: F401  a fixture
 from train.llava_hound_dpo import run_dpo
 
-ONE_EACH = list({name: (name, kind) for name, kind in CASES}.values())  # the newest of each family
+AGAIN = ("internvl_qwen2", "internvl_llama", "llava_onevision_converted")  # the same class
+ONE_EACH = list({name: (name, kind) for name, kind in CASES if kind not in AGAIN}.values())
 one_of_each = pytest.mark.parametrize(("module", "kind"), ONE_EACH, ids=[kind for _, kind in ONE_EACH])
+KINDS = [case for case in CASES if case[1] not in AGAIN]
+each_kind = pytest.mark.parametrize(("module", "kind"), KINDS, ids=[kind for _, kind in KINDS])
 SIZES = ((90, 60), (64, 130), (75, 75), (200, 120), (60, 60))  # px
 
 
@@ -79,7 +82,7 @@ def history(output):
     return [log for log in state["log_history"] if "losses/dpo" in log]
 
 
-@each_family
+@each_kind
 def test_a_training_starts_at_ln_2_and_at_the_log_probs_of_stock_transformers(
     tiny, world, tmp_path, monkeypatch, module, kind  # noqa: F811
 ):  # fmt: skip

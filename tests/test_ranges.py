@@ -18,7 +18,9 @@ MODEL = ["--model_name_or_path", "m", "--image_folder", "i"]
 FILES = ["--data_path", "d", "--output", "o"]
 NOT_FINITE = ["nan", "inf", "-inf"]
 BAD = [
-    (ModelSettings, MODEL, {"batch_size": ["0", "-1"], "num_workers": ["-1", "1000000000"]}),
+    (ModelSettings, MODEL, {
+        "batch_size": ["0", "-1"], "num_workers": ["-1", "1000000000"], "max_image_tokens": ["0", "-1"],
+    }),
     (AnswerSettings, [], {
         "max_new_tokens": ["0", "-5"], "temperature": [*NOT_FINITE, "-1"], "top_p": [*NOT_FINITE, "0", "1.5", "-1"],
         "num_beams": ["0"], "seed": ["-1", "99999999999999999999"], "top_heads": ["0", "-1"], "attention_maps": ["-1"],
