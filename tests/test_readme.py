@@ -105,6 +105,8 @@ def check_script(name: str, rest: list[str], knobs: list[str]) -> None:
         raise WrongError(f"{name} reads no {unread[0]} from the environment")
     if name == "scripts/test.sh":
         check_tests(rest)
+    elif name == "scripts/demo.sh":  # hands them to the training
+        check_flags(rest, options_of(TRAINING))
     elif rest:
         modules = re.findall(r"-m ((?:train|inference|inference_optimization|data_gen)[\w.]+)", text)
         check_flags(rest, options_of(modules[-1]) if modules else set())
