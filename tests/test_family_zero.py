@@ -1,6 +1,5 @@
 """Every family under DeepSpeed on two CPU processes: what ZeRO-2 computes, ZeRO-3 computes, projector and all."""
 
-import json
 from importlib import import_module
 
 import pytest
@@ -42,5 +41,5 @@ def test_joined_experts_are_refused_under_zero_3_before_weights(world, tmp_path)
     (tmp_path / "base/model.safetensors").unlink()
     words = training(Tiny(module, str(tmp_path / "base")), world, tmp_path / "out", "--deepspeed", "scripts/zero3.json")
     code, _, errors = run(torchrun(1, *map(str, words)))
-    assert code != 0 and "scripts/zero2.json" in errors and "Traceback" not in errors.split("torch.distributed")[0]
-    assert json.loads((tmp_path / "base/config.json").read_text())
+    first = errors.splitlines()[0]  # what follows is torchrun's
+    assert code != 0 and first.startswith("error: ") and first.endswith("use --deepspeed scripts/zero2.json")
