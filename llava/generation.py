@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache, LogitsProcessor
 
 from llava.attention import Ambient, Plan, Probe, attention_ratio, mean_over_heads, mean_over_layers, use_plan
-from llava.families import Family, ImageTokens, model_inputs
+from llava.families import Family, ImageTokens, model_inputs, position_ids
 from llava.scaling import Scale
 
 
@@ -227,7 +227,7 @@ def run_last_again(
     out = model(
         input_ids=last,
         attention_mask=mask,
-        position_ids=place[0] if len(place) == 1 else place,
+        position_ids=position_ids(place),
         past_key_values=cache,
         use_cache=True,
         output_attentions=True,

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from llava.attention import Plan, use_plan
-from llava.families import Family, model_inputs
+from llava.families import Family, model_inputs, position_ids
 from llava.generation import PromptBatch
 from llava.scaling import Scale
 
@@ -49,8 +49,7 @@ def answer_grid(
     count, tokenizer, end = len(variants), family.tokenizer, family.end_id
     prefix = batch.attention_mask[:, None, None, :-1].bool().expand(-1, 1, count, -1)
     own = torch.eye(count, dtype=torch.bool, device=model.device).expand(len(prefix), 1, -1, -1)
-    last = batch.positions[..., -1:]
-    position = last[0] if len(last) == 1 else last
+    position = position_ids(batch.positions[..., -1:])
     tokens, answers = batch.input_ids[:, -1:].expand(-1, count), []
     ended = torch.zeros_like(tokens, dtype=torch.bool)
     scale = scale_of(batch, variants, None if every_step else prefix.shape[-1] + count, layers, heads)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from llava.families.family import Family, ImageTokens, model_inputs
+from llava.families.family import Family, ImageTokens, model_inputs, position_ids
 from llava.families.idefics3 import Idefics3
 from llava.families.internvl import InternVL
 from llava.families.llava15 import Llava15
@@ -11,7 +11,10 @@ from llava.families.llava_interleave import LlavaInterleave
 from llava.families.llava_onevision import LlavaOneVision
 from llava.families.qwen_vl import QwenVL
 
-__all__ = ["FAMILIES", "Family", "ImageTokens", "Llava15", "QwenVL", "find_family", "model_inputs", "refuse_unknown"]
+__all__ = [
+    "FAMILIES", "Family", "ImageTokens", "Llava15", "QwenVL", "find_family", "model_inputs", "position_ids",
+    "refuse_unknown",
+]  # fmt: skip
 
 # Of two of one model_type the first that fits.
 FAMILIES: tuple[type[Family], ...] = (LlavaInterleave, Llava15, QwenVL, LlavaOneVision, InternVL, Idefics3)

@@ -341,7 +341,12 @@ def model_inputs(features: Any, positions: Tensor) -> dict[str, Any]:
     The features are copied: transformers changes the object that it is given.
     """
     copied = type(features)(**features)
-    return {"mm_encoder_outputs": {"image": copied}, "position_ids": positions[0] if len(positions) == 1 else positions}
+    return {"mm_encoder_outputs": {"image": copied}, "position_ids": position_ids(positions)}
+
+
+def position_ids(positions: Tensor) -> Tensor:
+    """(axes, B, S) positions as transformers takes them: (B, S) where there is one axis."""
+    return positions[0] if len(positions) == 1 else positions
 
 
 def check_sizes(config, names: Sequence[str]) -> None:

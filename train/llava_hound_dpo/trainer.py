@@ -96,11 +96,7 @@ class AttentionAwareDPOTrainer(Trainer):
         ratio = mean_over_layers(attention_ratio(policy.masses), self.heads)
         z = self._margin(policy, reference, row) if reference else None
         loss, parts = total_loss(
-            self.settings,
-            policy.chosen,
-            row.answer_tokens[row.chosen].to(policy.chosen.dtype),
-            ratio,
-            z,
+            self.settings, policy.chosen, row.answer_tokens[row.chosen].to(policy.chosen.dtype), ratio, z,
             row.rejected_owner if reference else None,
         )
         if not torch.isfinite(parts["total"]).all():
