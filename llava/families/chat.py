@@ -1,7 +1,6 @@
 """What families with a chat template of their own share: prompts as the checkpoint's template makes them."""
 
 import json
-from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -102,10 +101,6 @@ class ChatFamily(Family):
     def _encode(self, text: str) -> list[int]:
         bos = self.tokenizer.bos_token
         return self.tokenizer(text, add_special_tokens=not (bos and text.startswith(bos)))["input_ids"]
-
-    @abstractmethod
-    def cap(self, max_image_tokens: int) -> None:
-        """Change the image processor so that a picture costs so many tokens at most. Raises ValueError."""
 
 
 def write_object(file: Path, settings: dict[str, Any]) -> None:

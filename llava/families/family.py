@@ -314,9 +314,9 @@ class Family(ABC):
         # The tower's own states are left behind: they would stay in memory as long as this does.
         return type(found)(**{name: found[name] for name in ENCODED if found.get(name) is not None})
 
+    @abstractmethod
     def cap(self, max_image_tokens: int) -> None:
         """Change the image processor so that a picture costs so many tokens at most. Raises ValueError."""
-        raise ValueError(f"--max_image_tokens {max_image_tokens}: {self.name} does not scale its pictures")
 
     def check_cap(self, max_image_tokens: int, least: int) -> None:
         """Raises ValueError if a picture costs more in any case."""

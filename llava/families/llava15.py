@@ -149,8 +149,7 @@ class Llava15(Family):
 
     def cap(self, max_image_tokens: int) -> None:
         """Every picture costs the same. Raises ValueError if that is too much."""
-        if max_image_tokens < self.rows**2:
-            super().cap(max_image_tokens)
+        self.check_cap(max_image_tokens, self.rows**2)
 
     def pixels(self, pictures: Sequence[Image.Image]) -> dict[str, Tensor]:
         """`pixel_values` (pictures, 3, side, side) float32."""
