@@ -223,6 +223,15 @@ def test_a_launch_script_ends_in_the_same_line(tmp_path):
     assert done.stderr.startswith("error: 1 GPU here, but torch") and done.stderr.endswith(f"{CPU_HINT}\n")
 
 
+def test_the_docs_and_the_containers_name_the_same_builds():
+    page = (ROOT / "docs/training.md").read_text(encoding="utf-8")
+    for _, oldest, how in machine.BUILDS:
+        assert f"`{how}`" in page and f"| {'.'.join(f'{part:02}' for part in oldest)} or newer" in page
+    images = {line.split()[1] for path in (ROOT / "scripts/container").iterdir()
+              for line in path.read_text(encoding="utf-8").splitlines() if line.lower().startswith("from")}  # fmt: skip
+    assert images == {"pytorch/pytorch:2.10.0-cuda12.8-cudnn9-runtime"}
+
+
 # ---- scripts/cluster.sh, with stubs for python and torchrun
 
 
