@@ -16,7 +16,8 @@ from train.llava_hound_dpo.packing import pack
 from train.llava_hound_dpo.scoring import score
 
 CASES = [
-    ("llava_interleave", "llava_interleave"), ("internvl", "internvl_llama"), ("internvl", "internvl_qwen3"),]  # fmt: skip
+    ("llava_interleave", "llava_interleave"), ("internvl", "internvl_llama"), ("internvl", "internvl_qwen3"),
+]  # fmt: skip
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 can_run = is_liger_kernel_available() and (DEVICE == "cuda" or os.environ.get("TRITON_INTERPRET") == "1")
 
