@@ -29,6 +29,7 @@ from llava.heads import Heads, select_heads
 from llava.heatmap import attention_map
 from llava.image import ImageStore
 from llava.machine import announce, own_device, require_usable
+from llava.merging import merge
 from llava.records import Question, messages, read_questions, refuse_duplicates
 from llava.regions import collage_grid, prompt_regions
 from llava.run_folder import only_writer
@@ -159,6 +160,7 @@ def spread(questions: Sequence[Question], count: int) -> frozenset[int]:
 def identify(job: Job) -> dict[str, Any]:
     """What decides the answers, so that those of another run are neither continued nor overwritten."""
     arguments = dataclasses.asdict(job.model) | dataclasses.asdict(job.settings)
+    arguments["merge_adapter"] = job.model.merges(job.checkpoint)  # what is done, not that it was decided here
     asked = [
         (q.id, q.prompt, q.images, q.answer, q.target, q.target_box, q.grid, q.extra, *q.context) for q in job.questions
     ]
@@ -265,7 +267,7 @@ def batches_of(job: Job, own: Sequence[int]) -> Iterator[tuple[Any, list[int], P
     with user_errors():
         model = job.checkpoint.load(job.model.torch_dtype)
     announce(device, job.model.num_workers, "--num_workers")
-    model.eval().to(device)
+    model = _merged(job, model.eval().to(device))
     loader = DataLoader(
         Batches(job, own), batch_size=None, num_workers=job.model.num_workers, pin_memory=torch.cuda.is_available()
     )
@@ -277,6 +279,20 @@ def batches_of(job: Job, own: Sequence[int]) -> Iterator[tuple[Any, list[int], P
             torch.manual_seed(job.settings.seed + number)
             yield model, job.batches[number], batch
             bar.update(len(job.batches[number]))
+
+
+def _merged(job: Job, model):
+    """The model to answer with; one line says what becomes of its adapter."""
+    if not job.model.merges(job.checkpoint):
+        if job.checkpoint.base is not None:
+            logger.info("the adapter is computed apart from the weights below it (--merge_adapter)")
+        return model
+    model, rounding = merge(model)
+    logger.info(
+        "the adapter is merged into the weights below it (--merge_adapter): rounded to %s, %.1f %% of what it changes "
+        "stay as they were", job.model.torch_dtype, 100 * rounding.share,
+    )  # fmt: skip
+    return model
 
 
 class Batches(Dataset):

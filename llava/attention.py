@@ -102,7 +102,14 @@ def use_plan(plan: Plan) -> Iterator[Ambient]:
 
 
 def install(model) -> None:
-    """Make the model's language model use this function. transformers does not save it: call after every load."""
+    """Make the model's language model use this function. transformers does not save it: call after every load.
+
+    cuDNN's attention is off from then on, in the whole process. torch prefers it on an H100, and it builds a plan for
+    every new shape, in each thread, forward and backward: 0.04 to 0.5 s a plan. Packed rows never have a length twice,
+    and decoding has another one at every token. What torch takes then, flash and memory-efficient, needs no plan; on
+    an A100 and on a CPU nothing changes.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
     AttentionInterface.register(NAME, attention)
     # Without a mask function of the same name transformers hands over no mask at all, padding or not.
     AttentionMaskInterface.register(NAME, sdpa_mask)
@@ -194,10 +201,9 @@ def region_mass(
 
 
 def _probed(query: Tensor, key: Tensor, attention_mask: Tensor | None, scaling: float | None, plan: Plan) -> Tensor:
-    key, regions = _repeat_heads(query, key), plan.probe.regions
     if not plan.trees:
         return _mass_of(_last_scores(query, key, attention_mask, scaling).softmax(dim=-1), plan.probe)
-    masses = []
+    key, regions, masses = _repeat_heads(query, key), plan.probe.regions, []
     for tree, q, k in zip(plan.trees, _by_tree(query, plan.trees), _by_tree(key, plan.trees), strict=True):
         begin = tree.prompt[0]
         start, stop = (end - begin for end in tree.branches[0])
@@ -215,11 +221,11 @@ def _scaled(
     assert not plan.trees, "packed rows are not scaled"
     scale = plan.scale.expand(len(query))
     rows = scale.factor.shape[1]
-    scores = _last_scores(query, _repeat_heads(query, key), mask, scaling, rows)
+    scores = _last_scores(query, key, mask, scaling, rows)
     heads = scale.heads_of(layer, query.shape[1], query.device)
     # A row whose factor is 1 keeps its scores, and below the output that it has already. So does a head left alone.
     probabilities = scale_scores(scores, scale, heads).softmax(dim=-1)
-    last = (probabilities @ _repeat_heads(query, value).float()).transpose(1, 2).to(out.dtype)
+    last = times_cached(probabilities, value).transpose(1, 2).to(out.dtype)
     changed = (scale.factor != 1)[..., None, None]
     if heads is not None:
         changed = changed & heads[:, None]
@@ -232,11 +238,43 @@ def _last_scores(
 ) -> Float[Tensor, "B H rows K"]:
     """Scores before the softmax of the last rows, in fp32; -inf where a key is not visible."""
     with torch.autocast(query.device.type, enabled=False):
-        scores = query[:, :, -rows:].float() @ key.float().transpose(2, 3)
+        scores = times_cached(query[:, :, -rows:], key, is_transposed=True)
     scores = scores * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     if attention_mask is None:
         return scores
     return scores.masked_fill(~attention_mask[:, :, -rows:, : key.shape[2]], -torch.inf)
+
+
+def times_cached(
+    rows: Float[Tensor, "B H Q X"], cached: Float[Tensor, "B Hkv K D"], is_transposed: bool = False
+) -> Float[Tensor, "B H Q Y"]:
+    """rows @ cached, or its transpose, in fp32; a cache in bf16 on a GPU is read as it is.
+
+    A copy of all keys in fp32, for each of H heads, at every token and layer would cost more than attention itself.
+    bf16 times bf16 is exact in fp32, and rows in fp32 are a sum of three in bf16, multiplied side by side.
+    """
+    if not reads_bf16(cached):
+        wide = _repeat_heads(rows, cached).float()
+        return rows.float() @ (wide.transpose(2, 3) if is_transposed else wide)
+    # (B · Hkv, G · Q, X) by (B · Hkv, X, Y): the G heads that share keys and values stand below each other.
+    grouped, stored = rows.unflatten(1, (cached.shape[1], -1)).flatten(2, 3).flatten(0, 1), cached.flatten(0, 1)
+    parts, rest = [], grouped
+    for _ in range(1 if rows.dtype == cached.dtype else 3):
+        parts.append(rest.to(cached.dtype))
+        rest = rest - parts[-1]
+    product = product_in_fp32(torch.cat(parts, dim=1), stored.transpose(1, 2) if is_transposed else stored)
+    return sum(product.chunk(len(parts), dim=1)).reshape(*rows.shape[:3], -1)
+
+
+def reads_bf16(cached: Tensor) -> bool:
+    """Whether torch multiplies this tensor as it is into fp32: on a GPU, without gradients, from torch 2.8 on."""
+    is_there = "dtype" in torch.ops.aten.bmm.overloads()
+    return is_there and cached.is_cuda and cached.dtype == torch.bfloat16 and not torch.is_grad_enabled()
+
+
+def product_in_fp32(rows: Tensor, cached: Tensor) -> Tensor:
+    """Batched product of bf16 matrices as fp32, which torch has for CUDA alone."""
+    return torch.bmm(rows, cached, out_dtype=torch.float32)
 
 
 def _mass_of(probabilities: Float[Tensor, "B H Q K"], probe: Probe) -> Float[Tensor, "B H Q R"]:

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import DynamicCache, LogitsProcessor
+from transformers import Cache, LogitsProcessor
 
 from llava.attention import Ambient, Plan, Probe, attention_ratio, mean_over_heads, mean_over_layers, use_plan
+from llava.cache import new_cache
 from llava.families import Family, ImageTokens, model_inputs, position_ids
 from llava.scaling import Scale
 
@@ -139,7 +140,7 @@ def generate(
             **model_inputs(family.encode(model, batch.pixels), batch.positions),
             output_attentions=bool(layers),
             return_dict_in_generate=True,
-            **({} if watch.cache is None else {"past_key_values": watch.cache}),
+            past_key_values=watch.cache,
             **settings,
         )
     tokens = out.sequences[:, batch.input_ids.shape[1] :]
@@ -172,7 +173,7 @@ class Watch(LogitsProcessor):
 
     def __init__(self, model, batch: PromptBatch, ambient: Ambient, steer: Steer | None, beams: int):
         self.model, self.batch, self.ambient, self.steer, self.beams = model, batch, ambient, steer, beams
-        self.cache = None if steer is None else DynamicCache(config=model.config.get_text_config(decoder=True))
+        self.cache = new_cache()
         self.factor = torch.ones(len(batch.input_ids))
         self.confidence: Tensor | None = None  # (B,)
         self.masses: list[Tensor] | None = None  # of the first token, where something was scaled
@@ -212,7 +213,7 @@ class Watch(LogitsProcessor):
 
 
 def run_last_again(
-    model, cache: DynamicCache, last: Tensor, mask: Tensor, place: Tensor, changed: Tensor
+    model, cache: Cache, last: Tensor, mask: Tensor, place: Tensor, changed: Tensor
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """(scores (B, V), masses per probed layer) of the last prompt token `last` (B, 1), computed anew on a full cache.
 
@@ -221,7 +222,7 @@ def run_last_again(
     Call it inside `use_plan`. Afterwards the cache holds what the new run found for the samples in `changed` (B,) and
     is bit for bit what it was for the others.
     """
-    # Copies: a view would keep the whole old cache in memory beside the new one.
+    # Copies, since the new run writes where the old one did.
     before = [(layer.keys[:, :, -1:].clone(), layer.values[:, :, -1:].clone()) for layer in cache.layers]
     cache.crop(-1)
     out = model(
@@ -234,7 +235,7 @@ def run_last_again(
     )
     for layer, (keys, values) in zip(cache.layers, before, strict=True):
         for now, old in ((layer.keys, keys), (layer.values, values)):
-            now[~changed, :, -1:] = old[~changed]
+            now[:, :, -1:] = torch.where(changed[:, None, None, None], now[:, :, -1:], old)
     return out.logits[:, -1].float(), out.attentions
 
 

@@ -39,7 +39,7 @@ def merge(model, dtype: torch.dtype | None = None) -> tuple[nn.Module, Rounding]
 def _merge_layer(layer: BaseTunerLayer, dtype: torch.dtype | None, rounding: Rounding) -> None:
     base = layer.get_base_layer()
     own = base.weight.dtype
-    base.float()
+    layer.float()  # the adapter too: PEFT rounds what it adds to the adapter's precision
     before = base.weight.detach().clone()
     layer.merge()
     is_changed = base.weight != before

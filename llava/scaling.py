@@ -29,6 +29,11 @@ class Scale:
     num_keys: int | None = None  # only forwards that see so many keys are scaled; None: every one
     layers: frozenset[int] | None = None  # zero-based; None: all
     heads: Mapping[int, tuple[int, ...]] | None = None  # zero-based, by layer; None: all heads of the layers
+    keeps_any: bool | None = None  # whether any row keeps its mass; None: look, once, as a GPU is waited for
+
+    def __post_init__(self):
+        if self.keeps_any is None:
+            object.__setattr__(self, "keeps_any", bool(self.keeps_mass.any()))
 
     @classmethod
     def of_last_row(
@@ -40,7 +45,8 @@ class Scale:
         device = weights.device
         adds, keeps = (torch.tensor([value], device=device) for value in (rule == "add", keeps_mass))
         num_keys = None if every_step else weights.shape[1]  # the row that sees just the prompt
-        return cls(factor.to(device)[:, None], weights[:, None], images, adds, keeps, num_keys, layers, heads)
+        factor, weights = factor.to(device)[:, None], weights[:, None]
+        return cls(factor, weights, images, adds, keeps, num_keys, layers, heads, keeps_mass)
 
     def applies(self, layer: int, num_keys: int) -> bool:
         """Whether a layer's last rows are scaled in a forward that sees `num_keys` keys."""
@@ -77,7 +83,7 @@ def scale_scores(
         change = change * heads[:, None, None]
     # Masked scores are -inf, and -inf times 0 is no number.
     scaled = torch.where(change == 0, scores, scores + change * torch.where(scale.adds[:, None], scores.abs(), scores))
-    if not bool(scale.keeps_mass.any()):
+    if not scale.keeps_any:
         return scaled
     images = F.pad(scale.images, (0, after))[:, None, None]
     before, now = (s.masked_fill(~images, -torch.inf).logsumexp(dim=-1, keepdim=True) for s in (scores, scaled))

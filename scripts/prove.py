@@ -66,6 +66,7 @@ class ProveSettings:
         model = ModelSettings(
             model_name_or_path=self.model, base_model=self.base_model, image_tower=self.image_tower,
             image_folder=self.image_folder, batch_size=self.batch_size, dtype=self.dtype, num_workers=0,
+            merge_adapter="False",  # the other side is the merged one
         )  # fmt: skip
         settings = AnswerSettings(attention_layers="none", max_new_tokens=self.max_new_tokens)
         questions = read_prompts(self.questions)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llava.families.llava15 import Llava15
-from scripts.bench import common, training
+from scripts.bench import common, generation, training
 from scripts.bench.common import Shape, add_lora, build_pairs
 from scripts.bench.steps import NAMES, build_steps, difference, lacks_trl
 from tests.conftest import tiny_model
@@ -107,6 +107,18 @@ def test_the_command_writes_its_table(family, tmp_path, monkeypatch):
     assert [len(row) for row in rows] == [9, 9] and [row.count("-") for row in rows] == [0, 4]
     lacking = 3 if lacks_trl(common.FAMILIES[family]("tiny")) else 0
     assert text.count("needs torchvision") == lacking
+
+
+def test_ways_to_answer_are_compared(tmp_path, monkeypatch):
+    """Smaller than small; all ways must give the same tokens, but for the scaled one."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(generation, "boost", lambda *_: None)
+    flags = "--family llava --size tiny --prompts 2 --images 1 --new_tokens 3 --repeats 1"
+    monkeypatch.setattr("sys.argv", ["generation", *flags.split()])
+    generation.main()
+    text = common.RESULTS.read_text()
+    assert f"`python -m scripts.bench.generation {flags}`" in text
+    assert text.count("2 of 2") == len(generation.PAIRS)
 
 
 @pytest.mark.parametrize("flag", ["--repeats", "--images"])

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from llava.attention import Plan, use_plan
+from llava.cache import new_cache
 from llava.families import Family, model_inputs, position_ids
 from llava.generation import PromptBatch
 from llava.scaling import Scale
@@ -39,7 +39,7 @@ def answer_grid(
     every_step: bool = False, layers: frozenset[int] | None = None, heads: Mapping[int, tuple[int, ...]] | None = None,
 ) -> tuple[list[float], list[list[str]]]:  # fmt: skip
     """(confidence of every prompt, answer of every prompt and variant); `layers` and `heads` as of `Scale`."""
-    batch, cache = batch.to(model.device), DynamicCache(config=model.config.get_text_config(decoder=True))
+    batch, cache = batch.to(model.device), new_cache()
     out = model(
         input_ids=batch.input_ids, attention_mask=batch.attention_mask, past_key_values=cache, use_cache=True,
         **model_inputs(family.encode(model, batch.pixels), batch.positions), logits_to_keep=1,

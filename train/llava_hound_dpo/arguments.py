@@ -203,6 +203,9 @@ class TrainArguments(TrainingArguments):
         "Folder of reference log-probs, filled before the first step; runs on the same weights share it. Default: with "
         "LoRA none, they are computed at every step; else OUTPUT_DIR/reference.", None,
     )  # fmt: skip
+    liger: bool = flag(
+        "Fused RMSNorm, RoPE and SwiGLU of the language model: needs liger-kernel and CUDA; not measured yet.", False
+    )
     mm_projector_lr: float | None = flag("Learning rate of the projector, if trained; default: learning_rate.", None)
     flop_utilization: float = flag("Share (0..1) of a GPU's peak that the plan assumes; nothing else reads it.", 0.4)
     warmup_ratio: float | None = flag("Share (0..1) of all steps over which the learning rate rises.", None)

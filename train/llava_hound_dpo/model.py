@@ -2,17 +2,23 @@
 
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
 from peft import LoraConfig, PeftConfig, get_peft_model, prepare_model_for_kbit_training
 from transformers import BitsAndBytesConfig, PreTrainedConfig
-from transformers.utils import is_bitsandbytes_available
+from transformers.integrations.liger import apply_liger_kernel
+from transformers.utils import is_bitsandbytes_available, is_liger_kernel_available
 
 from llava.checkpoints import adapter_settings, fill_adapter
 from llava.families import Family, find_family
 from train.llava_hound_dpo.arguments import ModelArguments
+
+# Language models whose blocks liger-kernel fuses, each compared with its own blocks in the tests. Of the Qwen-VLs it
+# (0.8.5) wants classes that transformers no longer has.
+FUSED = ("llama", "qwen2", "qwen3")
 
 
 @dataclass
@@ -38,6 +44,34 @@ def refuse_quantised(arguments: ModelArguments, zero_stage: int) -> None:
         raise ValueError(f"{bits} needs bitsandbytes, which is not installed: pip install bitsandbytes, or --bits 16")
     if not torch.cuda.is_available():
         raise ValueError(f"{bits} needs a CUDA device, and there is none here: use --bits 16")
+
+
+def refuse_fused(config: PreTrainedConfig) -> None:
+    """Raises ValueError where `--liger True` cannot be done with a model, or not on this machine."""
+    kind = config.get_text_config(decoder=True).model_type
+    if kind not in FUSED:
+        raise ValueError(
+            f"--liger True knows the language models {', '.join(FUSED)}, and this checkpoint's ({config.model_type}) "
+            f"is of type {kind}: leave it out"
+        )
+    if not is_liger_kernel_available() or find_spec("triton") is None:
+        raise ValueError(
+            "--liger True needs liger-kernel and triton, which are not installed: pip install liger-kernel, or leave "
+            "it out"
+        )
+    if not torch.cuda.is_available():
+        raise ValueError("--liger True needs a CUDA device, and there is none here: leave it out")
+
+
+def fuse(model, family: type[Family]) -> None:
+    """Compute RMSNorm, RoPE and SwiGLU of the language model with liger-kernel's fused kernels, from here on.
+
+    Attention and the output layer stay ours: its fused loss would leave no log-probs to read. RoPE is exchanged in
+    transformers' module, for all models of the process.
+    """
+    parts = dict.fromkeys(("rope", "rms_norm", "swiglu"), True)
+    losses = dict.fromkeys(("cross_entropy", "fused_linear_cross_entropy"), False)
+    apply_liger_kernel(model.get_submodule(f"model.{family.language}"), parts | losses)
 
 
 def quantisation(bits: int, family: type[Family], dtype: torch.dtype, device: str | torch.device) -> dict:

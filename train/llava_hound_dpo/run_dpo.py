@@ -33,7 +33,14 @@ from train.llava_hound_dpo.checkpoints import (
 )  # fmt: skip
 from train.llava_hound_dpo.costs import Zero
 from train.llava_hound_dpo.data import Pair, PairReader, describe, read_leave_out, split
-from train.llava_hound_dpo.model import make_trainable, parameter_table, quantisation, refuse_quantised
+from train.llava_hound_dpo.model import (
+    fuse,
+    make_trainable,
+    parameter_table,
+    quantisation,
+    refuse_fused,
+    refuse_quantised,
+)
 from train.llava_hound_dpo.outcome import check_place, draw_curves, licence_of
 from train.llava_hound_dpo.plan import Inputs, describe_training, plan, shape_of, world_size
 from train.llava_hound_dpo.reference import ReferenceCache, describe_reference
@@ -157,6 +164,8 @@ def read_inputs(model: ModelArguments, data: DataArguments, loss: LossArguments,
             "or merge it with `python -m scripts.export` first"
         )
     logger.info("model: %s", checkpoint)
+    if args.liger:
+        refuse_fused(checkpoint.config)
     if Zero.read(args.deepspeed_file).stage == 3 and getattr(checkpoint.config.get_text_config(), "num_experts", None):
         raise ValueError(
             f"{checkpoint}: transformers does not read joined experts under ZeRO-3: use --deepspeed scripts/zero2.json"
@@ -236,6 +245,7 @@ def open_reference(checkpoint: Checkpoint, model, loss, args, store: ImageStore)
         return None
     dtypes = " computed in ".join(str(dtype).removeprefix("torch.") for dtype in precision(model, args))
     exact = dtypes if model.bits == 16 else f"{model.bits} bits and {dtypes}"
+    exact += " with liger-kernel" if args.liger else ""
     folder = Path(args.reference_cache or Path(args.output_dir) / "reference")
     cache = ReferenceCache(folder, describe_reference(checkpoint, exact), store)
     cache.load()
@@ -267,6 +277,8 @@ def load_policy(checkpoint: Checkpoint, model: ModelArguments, args: TrainArgume
     dtype, computed = precision(model, args)
     family = type(checkpoint.family)
     policy = checkpoint.load(dtype, **quantisation(model.bits, family, computed, args.device))
+    if args.liger:
+        fuse(policy, family)
     set_seed(args.seed)  # after loading, which draws differently under ZeRO-3: LoRA starts the same everywhere
     return make_trainable(policy, family, model, fp32_adapter=not args.deepspeed)
 
@@ -309,6 +321,7 @@ def describe_run(model, data, loss, args, inputs: Inputs) -> dict[str, Any]:
         "attention_heads": inputs.heads and inputs.heads.to_json(),  # wherever their file lies
         **{name: getattr(args, name) for name in SCHEDULE},
         **({"fp16": True} if args.fp16 else {}),
+        **({"liger": True} if args.liger else {}),
         **({"max_image_tokens": data.max_image_tokens} if data.max_image_tokens else {}),
         "image_aspect_ratio": data.image_aspect_ratio,
         "pairs_per_step": inputs.batches.pairs_per_step,

@@ -23,7 +23,7 @@ WORKS = frozenset("""
 
 _ORDER = "which pairs form which step is fixed before the start"
 _COMPILE = "every packed row has a shape of its own, and the attention function is not made for it"
-_LIGER = "it replaces the attention and the logits that the losses are read from"
+_LIGER = "it replaces the logits that the losses are read from; for its other kernels use --liger True"
 _HUB = "upload the finished folder with `hf upload`"
 _FSDP = "use --deepspeed scripts/zero3.json"
 _BATCH = "a batch is a packed row, not columns"
