@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,12 +50,13 @@ def look() -> Machine:
 
 
 def _visible() -> int:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's, on a driver that is too old: `problem` says more
-        if not torch.cuda.is_available():
-            return 0
-        torch.cuda.init()  # before it torch counts what the driver lists, which under MIG is more than it can use
-        return torch.cuda.device_count()
+    """GPUs that torch can use. Before `init` it counts what the driver lists: more under MIG, or with an old driver."""
+    with warnings.catch_warnings(), suppress(RuntimeError):  # torch's, on a driver that is too old
+        warnings.simplefilter("ignore")
+        if torch.cuda.is_available():
+            torch.cuda.init()
+            return torch.cuda.device_count()
+    return 0
 
 
 def _asked_smi() -> tuple[str | None, int] | None:
@@ -96,7 +98,8 @@ def _reason(machine: Machine) -> str:
     driver = tuple(map(int, machine.driver.split(".")))
     cure = next((how for _, oldest, how in BUILDS if driver >= oldest), "have the driver updated")
     if machine.torch_cuda is None:
-        return f"it is built for the CPU. For driver {machine.driver}: {cure} --force-reinstall"
+        cure = cure.replace("install", "install --force-reinstall")  # else pip is content with this one
+        return f"it is built for the CPU. For driver {machine.driver}: {cure}"
     oldest = {major: oldest for major, oldest, _ in BUILDS}.get(int(machine.torch_cuda.split(".")[0]), (0,))
     if driver < oldest:
         wanted = ".".join(f"{part:02}" for part in oldest)
@@ -164,12 +167,11 @@ def attention_kernels(device: torch.device) -> str:
 
 def host_memory() -> int:
     """Bytes of main memory that this job may use on this node: all there is, or what Slurm or a container gives."""
-    names = ("SLURM_MEM_PER_NODE", "SLURM_MEM_PER_CPU", "SLURM_CPUS_ON_NODE")
+    names = ("SLURM_MEM_PER_NODE", "SLURM_MEM_PER_CPU", "SLURM_CPUS_ON_NODE")  # MiB, MiB, number; none or 0: all
     node, cpu, cpus = (int(os.environ.get(name, "0")) for name in names)
-    given = [node * 1024**2, cpu * cpus * 1024**2]  # of MiB; 0: all
     files = [ROOT / "sys/fs/cgroup" / name for name in ("memory.max", "memory/memory.limit_in_bytes")]
-    given += [int(text) for file in files if file.is_file() and (text := file.read_text().strip()).isdigit()]
-    return min(filter(None, [psutil.virtual_memory().total, *given]))
+    groups = [int(text) for file in files if file.is_file() and (text := file.read_text().strip()).isdigit()]
+    return min(filter(None, [psutil.virtual_memory().total, node * 1024**2, cpu * cpus * 1024**2, *groups]))
 
 
 def main() -> int:

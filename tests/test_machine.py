@@ -14,6 +14,7 @@ from llava import machine
 from llava.answering import prepare
 from llava.machine import GIB, Machine, announce, describe, host_memory, look, own_device, problem, require_usable
 from llava.settings import AnswerSettings, ModelSettings
+from tests.conftest import asks_for_gpu
 from tests.test_architecture import ROOT, TRAIN_SCRIPT, launch  # noqa: F401  a fixture
 from train.llava_hound_dpo.arguments import TrainArguments
 
@@ -93,7 +94,7 @@ def test_a_driver_too_old_for_this_torch_names_the_torch_that_fits(node, driver,
 def test_a_build_for_the_cpu_is_replaced_by_what_the_driver_takes(node, driver, wanted):
     line = problem(node(lists(driver), cuda=None))
     assert f"1 GPU here, but torch 2.13.0 sees none: it is built for the CPU. For driver {driver}: pip install" in line
-    assert f"{wanted} --force-reinstall" in line  # pip finds 2.13.0+cpu good enough
+    assert f"--force-reinstall {wanted}" in line  # pip finds 2.13.0+cpu good enough
 
 
 VERSION = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.86.15  Release Build\nGCC version: gcc 12.3.0"
@@ -133,6 +134,15 @@ def test_hidden_gpus_are_the_cpu_asked_for(node, value):
     assert found.hidden and problem(found) is None
     require_usable(use_cpu=False)
     assert describe().startswith("CPU (1 GPU not used), torch 2.13.0, ")
+
+
+def test_a_torch_that_does_not_start_sees_none(node, monkeypatch):
+    def fail():
+        raise RuntimeError("The NVIDIA driver on your system is too old")
+
+    node(lists("570.86.15"), seen=1)
+    monkeypatch.setattr(torch.cuda, "init", fail)
+    assert look().visible == 0 and "needs driver 580.65.06" in problem(look())
 
 
 def test_names_of_gpus_that_are_not_there(node):
@@ -230,6 +240,18 @@ def test_the_docs_and_the_containers_name_the_same_builds():
     images = {line.split()[1] for path in (ROOT / "scripts/container").iterdir()
               for line in path.read_text(encoding="utf-8").splitlines() if line.lower().startswith("from")}  # fmt: skip
     assert images == {"pytorch/pytorch:2.10.0-cuda12.8-cudnn9-runtime"}
+
+
+@pytest.mark.parametrize(
+    ("words", "asked"),
+    [
+        (["pytest"], False), (["pytest", "-m", "gpu"], True), (["pytest", "-mgpu"], True), (["pytest", "-m"], False),
+        (["pytest", "-m", "gpu and not slow", "tests"], True), (["pytest", "-m", "not gpu"], False),
+        (["pytest", "-m", "slow", "-k", "gpu"], False),
+    ],
+)  # fmt: skip
+def test_tests_see_gpus_only_if_they_are_asked_for(words, asked):
+    assert asks_for_gpu(words) == asked
 
 
 # ---- scripts/cluster.sh, with stubs for python and torchrun

@@ -102,7 +102,7 @@ class Config:
     base: str
     test: Data
     validation: Data | None  # questions on which AdaptViz passes are tuned
-    prepare: Mapping[str, Sequence[str]]  # by folder: commands that make data, or whatever else arms name
+    prepare: Mapping[str, Sequence[str]]  # by folder: commands that make what arms name; `torchrun -m`: on all GPUs
     training: Mapping[str, Any]
     answering: Mapping[str, Any]
     adaptviz: Mapping[str, Mapping[str, Any]]  # flags of each pass
