@@ -15,12 +15,11 @@ import torch
 
 from inference.llava_hound_dpo import run_inference
 from llava.answers import AnswerStore
-from llava.checkpoints import PEFT_ADAPTER, WHOLE, Checkpoint, open_checkpoint
+from llava.checkpoints import open_checkpoint
 from llava.families import Llava15
 from llava.image import ImageStore
 from llava.records import read_questions
 from llava.regions import part_weights, target_weights
-from llava.settings import ModelSettings
 from tests.conftest import kill_with_workers
 
 ROOT = Path(__file__).parent.parent
@@ -375,50 +374,13 @@ class TestRefused:
         assert (tmp_path / "refused.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
-@pytest.fixture(scope="module")
-def adapter(tmp_path_factory):
+def test_only_base_model_answers_with_the_base_below_an_adapter(answer, tmp_path):
     from peft import LoraConfig, get_peft_model
 
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("adapted") / "adapter"
     config = LoraConfig(r=2, target_modules=Llava15.lora_targets(), init_lora_weights=False)
     model = get_peft_model(open_checkpoint(str(BASE)).load(), config)
     model.peft_config["default"].base_model_name_or_path = str(BASE)
-    model.save_pretrained(folder)
-    return folder
-
-
-def test_only_base_model_answers_with_the_base_below_an_adapter(answer, adapter):
-    base, adapted = answer("base.jsonl"), answer("adapter.jsonl", "--model_name_or_path", adapter)
-    below = answer("below.jsonl", "--model_name_or_path", adapter, "--only_base_model", "--merge_adapter", "True")
-    assert below == base != adapted
-
-
-def test_merged_and_apart_give_the_same_answers(answer, adapter, world, tmp_path, capsys):
-    """And each says which it was, in the log and in the identity, so that neither goes on with the other's answers."""
-    few = tmp_path / "few.json"
-    few.write_text(json.dumps(json.loads((world / "small.json").read_text())[:12]))
-    flags, found = ("--model_name_or_path", adapter, "--data_path", few, "--merge_adapter"), {}
-    for choice, said in (("True", "merged into the weights"), ("False", "apart from the weights")):
-        found[choice] = answer(f"{choice}.jsonl", *flags, choice)
-        assert f"the adapter is {said}" in capsys.readouterr().out.replace("computed ", "")
-        run = json.loads((tmp_path / f"{choice}.run.json").read_text())
-        assert run["arguments"]["merge_adapter"] is (choice == "True")
-    assert [a["text"] for a in found["True"]] == [a["text"] for a in found["False"]]
-    for name in ("attention_ratio", "confidence"):
-        pairs = [(a[name], b[name]) for a, b in zip(found["True"], found["False"], strict=True) if a[name] is not None]
-        assert pairs and max(abs(a - b) for a, b in pairs) < 1e-5
-        assert any(a != b for a, b in pairs)
-    with pytest.raises(SystemExit):
-        answer("True.jsonl", *flags, "False")
-    assert "merge_adapter" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(("choice", "has_gpu", "merges"), [
-    ("auto", True, True), ("auto", False, False), ("True", False, True), ("False", True, False),
-])  # fmt: skip
-def test_an_adapter_is_merged_on_a_gpu_unless_told(monkeypatch, choice, has_gpu, merges):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
-    model = ModelSettings(model_name_or_path="", image_folder="", merge_adapter=choice)
-    base = Checkpoint("base", WHOLE)
-    assert model.merges(Checkpoint("adapter", PEFT_ADAPTER, base)) is merges and not model.merges(base)
+    model.save_pretrained(tmp_path / "adapter")
+    base, adapter = answer("base.jsonl"), answer("adapter.jsonl", "--model_name_or_path", tmp_path / "adapter")
+    below = answer("below.jsonl", "--model_name_or_path", tmp_path / "adapter", "--only_base_model")
+    assert below == base != adapter
