@@ -3,13 +3,18 @@
 from collections import namedtuple
 from functools import partial
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
+import torch
 
+from llava.checkpoints import open_checkpoint
 from tests.test_costs import LORA_128, config_7b, pair_of  # noqa: F401  a fixture
 from train.llava_hound_dpo import fitting
+from train.llava_hound_dpo.arguments import ModelArguments
 from train.llava_hound_dpo.fitting import Needs, choose, describe_room
 from train.llava_hound_dpo.memory import GIB, Kept, Numbers, Zero
+from train.llava_hound_dpo.run_dpo import load_policy
 
 LORA, FULL = Numbers(7_060_000_000 + LORA_128, LORA_128), Numbers(7_060_000_000, 6_750_000_000)
 ZERO_2 = Zero(2)
@@ -115,3 +120,29 @@ def test_checkpoints_and_the_disk(run, monkeypatch, caplog):
         assert rows == {"checkpoints": f"{gib} GiB each, 3 kept"} and len(caplog.messages) == warned
     args.save_strategy = "no"
     assert describe_room(args, needs, needs.memory(needs.longest(), 2), 2) == {}
+
+
+# ---- where weights are read to
+
+
+@pytest.mark.parametrize(
+    ("use_cpu", "zero", "device_map"),
+    [(False, None, {"": "cuda:1"}), (False, "zero2", {"": "cuda:1"}), (False, "zero3", None), (True, None, None)],
+)
+def test_weights_go_straight_to_the_gpu_but_under_zero3(use_cpu, zero, device_map):
+    file = zero and f"scripts/{zero}.json"
+    args = SimpleNamespace(
+        n_gpu=1, deepspeed=None, deepspeed_file=file, use_cpu=use_cpu, device="cuda:1", dtype=torch.bfloat16, fp16=False
+    )
+    load = Mock(side_effect=InterruptedError)
+    with pytest.raises(InterruptedError):
+        load_policy(SimpleNamespace(load=load, family=None), ModelArguments("m"), args)
+    assert load.call_args.kwargs.get("device_map") == device_map
+
+
+def test_weights_read_to_a_device_are_the_same(checkpoint):
+    whole, direct = (
+        open_checkpoint(checkpoint).load(torch.bfloat16, **more).state_dict()
+        for more in ({}, {"device_map": {"": "cpu"}})
+    )
+    assert whole.keys() == direct.keys() and all(torch.equal(whole[name], direct[name]) for name in whole)

@@ -4,9 +4,12 @@ The real model and the real step run on PyTorch's meta device, which has shapes 
 peak of all tensors alive beside the weights. Small tensors (ids, masks, positions) are real, as masks decide shapes.
 """
 
+import tempfile
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -17,9 +20,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from llava.attention import install, layer_range
+from llava.command_line import flag, parse
 from llava.families import Family
+from llava.markdown import table
+from llava.runtime import user_errors
+from scripts.bench import common
 from train.llava_hound_dpo.arguments import ModelArguments
+from train.llava_hound_dpo.costs import PairShape
+from train.llava_hound_dpo.data import PairCollator
+from train.llava_hound_dpo.memory import GIB, Kept, Row, activation_bytes
 from train.llava_hound_dpo.model import build_on_meta
+from train.llava_hound_dpo.plan import shape_of
 from train.llava_hound_dpo.scoring import score
 
 
@@ -135,3 +146,47 @@ def step(policy, family: Family, batch, with_reference: bool) -> None:
                 score(policy, row, features)
     scores = score(policy, row, features, layers)
     (scores.chosen.sum() + scores.rejected.sum() + scores.masses.sum()).backward()
+
+
+COLUMNS = ("family", "trained", "checkpointing", "tokens", "measured, GiB", "estimated, GiB", "difference")
+
+
+@dataclass(kw_only=True)
+class Flags:
+    """What is measured."""
+
+    size: str = flag("of the models", "7b", choices=list(common.SIZES))
+    images: int = flag("of the pair's prompt", 5)
+    publish: bool = flag("append to scripts/bench/RESULTS.md, which git keeps, and not to output/bench/", False)
+
+
+def main() -> None:
+    """Measures and appends the table."""
+    with user_errors():
+        (own,) = parse((Flags,), __doc__)
+    rows = []
+    for name, build in common.FAMILIES.items():
+        family = build(own.size)
+        with tempfile.TemporaryDirectory() as folder:
+            pairs = common.build_pairs(Path(folder), common.Shape(own.images, 75, 75), family)
+            batch = PairCollator(family, True)([pairs[0]])
+        for rank, checkpointing in ((128, True), (128, False), (0, True)):
+            rows.append([name, *compare(family, batch, shape_of(pairs.pairs[0], True), rank, checkpointing)])
+    command = f"python -m scripts.bench.memory --size {own.size} --images {own.images}"
+    to = common.PUBLISHED if own.publish else common.RESULTS
+    common.record("Memory of a step on shapes alone", command, table(COLUMNS, rows), to)
+
+
+def compare(family: Family, batch: Mapping[str, Any], shape: PairShape, rank: int, checkpointing: bool) -> list[object]:
+    """Cells of a row."""
+    arguments = ModelArguments("m", lora_r=rank) if rank else ModelArguments("m", lora_enable=False)
+    measured = peak(family, batch, arguments, checkpointing) / GIB
+    kept = Kept(checkpointing, rank, tuple(layer_range(family.config.get_text_config().num_hidden_layers, "auto")))
+    row = Row(shape.tokens, shape.answers, sum(shape.patches))
+    estimated = activation_bytes(family.config, row, kept) / GIB
+    sizes = (f"{measured:.2f}", f"{estimated:.2f}", f"{estimated / measured - 1:+.1%}")
+    return ["LoRA" if rank else "all", "on" if checkpointing else "off", shape.tokens, *sizes]
+
+
+if __name__ == "__main__":
+    main()

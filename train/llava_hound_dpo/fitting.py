@@ -145,13 +145,15 @@ def _warn_if_short(memory: Memory, row: Row, gpu: int) -> None:
 def describe_room(args: TrainArguments, needs: Needs, memory: Memory, world: int) -> dict[str, str]:
     """Rows of the plan on the host's memory and on the disk; warns where either has too little."""
     rows, here = {}, min(world, int(os.environ.get("NPROC") or os.environ.get("LOCAL_WORLD_SIZE") or world))
-    if memory.host:
+    # Under ZeRO-3 every process reads all weights into the host's memory before they are shared out.
+    host = max(memory.host, needs.numbers.total * needs.numbers.bytes_each if needs.zero.stage == 3 else 0)
+    if host:
         allowed = host_memory()
-        rows["host memory"] = f"{_gib(memory.host)} a process, {_gib(here * memory.host)} for {here} on this node"
-        if here * memory.host > allowed:
+        rows["host memory"] = f"{_gib(host)} a process, {_gib(here * host)} for {here} on this node"
+        if here * host > allowed:
             _warn(
-                f"offloading needs {_gib(here * memory.host)} of this node's memory, which allows {_gib(allowed)}: ask "
-                "Slurm for more with --mem, or use --deepspeed scripts/zero3.json on more GPUs"
+                f"ZeRO-3 needs {_gib(here * host)} of this node's memory for {here} processes, which may use "
+                f"{_gib(allowed)}: ask Slurm for more with --mem, or use --deepspeed scripts/zero2.json"
             )
     if args.save_strategy != "no":
         kept, each = args.save_total_limit, needs.checkpoint_bytes()

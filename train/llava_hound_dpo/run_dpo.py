@@ -284,7 +284,10 @@ def load_policy(checkpoint: Checkpoint, model: ModelArguments, args: TrainArgume
         deepspeed.init_distributed(dist_backend="gloo")
     dtype, computed = precision(model, args)
     family = type(checkpoint.family)
-    policy = checkpoint.load(dtype, **quantisation(model.bits, family, computed, args.device))
+    # Straight to the GPU: every process would have all weights in the host's memory first. ZeRO-3 knows no such map.
+    direct = not args.use_cpu and Zero.read(args.deepspeed_file).stage < 3
+    where = {"device_map": {"": str(args.device)}} if direct else {}
+    policy = checkpoint.load(dtype, **where | quantisation(model.bits, family, computed, args.device))
     set_seed(args.seed)  # after loading, which draws differently under ZeRO-3: LoRA starts the same everywhere
     return make_trainable(policy, family, model, fp32_adapter=not args.deepspeed)
 
