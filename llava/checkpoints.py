@@ -161,8 +161,8 @@ class Checkpoint:
         """The model with our attention function installed; with its adapter where this is one.
 
         With `exact_adapter` what an adapter brings, and all but the language model, is in float32 whatever `dtype` is.
-        `settings` go to transformers' `from_pretrained` (a quantisation). Raises ValueError naming missing, unexpected
-        and mis-shaped tensors.
+        `settings` go to transformers' `from_pretrained` (a quantisation, a device). Raises ValueError naming missing,
+        unexpected and mis-shaped tensors.
         """
         with naming(self.root.path):
             model = self.root._load_whole(dtype, **settings)
@@ -173,7 +173,7 @@ class Checkpoint:
             for name, parameter in model.named_parameters():
                 if family.part_of(name) in (family.tower, family.projectors[0]):
                     parameter.data = parameter.data.float()
-        return self._with_adapters(model, exact_adapter, is_quantised=bool(settings))
+        return self._with_adapters(model, exact_adapter, is_quantised="quantization_config" in settings)
 
     def check_tensors(self) -> int:
         """Number of tensors, each accounted for by name and shape, their numbers unread. Raises like `load`."""

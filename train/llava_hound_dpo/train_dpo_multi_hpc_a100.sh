@@ -7,6 +7,7 @@
 #SBATCH --requeue
 #SBATCH --signal=B:USR1@300
 # Account and partition: export SBATCH_ACCOUNT and SBATCH_PARTITION. Without Slurm: bash this file. --help lists all flags.
+# ZERO=3 and 3_offload need more host memory, as the plan says: of all weights of 7B sbatch --mem=192GB with 3_offload.
 set -euo pipefail
 
 # ---- the experiment: edit here, override from the environment, or pass flags (the last one wins) ----
@@ -31,7 +32,7 @@ source "$root/scripts/paths.sh" && source "$root/scripts/cluster.sh" && source "
 flags=(--model_name_or_path "$MODEL" --data_path "$DATA" --image_folder "$IMAGES" --output_dir "$OUTPUT"
   --dpo_alpha "$dpo_alpha" --gamma "$gamma" --beta 0.1 --lora_enable True --lora_r 128 --lora_alpha 256
   --learning_rate 5e-5 --lr_scheduler_type linear --warmup_steps 0.1 --weight_decay 0 --num_train_epochs 3
-  --per_device_train_batch_size 1 --gradient_accumulation_steps 32 --bf16 True --gradient_checkpointing True
+  --per_device_train_batch_size 1 --gradient_accumulation_steps 32 --bf16 True --gradient_checkpointing auto
   --deepspeed "$root/scripts/zero${ZERO:-2}.json" --model_max_length 4096 --save_steps 50 --save_total_limit 3
   --dataloader_num_workers 4 --report_to "$REPORT_TO") # ZERO: stage of DeepSpeed, 2, 3 or 3_offload
 
