@@ -7,6 +7,7 @@ FOLDER is a checkout of an earlier commit; its code runs the same in turn, in a 
 """
 
 import copy
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -27,7 +28,7 @@ from scripts.miniature.model import build_config, build_processor
 from train.llava_hound_dpo.trainer import AttentionAwareDPOTrainer
 
 SIZES = ((64, 32, 4, 128), (64, 24, 1))  # layers of LLaVA-1.5-7B
-PARTS = ("micro-batch", "adapter off and on", "PEFT's disable_adapter()")
+PARTS = ("micro-batch", "PEFT's disable_adapter()", "adapter off and on")
 ANSWER = "ms:"  # begins a worker's answer
 ROOT = Path(__file__).parents[2]
 
@@ -52,9 +53,10 @@ def main() -> None:
         (own,) = parse((Flags,), __doc__)
     folders = {"before": Path(own.against).absolute()} if own.against else {}
     found = measure(folders | {"now": ROOT}, own.repeats)
-    rows = [[name, *(f"{sorted(ms)[len(ms) // 2]:.2f}" for ms in parts)] for name, parts in found.items()]
+    rows = [[name, *(f"{statistics.median(ms):.2f}" if ms else "-" for ms in part)] for name, part in found.items()]
     if folders:
-        rows.append(["before / now", *(common.ratio(*pair) for pair in zip(*found.values(), strict=True))])
+        pairs = zip(found["now"], found["before"], strict=True)
+        rows.append(["now / before", *(common.ratio(*pair) if all(pair) else "-" for pair in pairs)])
     command = f"python -m scripts.bench.dispatch --repeats {own.repeats}" + (" --against FOLDER" if folders else "")
     cells = table(("code", *(f"{part}, ms" for part in PARTS)), rows)
     common.record(
@@ -72,7 +74,7 @@ def measure(folders: dict[str, Path], repeats: int) -> dict[str, list[list[float
             for name, worker in workers.items():
                 worker.stdin.write("go\n")
                 worker.stdin.flush()
-                for part, ms in zip(found[name], answer(worker), strict=True):
+                for part, ms in zip(found[name], answer(worker), strict=False):
                     part.append(ms)
     finally:
         for worker in workers.values():
@@ -121,10 +123,9 @@ def build(folder: Path) -> list[Callable[[], None]]:
         with context():
             pass
 
-    return [
-        lambda: trainer.training_step(model, batch), lambda: off_and_on(trainer._as_reference),
-        lambda: off_and_on(policy.disable_adapter),
-    ]  # fmt: skip
+    step = [lambda: trainer.training_step(model, batch), lambda: off_and_on(policy.disable_adapter)]
+    # An earlier commit may have no other way than PEFT's.
+    return step + [lambda: off_and_on(trainer._as_reference)] * hasattr(trainer, "_switches")
 
 
 def milliseconds(run: Callable[[], None]) -> float:

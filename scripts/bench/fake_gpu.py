@@ -1,4 +1,4 @@
-"""The real code on a GPU that is none: `python -m scripts.bench.fake_gpu` (a minute on a CPU, no GPU, no memory)
+"""The real code on a GPU that is none: `python -m scripts.bench.fake_gpu` (some minutes on a CPU, no memory)
 
 By model and part: how often Python waits for the GPU (with the lines of code that make it wait), copies that block, and
 operations below autograd. Tensors of two devices in one operation end it. Small models have values, and the loss,
@@ -19,9 +19,10 @@ from inference_optimization.llava_hound_dpo.adaptviz import AdaptViz, Bands
 from llava.attention import layer_range
 from llava.command_line import flag, parse
 from llava.families import Family
-from llava.generation import batch_prompts, generate
+from llava.generation import PromptBatch, batch_prompts, generate
 from llava.markdown import table
 from llava.runtime import user_errors
+from llava.scaling import Scale
 from scripts.bench import common, posing
 from scripts.bench.posing import Posing
 from scripts.bench.steps import build_trainer
@@ -31,16 +32,15 @@ from train.llava_hound_dpo.model import make_trainable
 from train.llava_hound_dpo.trainer import AttentionAwareDPOTrainer
 
 COLUMNS = ("model", "part", "waits", "copies that block", "operations", "waits by line")
+MODELS = ("llava-tiny", "qwen-tiny", "llava-7b", "llava-13b", "qwen-7b")
 SMALL = ("tiny",)
-BOOST = AdaptViz(bands=Bands(1.0, 1.0, 1.5, 1.5), scope="balance")
 
 
 @dataclass(kw_only=True)
 class Flags:
     """What is run."""
 
-    families: list[str] = flag("of the models", list(common.FAMILIES))
-    sizes: list[str] = flag("of the models; tiny has values, the others shapes", ["tiny", "7b", "13b"])
+    models: list[str] = flag("family and size; tiny ones have values, the others shapes", list(MODELS), choices=MODELS)
     images: int = flag("of a prompt", 3)
     new_tokens: int = flag("of an answer", 4)
     publish: bool = flag("append to scripts/bench/RESULTS.md, which git keeps, and not to output/bench/", False)
@@ -51,15 +51,14 @@ def main() -> None:
     with user_errors():
         (own,) = parse((Flags,), __doc__)
     rows = []
-    for family in own.families:
-        for size in own.sizes:
-            with tempfile.TemporaryDirectory() as folder:
-                for part, found in run_all(Path(folder), family, size, own.images, own.new_tokens):
-                    rows.append([f"{family} {size}", part, *cells(found)])
-                    print(*rows[-1], sep=" | ", flush=True)
-    command = f"python -m scripts.bench.fake_gpu --images {own.images}"
+    for model in own.models:
+        with tempfile.TemporaryDirectory() as folder:
+            for part, found in run_all(Path(folder), *model.split("-"), own.images, own.new_tokens):
+                rows.append([model, part, *cells(found)])
+    command = f"python -m scripts.bench.fake_gpu --images {own.images} --models {' '.join(own.models)}"
     target = common.PUBLISHED if own.publish else common.RESULTS
-    common.record("Waits for the GPU, of a micro-batch and of a batch of answers", command, table(COLUMNS, rows), target)
+    title = "Waits for the GPU, of a micro-batch and of a batch of answers"
+    common.record(title, command, table(COLUMNS, rows), target)
 
 
 def cells(found: Posing) -> list[object]:
@@ -76,13 +75,13 @@ def run_all(folder: Path, family: str, size: str, images: int, new_tokens: int) 
     trainer = build_trainer(policy, pairs, folder / "out", FakeTrainer)
     for part, cache in (("reference at every step", None), ("reference from its cache", KnownReference())):
         trainer.reference = cache
-        yield part, micro_batch(trainer, trainer.data_collator(list(pairs)))[0]
-    for part, steer in (("generate", None), ("AdaptViz", BOOST.steer)):
+        yield part, micro_batch(trainer, trainer.data_collator(step_of(pairs)))[0]
+    for part, steer in (("generate", None), ("AdaptViz", boost)):
         yield part, answers(policy, bound, pairs, steer, new_tokens)[0]
 
 
 def build_policy(family: Family, size: str):
-    """A model with LoRA and checkpointing, on the CPU with values where it is small, else on the meta device in bf16."""
+    """A model with LoRA and checkpointing, with values where it is small, else on the meta device in bf16."""
     if size in SMALL:
         return common.add_lora(common.build_base(family), family)
     with torch.device("meta"):
@@ -90,6 +89,12 @@ def build_policy(family: Family, size: str):
         policy = make_trainable(model, type(family), ModelArguments("", lora_r=128, lora_alpha=256))
     policy.activation_checkpointing_enable()
     return policy
+
+
+def boost(confidence: Tensor, batch: PromptBatch) -> Scale:
+    """AdaptViz on both prompts; by a confidence that is known, for models without values have none."""
+    rule = AdaptViz(bands=Bands.fixed(1.5), scope="balance")
+    return rule.steer(torch.full(confidence.shape, 0.5, device=confidence.device), batch)
 
 
 class FakeTrainer(AttentionAwareDPOTrainer):
@@ -104,10 +109,15 @@ class FakeTrainer(AttentionAwareDPOTrainer):
         posing.pose(model)
 
 
+def step_of(pairs: PairDataset) -> list[dict]:
+    """The items of a step of all pairs, as `SlotDataset` has them."""
+    return [item | {"step_pairs": len(pairs)} for item in pairs]
+
+
 class KnownReference:
     """In place of a `ReferenceCache` that knows every pair."""
 
-    def lookup(self, pairs: Sequence, *device) -> tuple[Tensor, Tensor]:
+    def lookup(self, pairs: Sequence) -> tuple[Tensor, Tensor]:
         """Some log-probs."""
         return torch.full((len(pairs),), -9.0), torch.full((sum(len(pair.rejected) for pair in pairs),), -9.5)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
@@ -136,13 +137,20 @@ class Posing(TorchFunctionMode):
                 accumulate_grad=True,
             )  # fmt: skip
 
+    def attention(self, *args, **kwargs) -> Tensor:
+        """`scaled_dot_product_attention`, which below Python looks at where its arguments really are."""
+        if not all(map(has_values, args[:3])):
+            args = tuple(arg if not has_values(arg) else posed(_on_meta(arg)) for arg in args)
+        return F.scaled_dot_product_attention(*args, **kwargs)
+
     def shown(self, tensor: Tensor, spec: str) -> str:
         """A number in an f-string, for which it is read."""
         return format(tensor.item() if isinstance(tensor, OnGpu) and tensor.dim() == 0 else tensor.tolist(), spec)
 
 
 MOVES: dict[Callable, Callable] = {
-    Tensor.to: Posing.to, Tensor.pin_memory: Posing.pin, Tensor.backward: Posing.backward,
+    F.scaled_dot_product_attention: Posing.attention, Tensor.backward: Posing.backward, Tensor.to: Posing.to,
+    Tensor.pin_memory: Posing.pin,
     Tensor.cpu: lambda self, tensor: self.move(tensor, torch.device("cpu")),
     Tensor.cuda: lambda self, tensor, *_, non_blocking=False: self.move(tensor, GPU, non_blocking),
     Tensor.tolist: lambda self, tensor: self.read(tensor, Tensor.tolist),
@@ -214,7 +222,8 @@ def _run(func, args: tuple, kwargs: dict) -> Any:
     if posing := Posing.current:
         posing.noted(func, args, kwargs)
     tensors = _tensors((args, kwargs))
-    if func not in INDEXED and any(not isinstance(t, OnGpu) and t.dim() for t in tensors):
+    # Composite operations have tensors of their own, which say of themselves what they are.
+    if func not in INDEXED and any(not isinstance(t, OnGpu) and t.dim() and has_values(t) for t in tensors):
         raise MixedDevices(f"{func} at {line()} of {[(tuple(t.shape), str(t.device)) for t in tensors]}")
     with torch._C._DisableTorchDispatch():
         if all(map(has_values, tensors)):

@@ -115,7 +115,7 @@ class AttentionAwareDPOTrainer(Trainer):
         if model.training:
             found = metrics.double()
             sums = torch.stack([found.nansum(dim=0), (~found.isnan()).sum(dim=0)])
-            self._sums = sums + self._sums.to(sums.device)  # there, and read when logged
+            self._sums = sums + self._sums.to(sums.device, non_blocking=True)  # there, and read when logged
         return (loss, metrics) if return_outputs else loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
@@ -157,10 +157,13 @@ class AttentionAwareDPOTrainer(Trainer):
         return optimizer
 
     def _prepare_inputs(self, inputs):
-        """As the Trainer's, with the row; `index`, which is looked up by, stays on the CPU."""
-        moved = {name: value for name, value in inputs.items() if name != "index"}
+        """As the Trainer's, with the row; what is read on the CPU stays there."""
+        pixels = inputs["pixels"]
+        shapes = {name: pixels[name] for name in self.family.shapes if name in pixels}
+        pixels = {name: value for name, value in pixels.items() if name not in shapes}
+        moved = super()._prepare_inputs({**inputs, "index": (), "pixels": pixels})
         row = inputs["row"].to(self.args.device, non_blocking=True)
-        return {**super()._prepare_inputs(moved), "row": row, "index": inputs["index"]}
+        return {**moved, "row": row, "index": inputs["index"], "pixels": moved["pixels"] | shapes}
 
     def _prepare_input(self, data):
         """As the Trainer's, without waiting for the copy of what lies in pinned memory."""
