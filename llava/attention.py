@@ -156,15 +156,16 @@ def tree_attention(
     parts = []
     for tree, q, k, v in zip(trees, *rows, strict=True):
         first = tree.branches[0][1] - tree.prompt[0]  # rows of the prompt and the first branch
-        head = q[:, :, :first], k[:, :, :first], v[:, :, :first]
+        head = q, k, v
+        if tree.mask is not None:
+            q, later = q.split([first, q.shape[2] - first], dim=2)
+            head = q, k[:, :, :first], v[:, :, :first]
         parts.append(F.scaled_dot_product_attention(*head, is_causal=True, scale=scaling, dropout_p=dropout))
         if tree.mask is not None:
             parts.append(
-                F.scaled_dot_product_attention(
-                    q[:, :, first:], k, v, attn_mask=tree.mask, scale=scaling, dropout_p=dropout
-                )
+                F.scaled_dot_product_attention(later, k, v, attn_mask=tree.mask, scale=scaling, dropout_p=dropout)
             )
-    return torch.cat(parts, dim=2)
+    return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
 
 
 def _by_tree(states: Tensor, trees: Sequence[Tree]) -> tuple[Tensor, ...]:
