@@ -34,6 +34,7 @@ from train.llava_hound_dpo.trainer import AttentionAwareDPOTrainer
 COLUMNS = ("model", "part", "waits", "copies that block", "operations", "waits by line")
 MODELS = ("llava-tiny", "qwen-tiny", "llava-7b", "llava-13b", "qwen-7b")
 SMALL = ("tiny",)
+LINES = 6  # of code, of a row of the table
 
 
 @dataclass(kw_only=True)
@@ -63,7 +64,9 @@ def main() -> None:
 
 def cells(found: Posing) -> list[object]:
     """Cells of a row."""
-    lines = ", ".join(f"{line} {count}" for line, count in found.syncs.most_common())
+    shown = [f"{line} {count}" for line, count in found.syncs.most_common(LINES)]
+    rest = found.syncs.total() - sum(count for _, count in found.syncs.most_common(LINES))
+    lines = ", ".join(shown + [f"others {rest}"] * bool(rest))
     return [found.syncs.total(), found.copies.total(), found.operations, lines]
 
 
