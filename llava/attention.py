@@ -7,10 +7,10 @@ layer's "attention weights" (`outputs.attentions`, selected layers only).
 Letters: B batch, H heads, Q query rows, K keys, D head size, S tokens of a packed row, R regions.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -46,10 +46,9 @@ class Tree:
             mask[rows, keys] = torch.ones(stop - start, stop - start, dtype=torch.bool).tril()
         return cls(prompt, branches, mask)
 
-    def to(self, device, non_blocking: bool = False) -> "Tree":
-        """The same tree with its mask on another device."""
-        mask = None if self.mask is None else self.mask.to(device, non_blocking=non_blocking)
-        return Tree(self.prompt, self.branches, mask)
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Tree":
+        """The same tree with its mask changed, as it is when moved."""
+        return self if self.mask is None else replace(self, mask=change(self.mask))
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,7 +120,7 @@ def attention(
     query: Float[Tensor, "B H Q D"],
     key: Float[Tensor, "B Hkv K D"],
     value: Float[Tensor, "B Hkv K D"],
-    attention_mask: Bool[Tensor, "B 1 Q K"] | None,
+    attention_mask: Bool[Tensor, "B 1 #Q #K"] | None,
     *,
     scaling: float | None = None,
     dropout: float = 0.0,
@@ -133,7 +132,8 @@ def attention(
     plan = plan or (ambient and ambient.plan) or Plan()
     kwargs.pop("output_attentions", None)  # SDPA would warn; what it asks for is the second return value
     if plan.trees:
-        assert attention_mask is None and len(query) == 1 and query.shape[2] == key.shape[2], "a packed row has no mask"
+        is_open = attention_mask is None or attention_mask.numel() == 1
+        assert is_open and len(query) == 1 and query.shape[2] == key.shape[2], "a packed row has no mask"
         out = tree_attention(query, key, value, plan.trees, scaling, dropout).transpose(1, 2)
     else:
         out, _ = sdpa_attention_forward(
@@ -163,15 +163,16 @@ def tree_attention(
     parts = []
     for tree, q, k, v in zip(trees, *rows, strict=True):
         first = tree.branches[0][1] - tree.prompt[0]  # rows of the prompt and the first branch
-        head = q[:, :, :first], k[:, :, :first], v[:, :, :first]
+        head = q, k, v
+        if tree.mask is not None:
+            q, later = q.split([first, q.shape[2] - first], dim=2)
+            head = q, k[:, :, :first], v[:, :, :first]
         parts.append(F.scaled_dot_product_attention(*head, is_causal=True, scale=scaling, dropout_p=dropout))
         if tree.mask is not None:
             parts.append(
-                F.scaled_dot_product_attention(
-                    q[:, :, first:], k, v, attn_mask=tree.mask, scale=scaling, dropout_p=dropout
-                )
+                F.scaled_dot_product_attention(later, k, v, attn_mask=tree.mask, scale=scaling, dropout_p=dropout)
             )
-    return torch.cat(parts, dim=2)
+    return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
 
 
 def _by_tree(states: Tensor, trees: Sequence[Tree]) -> tuple[Tensor, ...]:
@@ -343,7 +344,8 @@ def mean_masses(
     """
     rows = mean_over_heads(masses, weights)  # (L, T, R)
     sums = rows.new_zeros(len(rows), num_samples, rows.shape[-1]).index_add(1, owner, rows)
-    return sums / torch.bincount(owner, minlength=num_samples)[:, None]
+    counts = rows.new_zeros(num_samples).index_add(0, owner, rows.new_ones(len(owner)))  # bincount stops to look
+    return sums / counts[:, None]
 
 
 def attention_ratio(masses: Float[Tensor, "*axes 2"]) -> Float[Tensor, "*axes"]:

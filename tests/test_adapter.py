@@ -11,6 +11,7 @@ from tests.test_plan import text_of
 from tests.test_trainer import make_trainer, one_batch, pairs  # noqa: F401  fixtures
 from train.llava_hound_dpo.arguments import ModelArguments, parse
 from train.llava_hound_dpo.run_dpo import read_inputs
+from train.llava_hound_dpo.scoring import score
 
 # One step an epoch, so that all epochs train the same pairs at once.
 STEADY = ("--gradient_accumulation_steps", "3", "--lr_scheduler_type", "constant", "--learning_rate", "3e-3",
@@ -125,3 +126,33 @@ def test_a_trained_projector_goes_on_as_well(make_trainer, tmp_path):  # noqa: F
         trainer.model.eval()
     losses = [trainer.compute_loss(trainer.model, batch).item() for trainer in (first, more)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-6) and not more.shares_images
+
+
+@pytest.mark.parametrize("flags", [(), ("--freeze_mm_mlp_adapter", "False")], ids=["lora", "projector"])
+def test_the_adapter_is_switched_off_and_on_as_peft_does(make_trainer, flags):  # noqa: F811
+    """Bit for bit, the projector's saved copy too, and also where an error ends it."""
+    trainer = make_trainer(*flags, seed_b=1)
+    batch, model = one_batch(trainer, range(2)), trainer.model
+    if flags:
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if "modules_to_save" in name:
+                    weight.add_(0.1)
+    trained = [weight.requires_grad for weight in model.parameters()]
+
+    @torch.no_grad()
+    def chosen():
+        return score(model, batch["row"], trainer._encode(batch["pixels"])).chosen
+
+    on = chosen()
+    with model.disable_adapter():
+        off = chosen()
+    with pytest.raises(KeyError), trainer._as_reference():
+        assert torch.equal(chosen(), off)
+        with trainer._as_reference():  # as it was is not always on
+            pass
+        assert torch.equal(chosen(), off)
+        raise KeyError
+    assert torch.equal(chosen(), on) and not torch.equal(on, off)
+    assert [weight.requires_grad for weight in model.parameters()] == trained
+    assert len(trainer._switches) == 7 * model.config.text_config.num_hidden_layers + bool(flags)

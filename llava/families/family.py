@@ -103,6 +103,7 @@ class Family(ABC):
     vectors: tuple[str, ...] = ()  # parameters that count as projector but are no modules: LoRA leaves them as they are
     image_token: str  # text of an image token
     end: str  # text of the token that ends an answer
+    shapes: tuple[str, ...] = ()  # of `pixels`: what is read on the CPU and stays there
     fixed = False  # a picture has as many tokens whatever its size
     source: Path | None = None  # folder that tokenizer and pictures' settings are from
     strategy: str | None = None  # `vision_feature_select_strategy` that is due: patches alone are image tokens

@@ -4,13 +4,15 @@ Source of geometry and positions: Qwen2-VL (arXiv 2409.12191), sections 2.1 and 
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids, get_vision_window_index
 
 from llava.families.chat import ChatFamily
 from llava.families.family import ImageTokens, grid_areas
@@ -25,6 +27,7 @@ class QwenVL(ChatFamily):
     tower_sizes = ("depth", "num_heads", "patch_size", "spatial_merge_size")
     projectors = ("visual.merger", "visual.deepstack_merger_list")
     image_token = "<|image_pad|>"
+    shapes = ("image_grid_thw",)
     placeholder = "<|vision_start|><|image_pad|><|vision_end|>"
     older = (
         (re.compile(r"^visual\."), "model.visual."),
@@ -80,6 +83,22 @@ class QwenVL(ChatFamily):
         """`pixel_values` (patches of all pictures, numbers of a patch) float32, and `image_grid_thw` (pictures, 3)."""
         return dict(self.image_processor(images=list(pictures), return_tensors="pt"))
 
+    def encode(self, model, pixels: Mapping[str, Tensor]) -> Any:
+        """What the language model reads of pictures. The tower is told what it would read off their shapes again and
+        again, waiting for the GPU each time.
+        """
+        grid, device = pixels["image_grid_thw"].cpu(), pixels["pixel_values"].device
+        vision = model.config.vision_config
+        if hasattr(vision, "num_position_embeddings"):  # Qwen3-VL's reads more off them
+            return super().encode(model, {**pixels, "image_grid_thw": grid.to(device)})
+        places = get_vision_position_ids(grid, vision.spatial_merge_size)
+        told = {"cu_seqlens": get_vision_cu_seqlens(grid), "position_ids": sent(places, device)}
+        if hasattr(vision, "window_size"):
+            sizes = vision.spatial_merge_size, vision.window_size, vision.patch_size
+            index, told["cu_window_seqlens"] = get_vision_window_index(grid, *sizes)
+            told["window_index"] = sent(index, device)
+        return super().encode(model, {**pixels, "image_grid_thw": grid, **told})
+
     def positions(self, ids: Sequence[int], images: Sequence[ImageTokens]) -> Tensor:
         """(3, S) time, height and width: a picture is a plane at one time, and what follows is as far as it is long."""
         is_image, steps = torch.tensor(ids) == self.image_id, torch.ones(len(ids), dtype=torch.long)
@@ -102,3 +121,8 @@ class QwenVL(ChatFamily):
             size[1], size[0], self.cell, min_pixels=limits["shortest_edge"], max_pixels=limits["longest_edge"]
         )
         return height // self.cell, width // self.cell
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on a device, without waiting for it."""
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)

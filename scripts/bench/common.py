@@ -34,6 +34,7 @@ SIZES = {  # language model: hidden, layers, heads, feed-forward; vision tower: 
     "tiny": ((64, 4, 2, 128), (64, 2, 1)),
     "shallow": ((256, 4, 8, 688), (128, 2, 2)),
     "7b": ((4096, 32, 32, 11008), (1024, 24, 16)),
+    "13b": ((5120, 40, 40, 13824), (1024, 24, 16)),
 }
 LORA_SHARE = 128 / 4096  # rank over hidden size, as of the launch script at 7B
 WORDS = [word for values in ATTRIBUTES.values() for word in values]  # one token each
@@ -48,7 +49,7 @@ def build_llava(size: str) -> Llava15:
     processor = build_processor(SIDE, PATCH)
     config = build_config(processor, *SIZES[size])
     config.text_config.max_position_embeddings = 4096
-    if size == "7b":
+    if size in ("7b", "13b"):
         config.text_config.vocab_size = 32064
     return Llava15(config, processor.tokenizer, processor.image_processor)
 
@@ -65,7 +66,7 @@ def build_qwen(size: str) -> QwenVL:
         "hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads, "intermediate_size": inner,
         "num_key_value_heads": max(1, heads // 4), "max_position_embeddings": 4096,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2 * axis, 3 * axis, 3 * axis]},
-        **({"vocab_size": 152064} if size == "7b" else {}),
+        **({"vocab_size": 152064} if size in ("7b", "13b") else {}),
     }  # fmt: skip
     vision = {
         "hidden_size": seen, "depth": depth, "num_heads": eyes, "intermediate_size": 8 * seen // 3, "patch_size": PATCH,

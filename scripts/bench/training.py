@@ -35,7 +35,7 @@ class Flags:
     """What is measured."""
 
     family: str = flag("of the random model", "llava", choices=list(common.FAMILIES))
-    size: str = flag("of the model; 7b needs a GPU", "shallow", choices=list(common.SIZES))
+    size: str = flag("of the model; 7b needs a GPU", "shallow", choices=["tiny", "shallow", "7b"])
     repeats: int = flag("counted runs of each, in turn", 3)
     images: list[int] = flag("of a prompt, in turn", [1, 2, 4])
     publish: bool = flag("append to scripts/bench/RESULTS.md, which git keeps, and not to output/bench/", False)

@@ -4,7 +4,7 @@ Letters in tensor names: S tokens of a packed row, T kept rows (one per answer t
 R regions (0 = target, 1 = all image tokens).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -37,7 +37,7 @@ class PackedRow:
 
     input_ids: Tensor  # (1, S)
     positions: Tensor  # (axes, 1, S)
-    keep: Tensor  # (1, S) bool, rows whose logits are wanted
+    keep: Tensor  # (T,) places of the rows whose logits are wanted; a mask would have to be read to be counted
     labels: Tensor  # (T,) the token each kept row predicts
     branch: Tensor  # (T,) number of the answer in the row
     answer_tokens: Tensor  # (A,) length of each answer
@@ -51,11 +51,15 @@ class PackedRow:
 
     def to(self, device, non_blocking: bool = False) -> "PackedRow":
         """The same row on another device."""
-        moved = {
-            name: value.to(device, non_blocking=non_blocking)
-            for name, value in vars(self).items() if isinstance(value, Tensor)
-        }  # fmt: skip
-        return replace(self, **moved, trees=tuple(tree.to(device, non_blocking) for tree in self.trees))
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "PackedRow":
+        """The same row in page-locked memory, from where it reaches a GPU while that is computing."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "PackedRow":
+        moved = {name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **moved, trees=tuple(tree.map(change) for tree in self.trees))
 
 
 def pack(pairs: Sequence[EncodedPair], image_token: int) -> PackedRow:
@@ -67,13 +71,12 @@ def pack(pairs: Sequence[EncodedPair], image_token: int) -> PackedRow:
         ids += shared
         own = torch.arange(len(pair.prompt))[None] if pair.positions is None else pair.positions
         positions.append(own[:, :-1])
-        keep += [False] * len(shared)
         spans = []
         for answer in (pair.chosen, *pair.rejected):
             spans.append((len(ids), len(ids) + len(answer)))
             ids += [last, *answer[:-1]]
             positions.append(own[:, -1:] + torch.arange(len(answer)))
-            keep += [True] * len(answer)
+            keep += range(*spans[-1])
             labels += answer
         chosen.append(len(lengths))
         rejected += [(chosen[-1] + 1 + other, number) for other in range(len(pair.rejected))]
@@ -87,7 +90,7 @@ def pack(pairs: Sequence[EncodedPair], image_token: int) -> PackedRow:
     return PackedRow(
         input_ids=input_ids,
         positions=torch.cat(positions, dim=1)[:, None],
-        keep=torch.tensor([keep]),
+        keep=torch.tensor(keep),
         labels=torch.tensor(labels),
         branch=torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)),
         answer_tokens=torch.tensor(lengths),

@@ -104,13 +104,13 @@ class ReferenceCache:
         self._remember(known.values())
         self._remember(gather_object(self._own))
 
-    def lookup(self, pairs: Sequence[Pair], device) -> tuple[Tensor, Tensor]:
-        """(chosen (N,), rejected (M,)) log-probs of pairs. Raises DataError like `require`."""
+    def lookup(self, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
+        """(chosen (N,), rejected (M,)) log-probs of pairs, on the CPU. Raises DataError like `require`."""
         found = [self._known.get(self._identify(pair)["key"]) for pair in pairs]
         if None in found:
             self.require(pairs)
-        chosen = torch.tensor([entry["chosen"] for entry in found], device=device)
-        return chosen, torch.tensor([value for entry in found for value in entry["rejected"]], device=device)
+        chosen = torch.tensor([entry["chosen"] for entry in found])
+        return chosen, torch.tensor([value for entry in found for value in entry["rejected"]])
 
     def status(self, pairs: Sequence[Pair]) -> str:
         """How many of the pairs are there, and why others are not, in words."""

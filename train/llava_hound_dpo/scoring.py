@@ -33,15 +33,16 @@ def score(
     probe = Probe(row.regions, layers) if layers else None
     outputs = model(
         input_ids=row.input_ids,
-        # An explicit mask of ones: without any, restarted positions are taken for separate documents.
-        attention_mask=torch.ones_like(row.input_ids),
+        # An explicit mask: without any, restarted positions are taken for separate documents. Its four axes are of a
+        # finished one, which transformers hands on and does not look into, as it would wait for the GPU to do.
+        attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=row.input_ids.device),
         **model_inputs(features, row.positions),
         logits_to_keep=row.keep,
         use_cache=False,
         output_attentions=bool(layers),
         plan=Plan(row.trees, probe),
     )
-    logps = token_logps(outputs.logits, row.labels)
+    logps = token_logps(outputs.logits[0], row.labels)
     sums = logps.new_zeros(len(row.answer_tokens)).index_add(0, row.branch, logps)
     return Scores(
         chosen=sums[row.chosen],

@@ -2,8 +2,8 @@
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import SCHEDULER_NAME
@@ -71,6 +73,7 @@ class AttentionAwareDPOTrainer(Trainer):
         self.shares_images = not any(p.requires_grad for p in self._projector())
         names = self.family.vectors
         self._vectors = [p for name, p in self.model.named_parameters() if any(vector in name for vector in names)]
+        self._switches = switches(self.model)
         self.starts_as_reference = on_adapter or not isinstance(self.model, PeftModel)
         is_known = not self.starts_as_reference or reference is not None
         assert is_known or not settings.needs_rejected, "no source of reference log-probs"
@@ -100,17 +103,19 @@ class AttentionAwareDPOTrainer(Trainer):
             row.rejected_owner if reference else None,
         )
         if not torch.isfinite(parts["total"]).all():
-            bad = inputs["index"][~torch.isfinite(parts["total"])].tolist()
+            bad = inputs["index"][~torch.isfinite(parts["total"]).cpu()].tolist()
             names = ", ".join(dataset.pairs[i].record.where for i in bad)
             raise FloatingPointError(f"the loss is not finite at step {self.state.global_step + 1}: {names}")
         metrics = self._metrics(parts, policy, reference, ratio, inputs["format"], row)
         step_pairs = inputs.get("step_pairs")
         if step_pairs is not None:
             share = torch.where(step_pairs > 0, self.batches.rows_per_step / step_pairs, 0)
-            loss, metrics = (parts["total"] * share).sum(), metrics[step_pairs > 0]
+            loss = (parts["total"] * share).sum()
+            metrics = metrics.where(step_pairs[:, None] > 0, math.nan)  # of no pair of the step: not counted
         if model.training:
-            found = metrics.double().cpu()
-            self._sums += torch.stack([found.nansum(dim=0), (~found.isnan()).sum(dim=0)])
+            found = metrics.double()
+            sums = torch.stack([found.nansum(dim=0), (~found.isnan()).sum(dim=0)])
+            self._sums = sums + self._sums.to(sums.device, non_blocking=True)  # there, and read when logged
         return (loss, metrics) if return_outputs else loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
@@ -118,7 +123,7 @@ class AttentionAwareDPOTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             _, metrics = self.compute_loss(model, inputs, return_outputs=True)
-        return None, metrics, inputs["index"]
+        return None, metrics, inputs["index"].to(metrics.device)
 
     def get_train_dataloader(self) -> RowLoader:
         """This process's rows, decoded ahead of the step by `dataloader_num_workers` processes."""
@@ -152,8 +157,19 @@ class AttentionAwareDPOTrainer(Trainer):
         return optimizer
 
     def _prepare_inputs(self, inputs):
-        inputs = super()._prepare_inputs(inputs)
-        return {**inputs, "row": inputs["row"].to(self.args.device)}
+        """As the Trainer's, with the row; what is read on the CPU stays there."""
+        pixels = inputs["pixels"]
+        shapes = {name: pixels[name] for name in self.family.shapes if name in pixels}
+        pixels = {name: value for name, value in pixels.items() if name not in shapes}
+        moved = super()._prepare_inputs({**inputs, "index": (), "pixels": pixels})
+        row = inputs["row"].to(self.args.device, non_blocking=True)
+        return {**moved, "row": row, "index": inputs["index"], "pixels": moved["pixels"] | shapes}
+
+    def _prepare_input(self, data):
+        """As the Trainer's, without waiting for the copy of what lies in pinned memory."""
+        if isinstance(data, Tensor):
+            data = data.to(self.args.device, non_blocking=True)
+        return super()._prepare_input(data)
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         """As the Trainer's, but DeepSpeed's state comes from our own files."""
@@ -220,7 +236,7 @@ class AttentionAwareDPOTrainer(Trainer):
             own = start + args.process_index
             indices = batches[own] if own < len(batches) else batches[0]
             inputs = self._prepare_inputs(self.data_collator([dataset[index] for index in indices]))
-            with torch.no_grad(), self._as_reference(model), self.compute_loss_context_manager():
+            with torch.no_grad(), self._as_reference(), self.compute_loss_context_manager():
                 scores = score(model, inputs["row"], self._encode(inputs["pixels"]))
             if own < len(batches):
                 self.reference.append([dataset.pairs[i] for i in indices], scores.chosen, scores.rejected)
@@ -236,18 +252,19 @@ class AttentionAwareDPOTrainer(Trainer):
         for parameter in filter(is_partitioned, self._vectors):
             parameter.all_gather()  # ZeRO-3 does it when the module that holds them is called: here its parts alone are
         with torch.no_grad() if is_frozen else nullcontext():
-            return self.family.encode(self.accelerator.unwrap_model(self.model_wrapped), pixels)
+            return self.family.encode(self.model, pixels)
 
     def _reference(self, model, inputs, features: Any, dataset: PairDataset) -> Scores:
         if self.reference is not None:
             pairs = [dataset.pairs[index] for index in inputs["index"].tolist()]
-            return Scores(*self.reference.lookup(pairs, inputs["row"].labels.device))
-        with torch.no_grad(), self._as_reference(model):  # the two may see pictures through different projectors
+            found = self.reference.lookup(pairs)
+            return Scores(*(logps.to(inputs["row"].labels.device, non_blocking=True) for logps in found))
+        with torch.no_grad(), self._as_reference():  # the two may see pictures through different projectors
             return score(model, inputs["row"], features if self.shares_images else self._encode(inputs["pixels"]))
 
-    def _as_reference(self, model):
+    def _as_reference(self):
         """A context in which the model is the reference; before the first step, where it only then is."""
-        return nullcontext() if self.starts_as_reference else self.accelerator.unwrap_model(model).disable_adapter()
+        return nullcontext() if self.starts_as_reference else adapter_off(self._switches)
 
     def _margin(self, policy: Scores, reference: Scores, row: PackedRow) -> Tensor:
         """(M,) z of every rejected answer."""
@@ -282,6 +299,28 @@ class AttentionAwareDPOTrainer(Trainer):
             }
         absent = torch.full_like(ratio, math.nan)
         return torch.stack([found.get(name, absent).detach().float() for name in METRICS], dim=1)
+
+
+def switches(model) -> list[BaseTunerLayer | AuxiliaryTrainingWrapper]:
+    """What an adapter is switched off at: its layers, and modules that it has another copy of."""
+    return [module for module in model.modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+
+
+@contextmanager
+def adapter_off(parts: Sequence[BaseTunerLayer | AuxiliaryTrainingWrapper]) -> Iterator[None]:
+    """As `PeftModel.disable_adapter()`, which looks through all modules three times, for the `switches` of a model.
+
+    Set is the flag alone that their forwards ask: `enable_adapters` has every weight's `requires_grad` change as well.
+    """
+    before = [part.disable_adapters for part in parts]
+    try:
+        for part in parts:
+            part._disable_adapters = True
+        assert all(part.disable_adapters for part in parts), "peft has another flag now"
+        yield
+    finally:
+        for part, was_off in zip(parts, before, strict=True):
+            part._disable_adapters = was_off
 
 
 def is_partitioned(parameter: Tensor) -> bool:
