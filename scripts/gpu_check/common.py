@@ -40,7 +40,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Size:
-    """What is measured at a size of `scripts.bench.common.SIZES`."""
+    """What is measured of LLaVA-1.5 7B, or of the miniature."""
 
     images: tuple[int, ...]  # of the pair of a row, in turn
     answers: tuple[int, int]  # tokens of the chosen and of the rejected answer
@@ -56,7 +56,7 @@ class Size:
 
 SIZES = {
     "7b": Size((1, 3, 5), (75, 75), 8192, 20, 3, 2939, 32, 8, 5, 33),
-    "tiny": Size((1, 2), (9, 7), 2000, 3, 1, 200, 2, 2, 2, 5),
+    "tiny": Size((1, 2), (9, 7), 500, 3, 1, 200, 2, 2, 2, 5),
 }
 
 
@@ -92,6 +92,13 @@ def at_most(value: float, aim: float, limit: float, is_judged: bool = True) -> s
     if not is_judged:
         return INFO
     return FAIL if not value <= limit else OK if value <= aim else INFO
+
+
+def aimed(settings: Settings, section: str, name: str, value: float, aim: float, limit: float, advice: str) -> Finding:
+    """`at_most` on a GPU, with advice from the aim on; on a CPU the value alone."""
+    verdict = at_most(value, aim, limit, settings.on_gpu)
+    told = f"aim: at most {aim:g}" + f"; {advice}" * (settings.on_gpu and verdict != OK)
+    return Finding(section, name, value, "", verdict, told)
 
 
 def exactly(is_right: bool) -> str:

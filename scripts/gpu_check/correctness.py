@@ -19,7 +19,7 @@ from train.llava_hound_dpo.trainer import METRICS, AttentionAwareDPOTrainer
 SECTION = "correctness"
 LIMITS = {  # of the relative error against fp32 on a CPU: of the loss, the gradients together, the ratio
     torch.float32: (1e-4, 1e-4, 1e-4),
-    torch.bfloat16: (2e-2, 1e-1, 2e-2),
+    torch.bfloat16: (2e-2, 5e-2, 2e-2),
 }
 TOLD = "this device does not compute what a CPU does: do not train on it before you know why"
 

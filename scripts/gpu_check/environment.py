@@ -3,12 +3,13 @@
 import os
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
 from llava import attention, machine
 from scripts.bench.common import build_llava
-from scripts.gpu_check.common import FAIL, INFO, OK, Finding, Settings, exactly
+from scripts.gpu_check.common import FAIL, GIB, INFO, OK, Finding, Settings, exactly
 
 SECTION = "environment"
 
@@ -24,9 +25,7 @@ def run(settings: Settings) -> Iterator[Finding]:
     if settings.on_gpu:
         yield from capabilities()
     yield from variables(settings)
-    problem = machine.short_of_shared_memory() or ""
-    advice = problem and f"{problem}: start the container with --shm-size=8g, or set --dataloader_num_workers 0"
-    yield Finding(SECTION, "/dev/shm of 1 GiB", "short" if problem else "there", "", exactly(not problem), advice)
+    yield shared_memory()
     compiler = shutil.which("g++")
     advice = "" if compiler else "only ZERO=3_offload needs it, which compiles its optimiser: load the module of gcc"
     yield Finding(SECTION, "g++", "there" if compiler else "not there", "", OK if compiler else INFO, advice)
@@ -62,6 +61,13 @@ def variables(settings: Settings) -> Iterator[Finding]:
     is_set = "expandable_segments:True" in given
     advice = "" if is_set else "rows of many lengths break memory up: PYTORCH_ALLOC_CONF=expandable_segments:True"
     yield Finding(SECTION, "allocator", given or "not set", "", OK if is_set else INFO, advice)
+
+
+def shared_memory() -> Finding:
+    """Through it the workers hand on their batches."""
+    free = shutil.disk_usage("/dev/shm").free / GIB if Path("/dev/shm").is_dir() else 0.0
+    advice = "start the container with --shm-size=8g, or train with --dataloader_num_workers 0" * (free < 1)
+    return Finding(SECTION, "free in /dev/shm", free, "GiB (at least 1)", exactly(free >= 1), advice)
 
 
 def cudnn(settings: Settings) -> Finding:

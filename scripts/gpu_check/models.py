@@ -6,13 +6,21 @@ import numpy as np
 from PIL import Image
 
 from llava.attention import NAME
-from llava.families import Family
+from llava.families import Family, Llava15
 from llava.generation import PromptBatch, batch_prompts
 from llava.records import parse_question
 from llava.regions import prompt_regions
+from scripts.bench.common import build_llava
 from scripts.bench.steps import TrainerStep, build_trainer
+from scripts.gpu_check.common import Settings
+from scripts.miniature.model import build
 from train.llava_hound_dpo.data import PairDataset
 from train.llava_hound_dpo.trainer import AttentionAwareDPOTrainer
+
+
+def family_of(settings: Settings) -> Llava15:
+    """LLaVA-1.5 at 7B's size, or the miniature."""
+    return build_llava("7b") if settings.size == "7b" else build(0)[1]
 
 
 def production_step(
