@@ -8,7 +8,6 @@ machine stands beside the one that wrote FILE; with two files these do, and noth
 import dataclasses
 import json
 import math
-import os
 import sys
 import tempfile
 import time
@@ -19,14 +18,13 @@ from typing import Any
 
 import torch
 
-from llava import machine
+from llava import machine, runtime
 from llava.command_line import check_numbers, flag, parse
 from llava.markdown import table
 from llava.run_folder import read_object
-from llava.runtime import check_outputs, git_commit, setup_logging, short_commit, user_errors, versions, without_compiler, write_text
 from llava.weights import reason
 from scripts.gpu_check import correctness, environment, generation, kernels, launch, step
-from scripts.gpu_check.common import FAIL, SIZES, Finding, Settings
+from scripts.gpu_check.common import FAIL, INFO, SIZES, Finding, Settings
 
 SECTIONS = {
     "environment": environment.run, "kernels": kernels.run, "correctness": correctness.run, "step": step.run,
@@ -56,27 +54,29 @@ class Flags:
 
 def main() -> int:
     """Checks, prints, writes; the exit code."""
-    setup_logging()
-    without_compiler()
-    with user_errors():
+    runtime.setup_logging()
+    runtime.without_compiler()
+    with runtime.user_errors():
         (own,) = parse((Flags,), __doc__)
         others = [read(path) for path in own.compare]
         if len(others) == 2:
             print(beside(*others))
             return 0
-        check_outputs([own.output], own.compare)
+        runtime.check_outputs([own.output], own.compare)
         require(own.device)
     report = measure(own)
-    write_text(own.output, json.dumps(report, indent=1) + "\n")
+    runtime.write_text(own.output, json.dumps(report, indent=1) + "\n")
     findings = [Finding(**one) for one in report["findings"]]
     print(f"\n{summary(findings)}\n")
     if others:
         print(f"{beside(*others, report)}\n")
-    failed = [finding for finding in findings if finding.verdict == FAIL]
-    for finding in failed:
-        print(f"{finding.section}, {finding.name}: {finding.shown}. {finding.advice}")
-    print(f"{len(failed)} of {len(findings)} checks failed; written to {own.output}")
-    return int(bool(failed))
+    for verdict, title in ((INFO, "Worth a look"), (FAIL, "To change")):
+        lines = [f"  {one.section}, {one.name}: {one.shown}. {one.advice}" for one in findings
+                 if one.verdict == verdict and one.advice]  # fmt: skip
+        print("\n".join([f"{title}:", *lines]) if lines else f"{title}: nothing")
+    failed = sum(finding.verdict == FAIL for finding in findings)
+    print(f"{failed} of {len(findings)} checks failed; written to {own.output}")
+    return int(failed > 0)
 
 
 def require(device: str) -> None:
@@ -89,6 +89,7 @@ def require(device: str) -> None:
 def measure(own: Flags) -> dict[str, Any]:
     """The report, as it is written; findings are printed as they come."""
     start, findings = time.perf_counter(), []
+    described = machine.describe(torch.device(own.device))  # before anything may break the GPU's context
     processes = own.processes or (torch.cuda.device_count() if own.device == "cuda" else 2)
     with tempfile.TemporaryDirectory() as folder:
         for name in own.sections:
@@ -100,9 +101,9 @@ def measure(own: Flags) -> dict[str, Any]:
                 told = f"   ({finding.advice})" if finding.advice else ""
                 print(f"  {finding.verdict:<8}{finding.name}: {finding.shown}{told}", flush=True)
     return {
-        "made_by": MADE_BY, "machine": machine.describe(torch.device(own.device)), "size": own.size,
-        "processes": processes, "seconds": round(time.perf_counter() - start, 1), "versions": versions(),
-        "commit": git_commit(), "findings": [dataclasses.asdict(finding) for finding in findings],
+        "made_by": MADE_BY, "machine": described, "size": own.size,
+        "processes": processes, "seconds": round(time.perf_counter() - start, 1), "versions": runtime.versions(),
+        "commit": runtime.git_commit(), "findings": [dataclasses.asdict(finding) for finding in findings],
     }  # fmt: skip
 
 
@@ -137,7 +138,7 @@ def summary(findings: Sequence[Finding]) -> str:
 
 def beside(first: dict[str, Any], second: dict[str, Any]) -> str:
     """Two reports in a table, of whatever commits and sizes: what one of them lacks is "-"."""
-    lines = [f"{name}: {one['machine']}, {one['size']}, commit {short_commit(one['commit'])}" for name, one in
+    lines = [f"{name}: {one['machine']}, {one['size']}, commit {runtime.short_commit(one['commit'])}" for name, one in
              (("first", first), ("second", second))]  # fmt: skip
     ours, theirs = ({(one["section"], one["name"]): Finding(**one) for one in report["findings"]}
                     for report in (first, second))  # fmt: skip

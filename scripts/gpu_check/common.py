@@ -97,13 +97,19 @@ def at_most(value: float, aim: float, limit: float, is_judged: bool = True) -> s
 def aimed(settings: Settings, section: str, name: str, value: float, aim: float, limit: float, advice: str) -> Finding:
     """`at_most` on a GPU, with advice from the aim on; on a CPU the value alone."""
     verdict = at_most(value, aim, limit, settings.on_gpu)
-    told = f"aim: at most {aim:g}" + f"; {advice}" * (settings.on_gpu and verdict != OK)
-    return Finding(section, name, value, "", verdict, told)
+    is_missed = settings.on_gpu and verdict != OK
+    return Finding(section, name, value, f"(aim: at most {aim:g})", verdict, advice * is_missed)
 
 
-def exactly(is_right: bool) -> str:
-    """ok or FAIL."""
-    return OK if is_right else FAIL
+def limited(section: str, name: str, error: float, limit: float, advice: str) -> Finding:
+    """ok up to the limit, else FAIL, with advice."""
+    verdict = at_most(error, limit, limit)
+    return Finding(section, name, error, f"(at most {limit:g})", verdict, advice * (verdict == FAIL))
+
+
+def judged(section: str, name: str, value: float | str, is_right: bool, advice: str, unit: str = "") -> Finding:
+    """ok or FAIL, with advice."""
+    return Finding(section, name, value, unit, OK if is_right else FAIL, "" if is_right else advice)
 
 
 def apart(ours: Tensor, theirs: Tensor) -> float:

@@ -11,7 +11,7 @@ from llava.attention import install, layer_range
 from llava.families import Family, model_inputs
 from llava.generation import PromptBatch, generate
 from scripts.bench.common import build_base
-from scripts.gpu_check.common import Finding, Settings, aimed, exactly, peak_gib, release, seconds, too_large
+from scripts.gpu_check.common import Finding, Settings, aimed, judged, peak_gib, release, seconds, too_large
 from scripts.gpu_check.models import family_of, prompt_batch
 
 SECTION = "generation"
@@ -44,9 +44,8 @@ def measure(settings: Settings) -> Iterator[Finding]:
     yield Finding(SECTION, f"peak memory of {own.prompts} prompts of {own.prompt_images} images", peak, "GiB")
     ratios = [answer.ratio for answer in found["ours"]]
     is_right = all(ratio is not None and math.isfinite(ratio) for ratio in ratios)
-    advice = "attention on the device gives numbers that are none: see the kernels" * (not is_right)
     shown = sum(ratios) / len(ratios) if is_right else str(ratios)
-    yield Finding(SECTION, "mean ratio", shown, "", exactly(is_right), advice)
+    yield judged(SECTION, "mean ratio", shown, is_right, "attention gives numbers that are none here: see the kernels")
     for name, way in ways.items():
         way(2)  # warms up
         first, taken[name] = (seconds(settings, partial(way, count), own.repeats) for count in (1, own.new_tokens))

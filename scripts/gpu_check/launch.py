@@ -6,11 +6,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from llava.checkpoints import open_checkpoint
 from scripts.bench.common import Shape, build_pairs
-from scripts.gpu_check.common import BASE, FAIL, OK, Finding, Settings, at_most, exactly
+from scripts.gpu_check.common import BASE, FAIL, OK, Finding, Settings, judged, limited
 
 SECTION = "launch"
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -66,36 +67,41 @@ def run(settings: Settings) -> Iterator[Finding]:
     reference, own = Run(settings, "reference", is_reference=True), Run(settings, "run")
     beside = reference.start()
     try:
-        for finding in (*attempts(own), end(reference, beside, "the same on a CPU")):
+        for finding in (found for make in (stop, go_on, partial(finish, reference, beside)) for found in make(own)):
             yield finding
             if finding.verdict == FAIL:
                 return
     finally:
         terminate(beside)
-    found, expected = own.losses(), reference.losses()
-    verdict = exactly(len(found) == len(expected) == STEPS)
-    told = "some were lost or made twice" * (verdict == FAIL)
-    yield Finding(SECTION, "steps made", f"{len(found)} of {STEPS}", "", verdict, told)
-    limit = LIMITS[own.device]
-    error = max(abs(ours - theirs) for ours, theirs in zip(found, expected, strict=False))
-    verdict = at_most(error, limit, limit)
-    told = "the processes do not train what one would: see correctness, and what NCCL_DEBUG=INFO says of the links"
-    yield Finding(SECTION, "losses from the CPU's", error, f"(at most {limit:g})", verdict, told * (verdict == FAIL))
 
 
-def attempts(own: Run) -> Iterator[Finding]:
-    """A job that is stopped, and one that goes on."""
-    # The file that asks for a stop is of the checkpoint of step 2, so that it is first seen at the end of step 3.
+def stop(own: Run) -> Iterator[Finding]:
+    """A job that is asked to end."""
+    # The file that asks is of the checkpoint of step 2, so that it is first seen at the end of step 3.
     asked = own.output / f"checkpoint-{STOP_AFTER - 1}" / "README.md"
     yield end(own, own.start(STOP_FILE=str(asked)), f"{own.settings.processes} processes with ZeRO-2, stopped")
     done = sorted(int(folder.name.split("-")[1]) for folder in own.output.glob("checkpoint-*"))
-    verdict = exactly(bool(done) and done[-1] == STOP_AFTER)
     told = "a run that is asked to stop does not save its step and end: a job's last minutes would be lost"
-    yield Finding(SECTION, "checkpoints after the stop", str(done), "", verdict, told * (verdict == FAIL))
+    yield judged(SECTION, "checkpoints after the stop", str(done), done[-1:] == [STOP_AFTER], told)
+
+
+def go_on(own: Run) -> Iterator[Finding]:
+    """The same job again."""
     yield end(own, own.start(), "the same command again")
-    verdict = exactly(f"checkpoint-{STOP_AFTER}" in own.log.read_text(encoding="utf-8"))
-    told = f"the second job began anew, and not after step {STOP_AFTER}" * (verdict == FAIL)
-    yield Finding(SECTION, "goes on where it was stopped", "no" if told else "yes", "", verdict, told)
+    is_right = f"checkpoint-{STOP_AFTER}" in own.log.read_text(encoding="utf-8")
+    told = f"the second job began anew, and not after step {STOP_AFTER}"
+    yield judged(SECTION, "goes on where it was stopped", "yes" if is_right else "no", is_right, told)
+
+
+def finish(reference: Run, beside: subprocess.Popen, own: Run) -> Iterator[Finding]:
+    """Its losses against those of one process on a CPU."""
+    yield end(reference, beside, "the same on a CPU")
+    found, expected = own.losses(), reference.losses()
+    is_right = len(found) == len(expected) == STEPS
+    yield judged(SECTION, "steps made", f"{len(found)} of {STEPS}", is_right, "some were lost or made twice")
+    error = max(abs(ours - theirs) for ours, theirs in zip(found, expected, strict=True))
+    told = "the processes do not train what one would: see correctness, and what NCCL_DEBUG=INFO says of the links"
+    yield limited(SECTION, "losses from the CPU's", error, LIMITS[own.device], told)
 
 
 def end(of: Run, job: subprocess.Popen, name: str) -> Finding:

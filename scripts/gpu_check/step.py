@@ -18,7 +18,7 @@ from scripts.gpu_check.common import (
     aimed,
     at_most,
     count_syncs,
-    exactly,
+    judged,
     peak_gib,
     release,
     seconds,
@@ -32,7 +32,9 @@ from train.llava_hound_dpo.plan import shape_of
 from train.llava_hound_dpo.trainer import AttentionAwareDPOTrainer
 
 SECTION = "step"
-PEAKS = {r"\bA100\b": 312e12, r"\bH100\b.*(HBM3|SXM)": 989e12, r"\bH200\b": 989e12}  # FLOP/s of dense bf16 products
+PEAKS = {  # FLOP/s of dense bf16 products by the data sheets; of parts (MIG) and slower makes unknown
+    r"\bA100\b(?!.*MIG)": 312e12, r"\bH100\b.*(HBM3|SXM)(?!.*MIG)": 989e12, r"\bH200\b(?!.*(NVL|MIG))": 989e12,
+}  # fmt: skip
 ADVICE = {
     "share": "the GPU waits or takes slow kernels: see kernels and waits, and nvidia-smi for its clocks",
     "memory": "the plan's estimate does not hold here: leave that much more room, and report it with this file",
@@ -89,8 +91,8 @@ def run(settings: Settings) -> Iterator[Finding]:
     try:
         bench = Bench(settings)
         for name, shape in rows(bench).items():
-            for is_checkpointed in (True, False):
-                yield from guarded(bench, name, shape, is_checkpointed)
+            yield from guarded(bench, name, shape, True)
+            yield from guarded(bench, f"{name}, no checkpointing", shape, False)
         bench.checkpoint(True)
         yield from extras(bench)
     except torch.cuda.OutOfMemoryError as error:
@@ -108,7 +110,6 @@ def rows(bench: Bench) -> dict[str, Shape]:
 
 def guarded(bench: Bench, name: str, shape: Shape, is_checkpointed: bool) -> Iterator[Finding]:
     """`measure`, or that it does not fit."""
-    name += "" if is_checkpointed else ", no checkpointing"
     try:
         yield from measure(bench, name, shape, is_checkpointed)
     except torch.cuda.OutOfMemoryError as error:
@@ -130,8 +131,8 @@ def measure(bench: Bench, name: str, shape: Shape, is_checkpointed: bool) -> Ite
     # Onto the gradients of the step before: all are there from the start, as in all but the first of a step's rows.
     peak, due = peak_gib(settings, step.forward_and_backward), bench.estimate_gib(shapes, is_checkpointed)
     verdict = at_most(abs(peak / due - 1), 0.1, 0.1, settings.on_gpu)
-    told = f"{peak:.2f} GiB against {due:.2f}" + f"; {ADVICE['memory']}" * (verdict == FAIL)
-    yield Finding(SECTION, f"{name}: peak memory / estimate", peak / due, "", verdict, told)
+    told, shown = ADVICE["memory"] * (verdict == FAIL), f"({peak:.2f} GiB / {due:.2f} GiB)"
+    yield Finding(SECTION, f"{name}: peak memory / estimate", peak / due, shown, verdict, told)
     if is_checkpointed:
         bench.load(bench.plain, pairs)
         bench.plain()
@@ -148,14 +149,12 @@ def speed(settings: Settings, name: str, per_second: float) -> Iterator[Finding]
         yield Finding(SECTION, name, None, "", SKIPPED, f"the peak of {device} is not known here")
         return
     verdict = at_most(peak / per_second, 1 / 0.5, 1 / 0.25)
-    told = "aim: at least 50 %" + f"; {ADVICE['share']}" * (verdict != OK)
-    yield Finding(SECTION, name, 100 * per_second / peak, "%", verdict, told)
+    shown = "% (aim: at least 50)"
+    yield Finding(SECTION, name, 100 * per_second / peak, shown, verdict, ADVICE["share"] * (verdict != OK))
 
 
 def peak_of(device: str) -> float | None:
-    """FLOP/s of a GPU by its name, by the data sheet; of a part of one (MIG), a slower make or another one None."""
-    if re.search(r"MIG|NVL|PCIe", device) and not re.search(r"A100-PCI", device):
-        return None
+    """FLOP/s of a GPU by its name, where they are known."""
     return next((peak for pattern, peak in PEAKS.items() if re.search(pattern, device)), None)
 
 
@@ -182,4 +181,4 @@ def extras(bench: Bench) -> Iterator[Finding]:
     name = f"{own.lengths} different lengths / one repeated"
     yield aimed(settings, SECTION, name, ratio, 1.1, 1.3, ADVICE["lengths"])
     finite = torch.isfinite(torch.stack([gradient.sum() for gradient in step.gradients().values()])).all().item()
-    yield Finding(SECTION, "gradients are finite", "yes" if finite else "no", "", exactly(finite))
+    yield judged(SECTION, "gradients are finite", "yes" if finite else "no", finite, "see correctness")
