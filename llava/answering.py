@@ -28,6 +28,7 @@ from llava.generation import Generated, PromptBatch, Steer, batch_prompts, gener
 from llava.heads import Heads, select_heads
 from llava.heatmap import attention_map
 from llava.image import ImageStore
+from llava.machine import announce, own_device, require_usable
 from llava.records import Question, messages, read_questions, refuse_duplicates
 from llava.regions import collage_grid, prompt_regions
 from llava.run_folder import only_writer
@@ -78,6 +79,7 @@ def prepare(model: ModelSettings, settings: AnswerSettings, questions: str | Pat
 
     Raises DataError, ValueError, FileNotFoundError.
     """
+    require_usable(use_cpu=False)
     checkpoint = model.open()
     family = checkpoint.family
     questions = questions if isinstance(questions, list) else read_questions(questions)
@@ -259,9 +261,11 @@ def batches_of(job: Job, own: Sequence[int]) -> Iterator[tuple[Any, list[int], P
     """(model, numbers of the questions, their batch) of batches; weights are loaded if there are any."""
     if not own:
         return
+    device = own_device()
     with user_errors():
         model = job.checkpoint.load(job.model.torch_dtype)
-    model.eval().to(own_device())
+    announce(device, job.model.num_workers, "--num_workers")
+    model.eval().to(device)
     loader = DataLoader(
         Batches(job, own), batch_size=None, num_workers=job.model.num_workers, pin_memory=torch.cuda.is_available()
     )
@@ -306,13 +310,6 @@ def make_batch(job: Job, numbers: Sequence[int]) -> PromptBatch:
     types = [job.questions[number].image_type for number in numbers]
     is_mapped = [number in job.mapped for number in numbers]
     return batch_prompts(job.family, prompts, tokens, regions, job.family.join(pixels), types, is_mapped)
-
-
-def own_device() -> torch.device:
-    """This process's GPU, or the CPU."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def record(job: Job, number: int, given: Generated) -> dict[str, Any]:

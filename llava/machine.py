@@ -126,8 +126,10 @@ def own_device() -> torch.device:
 
 def announce(device: torch.device, workers: int, flag: str) -> None:
     """Log `describe`, and a warning if shared memory is too small for `workers` processes; `flag` says how many."""
+    if not logger.isEnabledFor(logging.INFO):  # the first process speaks for all
+        return
     logger.info("%s", describe(device))
-    shared = Path("/dev/shm")
+    shared = ROOT / "dev/shm"
     if workers and shared.is_dir() and (free := psutil.disk_usage(str(shared)).free) < GIB:
         logger.warning(
             "/dev/shm has %.2f GiB free, which the batches of %d workers pass through: start a container with "

@@ -1,7 +1,8 @@
 # Sourced by the launch scripts, which have set $root: which python, how many processes, on how many nodes.
-# Sets NPROC (processes per node), and the arrays LAUNCH (the torchrun command) and ANSWER (the same for stages that only
-# answer, but plain python for one process: torchrun would bury a one-line error). On several nodes MASTER_ADDR (default:
-# the job's first node), MASTER_PORT (from the job's id) and NODE_TIMEOUT, how many seconds nodes wait for each other.
+# Sets NPROC (processes per node: the GPUs that torch can use, else CPU_NPROC, else 1), and the arrays LAUNCH (the torchrun
+# command) and ANSWER (the same for stages that only answer, but plain python for one process: torchrun would bury a
+# one-line error). On several nodes MASTER_ADDR (default: the job's first node), MASTER_PORT (from the job's id) and
+# NODE_TIMEOUT, how many seconds nodes wait for each other. Ends the job where torch cannot use the GPUs that are here.
 
 if ! python -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)' 2>/dev/null; then
   if [[ ! -x ${root:-.}/.venv/bin/python ]]; then
@@ -12,16 +13,21 @@ if ! python -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("t
   PATH=$(cd "${root:-.}" && pwd)/.venv/bin:$PATH
 fi
 
-if [[ -z ${NPROC:-} ]]; then
-  case ${CUDA_VISIBLE_DEVICES-all} in
-    all) NPROC=$(python -c 'import torch; print(torch.cuda.device_count())' 2>/dev/null) || NPROC=0 ;; # MIG parts, too
-    '' | -1) NPROC=0 ;; # all are hidden
-    *) NPROC=$(awk -F, '{ print NF }' <<<"$CUDA_VISIBLE_DEVICES") ;;
-  esac
-  ((NPROC > 0)) || NPROC=1 # no GPU: one process on the CPU
+gpus=0
+if [[ ! ${CUDA_VISIBLE_DEVICES-all} =~ ^(-1|NoDevFiles)?$ ]]; then # those hide all of them
+  found=$(python -m llava.machine) || exit 2
+  read -r gpus allocator <<<"$found"
 fi
-[[ -e /dev/nvidia0 ]] || export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
-export NPROC OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+if ((gpus > 0)); then
+  # Rows of ever new lengths leave holes that no later row fits into.
+  [[ -n ${PYTORCH_ALLOC_CONF:-}${PYTORCH_CUDA_ALLOC_CONF:-} ]] || export "$allocator=expandable_segments:True"
+else
+  export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
+fi
+export NPROC=${NPROC:-$((gpus > 0 ? gpus : ${CPU_NPROC:-1}))}
+cores=$((${SLURM_CPUS_PER_TASK:-$(nproc)} / NPROC))
+[[ "${ZERO:-} $*" == *offload* && $cores -gt 1 ]] || cores=1 # the optimiser of offloaded weights works on the CPU
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cores}
 
 LAUNCH=(torchrun --nproc_per_node="$NPROC")
 if ((${SLURM_NNODES:-1} > 1)); then

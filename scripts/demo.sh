@@ -8,16 +8,20 @@ start=$SECONDS
 
 OUT=${OUT:-output/demo}
 BASE=${BASE:-scripts/miniature/base} # or another that scripts.miniature.train_base made
+root=$PWD CPU_NPROC=2
+source scripts/cluster.sh
+((gpus > 0)) || export CUDA_VISIBLE_DEVICES= # so that the scripts below need not look again
+batch=$((NPROC > 1 ? 32 / NPROC : 16)) # 32 pairs a step on up to 32 processes
 rm -rf "$OUT"
 
 echo "== 1/4  data: multi-image preference pairs of the miniature world"
 python -m scripts.miniature.make_data --output "$OUT/data" --num_train 1920 --num_test 1200 --seed 0
 
-echo "== 2/4  training: train/llava_hound_dpo/train_dpo_multi_hpc_a100.sh, DeepSpeed ZeRO-2 on 2 CPU processes"
-NPROC=${NPROC:-2} MODEL=$BASE DATA=$OUT/data/train.json IMAGES=$OUT/data/images OUTPUT=$OUT/trained REPORT_TO=none \
+echo "== 2/4  training: train/llava_hound_dpo/train_dpo_multi_hpc_a100.sh, DeepSpeed ZeRO-2 on $NPROC processes"
+MODEL=$BASE DATA=$OUT/data/train.json IMAGES=$OUT/data/images OUTPUT=$OUT/trained REPORT_TO=none \
   bash train/llava_hound_dpo/train_dpo_multi_hpc_a100.sh --num_train_epochs 3 --bf16 False --gradient_checkpointing False \
-  --lora_r 32 --lora_alpha 64 --learning_rate 5e-4 --gradient_accumulation_steps 1 --per_device_train_batch_size 16 \
-  --logging_steps 10 --save_steps 60 --dataloader_num_workers 0 "$@"
+  --lora_r 32 --lora_alpha 64 --learning_rate 5e-4 --per_device_train_batch_size $batch \
+  --gradient_accumulation_steps $((NPROC > 1 ? 1 : 2)) --logging_steps 10 --save_steps 60 --dataloader_num_workers 0 "$@"
 
 echo "== 3/4  answers to held-out questions, before and after: inference/llava_hound_dpo/my_inference_hpc.sh"
 asked=(--max_new_tokens 8 --attention_maps 24)

@@ -15,13 +15,12 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import data_gen
 import inference
 import inference_optimization
 import llava
 import train
+from llava import machine
 from llava.checkpoints import open_checkpoint
 from llava.checks import check_pictures
 from llava.command_line import check_numbers, flag, parse
@@ -117,8 +116,9 @@ def check_installation(report: Report) -> None:
     """Versions, devices, and packages of the same name from elsewhere."""
     report.ok(", ".join(f"{name} {number}" for name, number in versions().items()))
     report.ok(f"commit {git_commit()}")
-    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    report.ok(f"devices: {', '.join(devices) or 'CPU only'}")
+    report.ok(machine.describe())
+    if line := machine.problem(machine.look()):
+        report.bad(line)
     for package in (llava, train, inference, inference_optimization, data_gen):
         place = Path(package.__file__).resolve()
         if ROOT not in place.parents:

@@ -19,11 +19,12 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, LogitsProcessor
 from transformers.utils import is_torchvision_available
 
-from llava.answering import Job, batches_of, own_device, prepare, spread
+from llava.answering import Job, batches_of, prepare, spread
 from llava.checkpoints import WHOLE
 from llava.command_line import check_numbers, flag, parse
 from llava.endpoint import KEY_VARIABLE, Endpoint, Failed, Words, messages_of, url_part
 from llava.generation import generate
+from llava.machine import own_device
 from llava.records import read_prompts
 from llava.run_folder import read_object
 from llava.runtime import Progress, setup_logging, user_errors, write_text

@@ -10,4 +10,3 @@ if [[ ! -x .venv/bin/python || "$(cat .venv/installed 2>/dev/null)" != "$wanted"
   echo "$wanted" >.venv/installed
 fi
 export PATH="$PWD/.venv/bin:$PATH" HF_HUB_OFFLINE=1 WANDB_MODE=${WANDB_MODE:-offline} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-[[ -e /dev/nvidia0 ]] || export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}

@@ -1,13 +1,24 @@
 """What the tests share: a tiny LLaVA with peaky attention, its checkpoint on disk, and records to feed it."""
 
+import itertools
 import json
 import os
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+
+def asks_for_gpu(words):
+    """Whether a command line of pytest selects tests that need a GPU: `-m gpu`, `-m "gpu and not slow"`."""
+    chosen = [after for word, after in itertools.pairwise([*words, ""]) if word == "-m"]
+    chosen += [word[2:] for word in words if word.startswith("-m")]
+    return any("gpu" in marks and "not gpu" not in marks for marks in chosen)
+
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+if "PYTEST_XDIST_WORKER" not in os.environ and not asks_for_gpu(sys.argv):  # workers have what the first process chose
+    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 
 from jaxtyping import install_import_hook
 
@@ -34,9 +45,9 @@ BASE = str(Path(__file__).parent.parent / "scripts/miniature/base")  # the model
 
 
 def pytest_collection_modifyitems(config, items):
-    """Skip what takes minutes, unless asked for with `-m slow`, and what needs a GPU where there is none."""
+    """Skip what takes minutes, unless asked for with `-m slow`, and what needs a GPU, unless with `-m gpu`."""
     asked = config.getoption("-m")
-    skips = {"slow": "takes minutes: run it with -m slow", "gpu": "needs a CUDA device"}
+    skips = {"slow": "takes minutes: run it with -m slow", "gpu": "needs a CUDA device: run it on one with -m gpu"}
     if "slow" in asked:
         del skips["slow"]
     if torch.cuda.is_available():

@@ -207,6 +207,7 @@ def test_the_launch_script_hands_on_its_knobs_and_flags(tmp_path):
     (tmp_path / "torchrun").chmod(0o755)
     own = Path(sys.executable).parent  # whose python has torch
     environment = {"PATH": f"{tmp_path}:{own}:/usr/bin:/bin", "MODEL": "my model", "NPROC": "3", "IMAGES": "i.zip"}
+    environment["CUDA_VISIBLE_DEVICES"] = ""
     done = subprocess.run(
         ["bash", SCRIPT, "--seed", "7"], cwd="/", env=environment, capture_output=True, text=True, check=True
     )

@@ -9,6 +9,10 @@ OUT=${OUT:-output/miniature}
 PICTURES=${PICTURES:-1200} # single pictures, and as many instructions
 TESTS=${TESTS:-100}        # test questions of each format
 BASE=scripts/miniature/base
+root=$PWD CPU_NPROC=2
+source scripts/cluster.sh
+((gpus > 0)) || export CUDA_VISIBLE_DEVICES= # so that the scripts below need not look again
+batch=$((NPROC > 1 ? 16 / NPROC : 8)) # 16 pairs a step on up to 16 processes
 
 echo "== 1/6  sources: single pictures with questions, for training and (other combinations) for the test"
 [[ -f $OUT/source/source.json ]] || python -m scripts.miniature.make_source --output "$OUT/source" --num_pictures "$PICTURES"
@@ -22,7 +26,7 @@ NPROC=1 SOURCE=$OUT/source/source.json IMAGES=$OUT/source/images OUTPUT=$OUT/ins
   --image_folder "$OUT/test_source/images" --output "$OUT/test" --num_per_format "$TESTS"
 
 echo "== 3/6  pairs: the base's own wrong answers"
-NPROC=${NPROC:-2} MODEL=$BASE INSTRUCTIONS=$OUT/instructions/instructions.jsonl IMAGES=$OUT/instructions/images \
+MODEL=$BASE INSTRUCTIONS=$OUT/instructions/instructions.jsonl IMAGES=$OUT/instructions/images \
   OUTPUT=$OUT/pairs BATCH=32 bash data_gen/gen_chosen_rejected/gen_chosen_rejected.sh --max_new_tokens 8 \
   --source "$OUT/source/source.json"
 
@@ -33,10 +37,10 @@ python -m data_gen.mix read --published "$OUT/set"
 
 echo "== 5/6  training"
 [[ -f $OUT/trained/adapter_model.safetensors ]] ||
-  NPROC=${NPROC:-2} MODEL=$BASE DATA=$OUT/set/train.json IMAGES=$OUT/set/images.zip OUTPUT=$OUT/trained REPORT_TO=none \
+  MODEL=$BASE DATA=$OUT/set/train.json IMAGES=$OUT/set/images.zip OUTPUT=$OUT/trained REPORT_TO=none \
     bash train/llava_hound_dpo/train_dpo_multi_hpc_a100.sh --num_train_epochs 3 --bf16 False --gradient_checkpointing False \
-    --lora_r 32 --lora_alpha 64 --learning_rate 5e-4 --gradient_accumulation_steps 1 --per_device_train_batch_size 8 \
-    --logging_steps 10 --save_steps 60 --dataloader_num_workers 0 "$@"
+    --lora_r 32 --lora_alpha 64 --learning_rate 5e-4 --per_device_train_batch_size $batch \
+    --gradient_accumulation_steps $((NPROC > 1 ? 1 : 2)) --logging_steps 10 --save_steps 60 --dataloader_num_workers 0 "$@"
 
 echo "== 6/6  answers to the test questions, before and after"
 for format in sequence collage pip; do

@@ -5,6 +5,7 @@
 #SBATCH --mem=64GB
 #SBATCH --time=12:00:00
 # One command of a study that has no launch script of its own, as a job: bash scripts/study/job.sh python -m MODULE ...
+# A command that begins with torchrun runs on all GPUs: torchrun -m MODULE ...
 set -euo pipefail
 for start in "$(dirname "${BASH_SOURCE[0]}")" "${SLURM_SUBMIT_DIR:-}" "$PWD"; do
   root=$(cd "$start" 2>/dev/null && pwd) || continue
@@ -13,4 +14,5 @@ for start in "$(dirname "${BASH_SOURCE[0]}")" "${SLURM_SUBMIT_DIR:-}" "$PWD"; do
 done
 [[ -f scripts/cluster.sh ]] || { echo "repository not found: submit from inside it" >&2; exit 2; }
 source scripts/cluster.sh
+[[ $1 != torchrun ]] || set -- "${ANSWER[@]}" "${@:2}"
 exec "$@"

@@ -19,7 +19,7 @@ TRAIN = "train/llava_hound_dpo/train_dpo_multi_hpc_a100.sh"
 ANSWER = "inference/llava_hound_dpo/my_inference_hpc.sh"
 STEER = "inference_optimization/llava_hound_dpo/my_inference_adaptive.sh"
 JOB = "scripts/study/job.sh"
-TUNER = ("python", "-m", "inference_optimization.llava_hound_dpo.tune")
+TUNER = ("torchrun", "-m", "inference_optimization.llava_hound_dpo.tune")
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 from llava import command_line
 from llava.command_line import ABOVE_0, BELOW_1, check_numbers, flag
 from llava.heads import TOP
+from llava.machine import require_usable
 from train.llava_hound_dpo import trainer_flags
 from train.llava_hound_dpo.costs import Zero
 from train.llava_hound_dpo.losses import ATTENTION_LOSSES, PREFERENCE_LOSSES, SMOOTHED, LossSettings
@@ -217,6 +218,7 @@ class TrainArguments(TrainingArguments):
             if self.warmup_steps:
                 raise ValueError("give --warmup_ratio or --warmup_steps, not both")
             self.warmup_steps = self.warmup_ratio  # below 1 they are a share of all steps
+        require_usable(self.use_cpu or self.dry_run)
         self.use_cpu = self.use_cpu or not torch.cuda.is_available()
         self._choose_precision()
         if self.disable_tqdm is None:  # a bar in a file is one long line

@@ -19,6 +19,7 @@ from llava.attention import layer_range
 from llava.checkpoints import PEFT_ADAPTER, Checkpoint, adapter_settings, open_checkpoint
 from llava.heads import Heads, select_heads
 from llava.image import ImageStore
+from llava.machine import announce
 from llava.run_folder import only_writer
 from llava.weights import first_line, local_folder
 from train.llava_hound_dpo.arguments import DataArguments, LossArguments, ModelArguments, TrainArguments, parse
@@ -89,6 +90,7 @@ def run() -> int:
     prepare_wandb(args.report_to, Path(args.output_dir))
     with runtime.user_errors():
         policy = load_policy(inputs.checkpoint, model_args, args)
+    announce(args.device, args.dataloader_num_workers, "--dataloader_num_workers")
     trainer = build_trainer(policy, model_args, loss_args, args, inputs, identity)
     record_run(model_args, data_args, loss_args, args, inputs)
     trainer.about = {
