@@ -228,7 +228,7 @@ def test_a_device_that_computes_something_else_is_found(monkeypatch):
         ("cpu", torch.float32): ([[1, 2], [3, 4]], 0.5), ("cuda", torch.float32): ([[1, 2], [3, 5]], 0.5),
         ("cuda", torch.bfloat16): ([[1, 2], [3, 5]], 0.6),
     }  # fmt: skip
-    monkeypatch.setattr(correctness, "said", lambda device, dtype: answers[device, dtype])
+    monkeypatch.setattr(correctness, "said", lambda settings, device, dtype: answers[device, dtype])
     assert failed(correctness.answers(CUDA)) == [
         "fp32: greedy answers as on a CPU", "bf16: ratio of answers, from a CPU's"
     ]  # fmt: skip

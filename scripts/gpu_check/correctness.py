@@ -62,9 +62,9 @@ def measured(device: str, dtype: torch.dtype, folder: Path) -> tuple[float, dict
 
 def answers(settings: Settings) -> Iterator[Finding]:
     """Greedy answers and where they looked; in bf16 a tie may fall the other way, so there these are only counted."""
-    tokens, ratio = said("cpu", torch.float32)
+    tokens, ratio = said(settings, "cpu", torch.float32)
     for dtype, (_, _, limit) in LIMITS.items():
-        found, looked = said(settings.device, dtype)
+        found, looked = said(settings, settings.device, dtype)
         same = sum(ours == theirs for ours, theirs in zip(found, tokens, strict=True))
         is_right = same == len(tokens) or dtype != torch.float32
         yield judged(SECTION, f"{_name(dtype)}: greedy answers as on a CPU", f"{same} of {len(tokens)}", is_right, TOLD)
@@ -72,11 +72,11 @@ def answers(settings: Settings) -> Iterator[Finding]:
         yield limited(SECTION, name, abs(looked / ratio - 1), limit, TOLD)
 
 
-def said(device: str, dtype: torch.dtype) -> tuple[list[list[int]], float]:
+def said(settings: Settings, device: str, dtype: torch.dtype) -> tuple[list[list[int]], float]:
     """Tokens of the small base's answers, and the mean ratio of their first."""
     checkpoint = open_checkpoint(BASE)
     model = checkpoint.load(dtype).to(device).eval()
-    batch = prompt_batch(checkpoint.family, 6, 2)
+    batch = prompt_batch(checkpoint.family, settings, 6, 2)
     found = [generate(model, checkpoint.family, batch, [2], max_new_tokens=count) for count in (8, 1)]
     return [answer.tokens for answer in found[0]], sum(answer.ratio for answer in found[1]) / len(found[1])
 

@@ -2,15 +2,12 @@
 
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
+import torch
 
 from llava.attention import NAME
 from llava.families import Family, Llava15
 from llava.generation import PromptBatch, batch_prompts
-from llava.records import parse_question
-from llava.regions import prompt_regions
-from scripts.bench.common import build_llava
+from scripts.bench.common import Shape, build_llava, build_pairs
 from scripts.bench.steps import TrainerStep, build_trainer
 from scripts.gpu_check.common import Settings
 from scripts.miniature.model import build
@@ -31,20 +28,12 @@ def production_step(
     return TrainerStep(trainer, NAME, list(pairs))
 
 
-def prompt_batch(family: Family, count: int, images: int) -> PromptBatch:
-    """Prompts about pictures of noise, each a few tokens longer than the one before, so that they are padded."""
-    prompts, tokens, regions, pixels = [], [], [], []
-    lines = "".join(f"Image{number + 1}:<image>\n" for number in range(images))
-    rng = np.random.default_rng(0)
-    for number in range(count):
-        text = f"{lines}In Image{images}, what is the colour{' of the shape' * number}?"
-        raw = {"image": ["-"] * images, "prompt": text, "answer": "red", "image_type": "sequence", "target": images}
-        question = parse_question(raw, "a prompt made up")
-        noise = rng.integers(0, 256, (images, 64, 64, 3), dtype=np.uint8)
-        pictures = [Image.fromarray(picture).resize((family.side, family.side)) for picture in noise]
-        own = family.images([picture.size for picture in pictures])
-        prompts.append(family.expand(family.encode_prompt(question.prompt), own))
-        tokens.append(own)
-        regions.append(prompt_regions(question, own))
-        pixels.append(family.pixels(pictures))
-    return batch_prompts(family, prompts, tokens, regions, family.join(pixels), ["sequence"] * count)
+def prompt_batch(family: Family, settings: Settings, count: int, images: int) -> PromptBatch:
+    """Prompts about pictures of noise, the last with one picture less, so that it is padded."""
+    shapes = (Shape(images, count=count - 1), Shape(images - 1))
+    items = [item for shape in shapes for item in build_pairs(settings.folder / f"{shape.images}", shape, family)]
+    encoded = [item["pair"] for item in items]
+    own = [family.images([(family.side, family.side)] * number) for number in [images] * (count - 1) + [images - 1]]
+    regions = [torch.stack([pair.target, torch.ones_like(pair.target)]) for pair in encoded]
+    pixels = family.join([item["pixels"] for item in items])
+    return batch_prompts(family, [pair.prompt for pair in encoded], own, regions, pixels, ["sequence"] * count)
