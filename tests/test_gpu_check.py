@@ -1,5 +1,6 @@
 """The check of a machine's GPUs, tried on a CPU: all of it runs, and what is wrong on purpose is found."""
 
+import contextlib
 import dataclasses
 import json
 import subprocess
@@ -117,6 +118,15 @@ def test_an_error_in_a_section_is_a_failure_and_the_rest_goes_on(stubbed):
     code, written = stubbed()
     assert code == 1 and [one["name"] for one in written] == ["a", "goes on to its end", "b"]
     assert written[1]["value"] == "KeyError: 'no such thing'"
+
+
+@pytest.mark.parametrize(("section", "verdict"), [("step", SKIPPED), ("correctness", FAIL)])
+def test_a_model_that_does_not_fit_is_skipped_but_a_small_one_has_to(section, verdict, monkeypatch):
+    def full(settings):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
+
+    monkeypatch.setitem(gpu_check.SECTIONS, section, full)
+    assert [one.verdict for one in gpu_check.run(section, TINY)] == [verdict]
 
 
 def test_this_machine_beside_the_one_of_a_file(stubbed, tmp_path, capsys):
@@ -349,3 +359,50 @@ def test_waits_are_counted_by_torchs_warnings(monkeypatch):
     with pytest.raises(ZeroDivisionError):
         common.count_syncs(CUDA, lambda: 1 / 0)
     assert modes[-1] == "default"
+
+
+class Timed:
+    """A step that takes a second, and `planning` seconds more for a row of a new length; and the clock it moves."""
+
+    def __init__(self, planning):
+        self.planning, self.now, self.seen, self.trainer = planning, 0.0, set(), SimpleNamespace(data_collator=tuple)
+
+    def __call__(self):
+        self.now += 1 + self.planning * (self.batch not in self.seen)
+        self.seen.add(self.batch)
+
+    def gradients(self):
+        return {"w": torch.ones(1)}
+
+
+@pytest.mark.parametrize(("planning", "expected"), [(0.0, OK), (0.2, INFO), (0.5, FAIL)])
+def test_plans_built_for_every_new_length_are_found(planning, expected, monkeypatch):
+    own = Timed(planning)
+    monkeypatch.setattr(common, "time", SimpleNamespace(perf_counter=lambda: own.now))
+    monkeypatch.setattr(common, "wait", lambda settings: None)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: None)
+    bench = SimpleNamespace(
+        settings=CUDA, step=own, pairs=lambda shape: [shape.chosen],
+        load=lambda step, pairs: setattr(step, "batch", tuple(pairs)),
+    )  # fmt: skip
+    found = by_name(step.extras(bench))["20 different lengths / one repeated"]
+    assert found.verdict == expected and found.value == pytest.approx(1 + planning * 19 / 20)  # one was seen before
+    assert bool(found.advice) == (expected != OK)
+
+
+def test_cards_of_two_kinds_and_without_bf16_are_told(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda number: (8, 0) if number else (7, 0))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    kinds, bf16 = environment.capabilities()
+    assert kinds.value == "7.0, 8.0" and "several kinds" in kinds.advice and bf16.verdict == FAIL
+
+
+def test_on_a_gpu_only_the_gpus_kernels_are_named(monkeypatch):
+    """The operators of the CPU side have names of all kinds."""
+    kind = torch.autograd.DeviceType
+    events = [("aten::_softmax", kind.CPU), ("fmha_cutlassF", kind.CUDA), ("cudaLaunchKernel", kind.CPU)]
+    profile = SimpleNamespace(events=lambda: [SimpleNamespace(name=n, device_type=d) for n, d in events])
+    monkeypatch.setattr(torch.profiler, "profile", lambda activities: contextlib.nullcontext(profile))
+    monkeypatch.setattr(common, "wait", lambda settings: None)
+    assert common.kernels_of(CUDA, lambda: None) == ["fmha_cutlassF"]

@@ -24,12 +24,13 @@ from llava.markdown import table
 from llava.run_folder import read_object
 from llava.weights import reason
 from scripts.gpu_check import correctness, environment, generation, kernels, launch, step
-from scripts.gpu_check.common import FAIL, INFO, SIZES, Finding, Settings
+from scripts.gpu_check.common import FAIL, INFO, SIZES, Finding, Settings, release, too_large
 
 SECTIONS = {
     "environment": environment.run, "kernels": kernels.run, "correctness": correctness.run, "step": step.run,
     "launch": launch.run, "generation": generation.run,
 }  # fmt: skip
+LARGE = ("step", "generation")  # which a smaller GPU need not be able to do
 MADE_BY = "scripts.gpu_check"
 
 
@@ -109,6 +110,7 @@ def measure(own: Flags) -> dict[str, Any]:
 
 def run(name: str, settings: Settings) -> Iterator[Finding]:
     """Findings of a section; what it cannot go on after is one, too."""
+    release()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
@@ -116,6 +118,9 @@ def run(name: str, settings: Settings) -> Iterator[Finding]:
                 is_number = not isinstance(finding.value, float) or math.isfinite(finding.value)
                 yield finding if is_number else dataclasses.replace(finding, value=str(finding.value))
     except Exception as error:
+        if name in LARGE and isinstance(error, torch.cuda.OutOfMemoryError):
+            yield too_large(name, "the rest of this section", error)
+            return
         told = "the rest of this section was not checked; with this alone: --sections " + name
         yield Finding(name, "goes on to its end", reason(error), "", FAIL, told)
 

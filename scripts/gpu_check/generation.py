@@ -11,23 +11,14 @@ from llava.attention import install, layer_range
 from llava.families import Family, model_inputs
 from llava.generation import PromptBatch, generate
 from scripts.bench.common import build_base
-from scripts.gpu_check.common import Finding, Settings, aimed, judged, peak_gib, release, seconds, too_large
+from scripts.gpu_check.common import Finding, Settings, aimed, judged, peak_gib, seconds
 from scripts.gpu_check.models import family_of, prompt_batch
 
 SECTION = "generation"
 
 
 def run(settings: Settings) -> Iterator[Finding]:
-    """Time of the first token and of those after it, of each way."""
-    release()
-    try:
-        yield from measure(settings)
-    except torch.cuda.OutOfMemoryError as error:
-        yield too_large(SECTION, f"a batch of {settings.sizes.prompts} prompts", error)
-
-
-def measure(settings: Settings) -> Iterator[Finding]:
-    """As `run`, where it fits."""
+    """Memory, and of each way the time of the first token and of those after it."""
     family, own = family_of(settings), settings.sizes
     model = build_base(family, settings.device)
     install(model)

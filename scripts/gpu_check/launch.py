@@ -37,8 +37,8 @@ class Run:
         if not is_reference:
             flags["deepspeed"] = ROOT / "scripts/zero2.json"
         words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
-        module = [f"--nproc_per_node={processes}", "-m", "train.llava_hound_dpo.run_dpo"]
-        self.command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *module, *words]
+        launcher = ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]
+        self.command = [sys.executable, "-m", *launcher * (not is_reference), "train.llava_hound_dpo.run_dpo", *words]
 
     @property
     def log(self) -> Path:

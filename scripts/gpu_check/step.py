@@ -8,22 +8,8 @@ import torch
 
 from scripts.bench.common import Shape, add_lora, build_base, build_pairs
 from scripts.bench.steps import PlainDPOTrainer, TrainerStep
-from scripts.gpu_check.common import (
-    FAIL,
-    GIB,
-    OK,
-    SKIPPED,
-    Finding,
-    Settings,
-    aimed,
-    at_most,
-    count_syncs,
-    judged,
-    peak_gib,
-    release,
-    seconds,
-    too_large,
-)  # fmt: skip
+from scripts.gpu_check import common
+from scripts.gpu_check.common import FAIL, GIB, OK, SKIPPED, Finding, Settings, aimed, at_most, seconds
 from scripts.gpu_check.models import family_of, production_step
 from train.llava_hound_dpo.costs import PairShape, Recipe, Zero, count, estimate_memory, work
 from train.llava_hound_dpo.data import PairDataset
@@ -87,16 +73,12 @@ class Bench:
 
 def run(settings: Settings) -> Iterator[Finding]:
     """Rows of one pair and of several; then what costs extra."""
-    release()
-    try:
-        bench = Bench(settings)
-        for name, shape in rows(bench).items():
-            yield from guarded(bench, name, shape, True)
-            yield from guarded(bench, f"{name}, no checkpointing", shape, False)
-        bench.checkpoint(True)
-        yield from extras(bench)
-    except torch.cuda.OutOfMemoryError as error:
-        yield too_large(SECTION, f"a step of {settings.size}", error)
+    bench = Bench(settings)
+    for name, shape in rows(bench).items():
+        yield from guarded(bench, name, shape, True)
+        yield from guarded(bench, f"{name}, no checkpointing", shape, False)
+    bench.checkpoint(True)
+    yield from extras(bench)
 
 
 def rows(bench: Bench) -> dict[str, Shape]:
@@ -114,7 +96,7 @@ def guarded(bench: Bench, name: str, shape: Shape, is_checkpointed: bool) -> Ite
         yield from measure(bench, name, shape, is_checkpointed)
     except torch.cuda.OutOfMemoryError as error:
         bench.policy.zero_grad()
-        yield too_large(SECTION, name, error)
+        yield common.too_large(SECTION, name, error)
 
 
 def measure(bench: Bench, name: str, shape: Shape, is_checkpointed: bool) -> Iterator[Finding]:
@@ -129,7 +111,7 @@ def measure(bench: Bench, name: str, shape: Shape, is_checkpointed: bool) -> Ite
     yield Finding(SECTION, f"{name}: a step of {tokens:,} tokens", 1e3 * taken, "ms")
     yield from speed(settings, name, bench.flops(shapes, is_checkpointed) / taken)
     # Onto the gradients of the step before: all are there from the start, as in all but the first of a step's rows.
-    peak, due = peak_gib(settings, step.forward_and_backward), bench.estimate_gib(shapes, is_checkpointed)
+    peak, due = common.peak_gib(settings, step.forward_and_backward), bench.estimate_gib(shapes, is_checkpointed)
     verdict = at_most(abs(peak / due - 1), 0.1, 0.1, settings.on_gpu)
     told, shown = ADVICE["memory"] * (verdict == FAIL), f"({peak:.2f} GiB / {due:.2f} GiB)"
     yield Finding(SECTION, f"{name}: peak memory / estimate", peak / due, shown, verdict, told)
@@ -164,7 +146,7 @@ def extras(bench: Bench) -> Iterator[Finding]:
     middle = own.answers[0] + own.lengths // 2
     bench.load(step, bench.pairs(Shape(1, middle, middle)))
     step()
-    syncs, name = count_syncs(settings, step), "waits of the CPU in a step"
+    syncs, name = common.count_syncs(settings, step), "waits of the CPU in a step"
     if syncs is None:
         yield Finding(SECTION, name, None, "", SKIPPED, "a CPU waits for no GPU")
     else:
@@ -181,4 +163,4 @@ def extras(bench: Bench) -> Iterator[Finding]:
     name = f"{own.lengths} different lengths / one repeated"
     yield aimed(settings, SECTION, name, ratio, 1.1, 1.3, ADVICE["lengths"])
     finite = torch.isfinite(torch.stack([gradient.sum() for gradient in step.gradients().values()])).all().item()
-    yield judged(SECTION, "gradients are finite", "yes" if finite else "no", finite, "see correctness")
+    yield common.judged(SECTION, "gradients are finite", "yes" if finite else "no", finite, "see correctness")
