@@ -23,7 +23,8 @@ EACH_PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 TRAINING = "train.llava_hound_dpo.run_dpo"
 ANSWERING = "inference.llava_hound_dpo.run_inference"
 GONE = {"attention_carry", "attention_warmup_share", "attention_schedule", "gpu_hour_price"}  # docs say that they are
-OF_OTHERS = {"ntasks-per-node", "kill-on-bad-exit", "repo-type", "local-dir", "wait", "help", "mem", "shm-size", "index-url"}
+OF_OTHERS = {"ntasks-per-node", "kill-on-bad-exit", "repo-type", "local-dir", "wait", "help"}  # srun, hf, sbatch
+OF_OTHERS |= {"mem", "shm-size", "index-url"}  # sbatch, docker, pip
 SCRIPTS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
 
 
