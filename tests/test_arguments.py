@@ -69,10 +69,15 @@ def test_settings_of_the_loss_are_the_flags():
 
 
 def test_gradient_checkpointing_by_its_older_name():
-    """Given either way it is on, and transformers itself is not asked to warn about it."""
+    """Given either way it is on or off, and transformers itself is not asked to warn about it."""
     for name in ("--gradient_checkpointing", "--activation_checkpointing"):
-        assert parsed(name, "True")[3].activation_checkpointing is True
-    assert not parsed()[3].activation_checkpointing
+        for given in (True, False):
+            args = parsed(name, str(given))[3]
+            assert args.activation_checkpointing is given and not args.chooses_checkpointing
+    for flags in ([], ["--gradient_checkpointing", "auto"]):
+        args = parsed(*flags)[3]
+        assert args.activation_checkpointing is True and args.chooses_checkpointing
+    assert TrainArguments(output_dir="out", gradient_checkpointing=False).activation_checkpointing is False
 
 
 @pytest.mark.parametrize("group", GROUPS[:3])
@@ -216,6 +221,7 @@ def test_a_missing_required_flag_is_named(name):
         ("--deepspeed nowhere.json", "scripts/zero2.json"),
         ("--learning_rate", "--learning_rate"),
         ("--bits 5", "--bits"),
+        ("--gradient_checkpointing perhaps", "True, False or auto"),
         ("--flop_utilization 0", "--flop_utilization"),
         ("--flop_utilization 1.5", "--flop_utilization"),
     ],

@@ -3,6 +3,7 @@
 import logging
 import math
 import sys
+from argparse import ArgumentTypeError
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,14 +11,15 @@ from pathlib import Path
 import torch
 from peft import PeftConfig
 from transformers import TrainingArguments
+from transformers.hf_argparser import string_to_bool
 
 from llava import command_line
 from llava.command_line import ABOVE_0, BELOW_1, check_numbers, flag
 from llava.heads import TOP
 from llava.machine import require_usable
 from train.llava_hound_dpo import trainer_flags
-from train.llava_hound_dpo.costs import Zero
 from train.llava_hound_dpo.losses import ATTENTION_LOSSES, PREFERENCE_LOSSES, SMOOTHED, LossSettings
+from train.llava_hound_dpo.memory import Zero
 
 logger = logging.getLogger(__name__)
 
@@ -195,13 +197,18 @@ class TrainArguments(TrainingArguments):
 
     output_dir: str | None = flag("Folder of the checkpoints, the trained weights and run.json.", None)
     dry_run: bool = flag("Check everything, print the plan, load no weights, stop.", False)
-    tokens_per_batch: int = flag(
+    gradient_checkpointing: str = flag(
+        "Recompute activations in the backward pass (True), or keep them (False); auto keeps them where the longest "
+        "pair's row is estimated to fit on the GPU with them, and recomputes on a CPU.", "auto",
+    )  # fmt: skip
+    tokens_per_batch: int | None = flag(
         "Pack rows of up to so many tokens, as few as a step needs; 0: per_device_train_batch_size pairs a row. A step "
-        "has per_device * accumulation * processes pairs either way.", 0,
+        "has per_device * accumulation * processes pairs either way. Default: what is estimated to fit on the GPU, at "
+        "most 8192; 0 on a CPU.", None,
     )  # fmt: skip
     reference_cache: str | None = flag(
         "Folder of reference log-probs, filled before the first step; runs on the same weights share it. Default: with "
-        "LoRA none, they are computed at every step; else OUTPUT_DIR/reference.", None,
+        "LoRA none, they are computed at every step; else, and under ZeRO-3, OUTPUT_DIR/reference.", None,
     )  # fmt: skip
     mm_projector_lr: float | None = flag("Learning rate of the projector, if trained; default: learning_rate.", None)
     flop_utilization: float = flag("Share (0..1) of a GPU's peak that the plan assumes; nothing else reads it.", 0.4)
@@ -233,14 +240,23 @@ class TrainArguments(TrainingArguments):
             self.deepspeed = None  # planning needs no process group
         if self.ddp_find_unused_parameters is None:  # every trained weight is in every row: nothing to look for
             self.ddp_find_unused_parameters = False
-        if self.activation_checkpointing is None:  # the older name of the same flag, without its warning
-            self.activation_checkpointing, self.gradient_checkpointing = self.gradient_checkpointing, None
+        self._choose_checkpointing()
         super().__post_init__()
         if (self.activation_checkpointing_kwargs or {}).get("use_reentrant"):
             raise ValueError(
                 "use_reentrant=true cuts the attention term off from the weights, so that it would train nothing: "
                 "leave it out of the checkpointing arguments"
             )
+
+    def _choose_checkpointing(self) -> None:
+        """Under its newer name, without transformers' warning; True until `fitting` chooses, where it is left to it."""
+        asked, self.gradient_checkpointing = str(self.gradient_checkpointing).lower(), None
+        self.chooses_checkpointing = self.activation_checkpointing is None and asked == "auto"
+        if self.activation_checkpointing is None:
+            try:
+                self.activation_checkpointing = asked == "auto" or string_to_bool(asked)
+            except ArgumentTypeError:
+                raise ValueError(f"--gradient_checkpointing {asked}: must be True, False or auto") from None
 
     def _choose_precision(self) -> None:
         """float16 in place of bfloat16 on a card that has none: V100, T4, RTX 8000 emulate it, at a crawl."""

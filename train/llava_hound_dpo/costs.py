@@ -1,4 +1,4 @@
-"""What training costs: FLOPs of a pair, hours from them, bytes of a process. To compare settings by, not measured.
+"""What training costs in time: FLOPs of a pair, and hours from them. To compare settings by, not measured.
 
 FLOPs are matrix products (2 per multiply-add): of every linear layer by the shape of its weights, of attention by that
 of the pictures, of the packed row, and of the probe's second attention call. Left out is what is less than a percent of
@@ -8,21 +8,15 @@ them: norms, activations, the softmax, the optimiser.
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import PretrainedConfig
 
 from llava.families import Family, find_family
-from llava.run_folder import read_object
 
 A100_PEAK = 312e12  # FLOP/s of dense bf16 products, by the data sheet
 ATTENTION_BACKWARD = 2.5  # of its forward: five products against two, as fused kernels recompute the scores
-GIB = 1024**3
-# Bytes per quantised weight. nf4 keeps a constant per 64 weights in 8 bits, and one per 256 of these in 32 bits.
-QUANTISED_BYTES = {4: 0.5 + 1 / 64 + 4 / (64 * 256), 8: 1.0}
-LIVE_PARAMETERS = 1e9  # DeepSpeed's default of stage3_max_live_parameters
 
 
 @dataclass(frozen=True)
@@ -33,6 +27,7 @@ class ForwardFlops:
     patch_attended: float  # in all blocks of the tower that see a whole picture or tile
     projected: float  # an image token, through the projector
     token: float  # through the linear layers of all blocks of the language model
+    last: float  # of these the last one of each block
     attended: float  # in all blocks of the language model
     answer: float  # logits of a row
     blocks: int  # of the language model
@@ -60,6 +55,10 @@ def count(config: PretrainedConfig) -> ForwardFlops:
         patch_attended=4 * width * whole,
         projected=projector,
         token=blocks,
+        last=2 * sum(
+            module.in_features * module.out_features for name, module in model.named_modules()
+            if name.endswith("down_proj") and isinstance(module, nn.Linear) and family.part_of(name) == family.language
+        ),
         attended=4 * head_size * text.num_attention_heads * text.num_hidden_layers,
         answer=2 * text.hidden_size * text.vocab_size,
         blocks=text.num_hidden_layers,
@@ -143,7 +142,7 @@ def work(costs: ForwardFlops, shapes: Sequence[PairShape], recipe: Recipe) -> Wo
 
     pictures    tower and projector once per image; twice where a trained projector keeps the reference's apart
     forward     B + T + P + H + A
-    recomputed  B + T + P + A with checkpointing, else 0
+    recomputed  B + T + P + A with checkpointing, else 0; full: less each block's last layer, whose output nobody keeps
     backward    LoRA: B + H for the inputs, 2 A for the adapter; full: twice B + H; and 2.5 (T + P)
     reference   B + T + H at every step, 0 from a cache or without DPO
     """
@@ -155,13 +154,14 @@ def work(costs: ForwardFlops, shapes: Sequence[PairShape], recipe: Recipe) -> Wo
     probe = probed * sum(shape.attended(shape.chosen) for shape in shapes)
     adapter = 2 * recipe.lora_parameters * tokens
     backward = blocks + head + 2 * adapter if recipe.is_lora else 2 * (blocks + head)
+    again = blocks + attention + probe + adapter - (0 if recipe.is_lora else costs.last * tokens)
     if recipe.trains_projector:
         backward += 2 * projector
     seen = 2 if recipe.trains_projector and recipe.reference == "step" else 1
     return Work(
         pictures=seen * (tower + projector),
         forward=blocks + attention + probe + head + adapter,
-        recomputed=blocks + attention + probe + adapter if recipe.checkpointing else 0.0,
+        recomputed=again if recipe.checkpointing else 0.0,
         backward=backward + ATTENTION_BACKWARD * (attention + probe),
         reference=blocks + attention + head if recipe.reference == "step" else 0.0,
     )
@@ -176,86 +176,3 @@ def filling_flops(costs: ForwardFlops, shapes: Sequence[PairShape]) -> float:
 def hours(flops: float, gpus: int, utilization: float, peak: float = A100_PEAK) -> float:
     """Hours on so many GPUs that each reach this share (0..1) of their peak, recomputation counted as work."""
     return flops / (gpus * peak * utilization) / 3600
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Estimated bytes per process at the longest batch; `host` is the CPU's memory. Formulas in `estimate_memory`."""
-
-    weights: float
-    gradients_and_optimizer: float
-    activations: float
-    logits: float
-    gathered: float = 0
-    host: float = 0
-
-    @property
-    def device(self) -> float:
-        """Bytes on the GPU."""
-        return sum(vars(self).values()) - self.host
-
-    def short(self) -> str:
-        """The sums alone."""
-        return f"{self.device / GIB:.1f} GiB" + (f" and {self.host / GIB:.1f} GiB of the CPU's" if self.host else "")
-
-    def __str__(self) -> str:
-        parts = {name.replace("_", " "): size / GIB for name, size in vars(self).items() if name != "host" and size}
-        listed = ", ".join(f"{name} {size:.2f}" for name, size in parts.items())
-        on_host = f" and {self.host / GIB:.2f} GiB of the CPU's" if self.host else ""
-        return f"{self.device / GIB:.2f} GiB ({listed}){on_host}"
-
-
-@dataclass(frozen=True)
-class Zero:
-    """What of a DeepSpeed config decides the memory."""
-
-    stage: int = 0
-    offloads_parameters: bool = False
-    offloads_optimizer: bool = False
-    live_parameters: float = LIVE_PARAMETERS  # gathered at once under stage 3
-
-    @classmethod
-    def read(cls, file: str | None) -> "Zero":
-        """Of a config file; of none, no sharing at all. Raises ValueError for one that is no DeepSpeed config."""
-        if not file:
-            return cls()
-        zero = read_object(Path(file)).get("zero_optimization", {})
-        try:
-            offloads = (zero.get(f"offload_{part}", {}).get("device", "none") for part in ("param", "optimizer"))
-            live = float(zero.get("stage3_max_live_parameters", LIVE_PARAMETERS))
-            return cls(range(4).index(zero.get("stage", 0)), *(device != "none" for device in offloads), live)
-        except (AttributeError, TypeError, ValueError) as error:
-            raise ValueError(f"--deepspeed {file}: no zero_optimization of a stage from 0 to 3 ({error})") from error
-
-
-def estimate_memory(
-    config: PretrainedConfig, num_all: int, num_trained: int, num_blocks: float, tokens: int, answers: int,
-    dtype_bytes: int, zero: Zero, world: int, checkpointing: bool, bits: int = 16,
-) -> Memory:  # fmt: skip
-    """Bytes per process.
-
-    weights: all parameters, shared out under ZeRO-3, on the CPU with its offload; below 16 bits the `num_blocks`
-    weights of the blocks take `QUANTISED_BYTES` each. gathered: what ZeRO-3 brings together at once, at most its live
-    parameters. Gradients in the training dtype, Adam's two moments and (below fp32) a master copy in fp32 for trained
-    ones, shared out from ZeRO-2 on, on the CPU with their offload. Activations per token: the inputs of every block
-    when checkpointing plus one block in full, else every block in full; a block keeps about 12 hidden and 3
-    feed-forward vectors. Logits at answer rows only, in the training dtype and twice in fp32.
-    """
-    text = config.get_text_config()
-    moments = 8 + (4 if dtype_bytes < 4 else 0)
-    block = 12 * text.hidden_size + 3 * text.intermediate_size
-    layers = text.num_hidden_layers
-    kept = layers * text.hidden_size + block if checkpointing else layers * block
-    quantised = num_blocks if bits < 16 else 0
-    weights = (num_all - quantised) * dtype_bytes + quantised * QUANTISED_BYTES.get(bits, 0)
-    weights /= world if zero.stage == 3 else 1
-    states = num_trained * (dtype_bytes + moments) / (world if zero.stage >= 2 else 1)
-    gathered = min(zero.live_parameters, num_all) * dtype_bytes if zero.stage == 3 else 0
-    return Memory(
-        weights=0 if zero.offloads_parameters else weights,
-        gradients_and_optimizer=0 if zero.offloads_optimizer else states,
-        activations=tokens * kept * dtype_bytes,
-        logits=answers * text.vocab_size * (dtype_bytes + 8),
-        gathered=gathered,
-        host=weights * zero.offloads_parameters + states * zero.offloads_optimizer,
-    )

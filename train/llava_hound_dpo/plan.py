@@ -1,8 +1,8 @@
 """What `--dry_run` prints: a run's size in tokens, parameters, steps, memory, FLOPs and hours, without any weight."""
 
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -15,18 +15,17 @@ from train.llava_hound_dpo.batches import BatchPlan, num_steps
 from train.llava_hound_dpo.costs import (
     A100_PEAK,
     ForwardFlops,
-    Memory,
     PairShape,
     Recipe,
-    Zero,
     count,
-    estimate_memory,
     filling_flops,
     hours,
     work,
 )  # fmt: skip
 from train.llava_hound_dpo.data import Pair, PairDataset, describe
-from train.llava_hound_dpo.model import build_on_meta, count_parameters, parameter_table
+from train.llava_hound_dpo.fitting import Needs, describe_room
+from train.llava_hound_dpo.memory import GIB, OVERHEAD, Memory
+from train.llava_hound_dpo.model import build_on_meta, parameter_table
 from train.llava_hound_dpo.reference import ReferenceCache
 
 TERA = 1e12
@@ -48,6 +47,7 @@ class Inputs:
     leave_out: frozenset[str]  # names of records that were not looked at
     batches: BatchPlan  # of the training pairs
     reference: ReferenceCache | None = None  # None: computed at every step, or not needed
+    chosen: Mapping[str, str] = field(default_factory=dict)  # rows of the plan, of `fitting.choose`
 
     def dataset(self, pairs: Sequence[Pair]) -> PairDataset:
         """The pairs with their pictures."""
@@ -70,16 +70,12 @@ def shape_of(pair: Pair, with_rejected: bool) -> PairShape:
 
 def plan(model: ModelArguments, loss: LossArguments, args: TrainArguments, inputs: Inputs) -> str:
     """The text of the plan."""
-    config, batches, zero = inputs.checkpoint.config, inputs.batches, Zero.read(args.deepspeed_file)
+    config, batches = inputs.checkpoint.config, inputs.batches
     policy, costs = build_on_meta(config, model).to(args.dtype), count(config)
     shapes = [shape_of(pair, loss.dpo_alpha > 0) for pair in inputs.train]
-    longest = sorted(shapes, key=lambda shape: shape.tokens)[-args.per_device_train_batch_size :]
-    tokens = args.tokens_per_batch or sum(shape.tokens for shape in longest)  # a row holds so many at most
-    memory = partial(
-        estimate_memory, config, *count_parameters(policy), costs.token / 2, tokens,
-        sum(shape.answers for shape in longest), args.dtype.itemsize, zero,
-        checkpointing=bool(args.activation_checkpointing), bits=model.bits,
-    )  # fmt: skip
+    needs, most = Needs.of(config, model, args, inputs.layers, shapes), args.tokens_per_batch
+    row = needs.of_tokens(most) if most else needs.longest(args.per_device_train_batch_size)
+    memory, own = partial(needs.memory, row), needs.memory(row, batches.world_size)
     recipe = Recipe(
         reference="none" if loss.dpo_alpha == 0 else "cache" if inputs.reference else "step",
         lora_parameters=sum(p.numel() for name, p in policy.named_parameters() if "lora_" in name),
@@ -90,8 +86,10 @@ def plan(model: ModelArguments, loss: LossArguments, args: TrainArguments, input
     )
     rows = {
         **describe_training(model, loss, args, inputs),
-        "memory": f"about {memory(batches.world_size)} per process at the longest batch ({tokens:,} tokens), "
-        f"estimated for ZeRO {zero.stage}",
+        **inputs.chosen,
+        "memory": f"about {own} per process at the longest batch ({row.tokens:,} tokens), estimated for ZeRO "
+        f"{needs.zero.stage}; a GPU has {OVERHEAD / GIB:.0f} GiB of overhead beside it (assumed)",
+        **describe_room(args, needs, own, batches.world_size),
         **cost(
             costs, shapes, recipe, memory, epochs=batches.total_steps / batches.steps_per_epoch,
             batch=batches.pairs_per_step, per_device=args.per_device_train_batch_size,
@@ -103,6 +101,8 @@ def plan(model: ModelArguments, loss: LossArguments, args: TrainArguments, input
         rows["reference"] = f"the {model.reference}{' as it is now' * model.moves_reference}, {rows['reference']}"
     if inputs.reference is not None:
         rows["reference"] += f"; {inputs.reference.status([*inputs.train, *inputs.evaluation])}"
+        if not (model.moves_reference or args.reference_cache):
+            rows["reference"] += "; by default under ZeRO-3, which fetches nothing ahead where two models alternate"
     table = ["    " + line for line in parameter_table(policy, type(inputs.checkpoint.family)).splitlines()]
     head = ["plan (no weights are loaded)", f"  {'model':<15}{model.model_name_or_path}", *table]
     return "\n".join(head + [f"  {name:<15}{text}" for name, text in rows.items()])

@@ -31,8 +31,9 @@ from train.llava_hound_dpo.checkpoints import (
     mark_complete,
     whole_or_nothing,
 )  # fmt: skip
-from train.llava_hound_dpo.costs import Zero
 from train.llava_hound_dpo.data import Pair, PairReader, describe, read_leave_out, split
+from train.llava_hound_dpo.fitting import Needs, choose, gpu_memory, precision
+from train.llava_hound_dpo.memory import Zero
 from train.llava_hound_dpo.model import make_trainable, parameter_table, quantisation, refuse_quantised
 from train.llava_hound_dpo.outcome import check_place, draw_curves, licence_of
 from train.llava_hound_dpo.plan import Inputs, describe_training, plan, shape_of, world_size
@@ -178,9 +179,27 @@ def read_inputs(model: ModelArguments, data: DataArguments, loss: LossArguments,
         train, evaluation = split(pairs, data.eval_split, args.seed)
     if args.eval_strategy != "no" and not evaluation:
         raise ValueError("--eval_strategy needs something to evaluate on: give --eval_split or --eval_data_path")
+    chosen = choose_by_memory(checkpoint, layers, train, model, loss, args)
     batches = plan_batches(train, loss, args)
     reference = open_reference(adapter if model.reference == "adapter" else checkpoint, model, loss, args, store)
-    return Inputs(checkpoint, store, layers, heads, train, evaluation, dropped, reader.leave_out, batches, reference)
+    return Inputs(
+        checkpoint, store, layers, heads, train, evaluation, dropped, reader.leave_out, batches, reference, chosen
+    )  # fmt: skip
+
+
+def choose_by_memory(checkpoint: Checkpoint, layers, pairs: Sequence[Pair], model, loss, args) -> dict[str, str]:
+    """As `fitting.choose`, and a line of it, which the plan has anyway."""
+    shapes = [shape_of(pair, loss.dpo_alpha > 0) for pair in pairs]
+    needs, processes = partial(Needs.of, checkpoint.config, model, args, layers, shapes), num_processes(args)
+    chosen = choose(args, needs, processes, gpu_memory(args))
+    if chosen and not args.dry_run:
+        logger.info("; ".join(f"{name} {why}" for name, why in chosen.items()))
+    return chosen
+
+
+def num_processes(args: TrainArguments) -> int:
+    """Of this run, or of the one that is planned."""
+    return world_size() if args.dry_run else args.world_size
 
 
 def open_adapter(checkpoint: Checkpoint, model: ModelArguments, zero_stage: int) -> Checkpoint:
@@ -205,7 +224,7 @@ def open_adapter(checkpoint: Checkpoint, model: ModelArguments, zero_stage: int)
 def plan_batches(pairs: Sequence[Pair], loss: LossArguments, args: TrainArguments) -> BatchPlan:
     """Steps and rows of the run. Raises ValueError for a pair longer than --tokens_per_batch, or too many steps."""
     lengths = [shape_of(pair, loss.dpo_alpha > 0).tokens for pair in pairs]
-    limit, processes = args.tokens_per_batch, world_size() if args.dry_run else args.world_size
+    limit, processes = args.tokens_per_batch, num_processes(args)
     if limit and max(lengths) > limit:
         longest = pairs[lengths.index(max(lengths))]
         raise ValueError(
@@ -232,7 +251,8 @@ def open_reference(checkpoint: Checkpoint, model, loss, args, store: ImageStore)
         if args.reference_cache:
             logger.info("--reference_cache %s is not used: without DPO there is no reference", args.reference_cache)
         return None
-    if not (model.moves_reference or args.reference_cache):
+    # Under ZeRO-3 reference and policy in turn would make DeepSpeed forget, each time, what to fetch ahead.
+    if not (model.moves_reference or args.reference_cache or Zero.read(args.deepspeed_file).stage == 3):
         return None
     dtypes = " computed in ".join(str(dtype).removeprefix("torch.") for dtype in precision(model, args))
     exact = dtypes if model.bits == 16 else f"{model.bits} bits and {dtypes}"
@@ -269,13 +289,6 @@ def load_policy(checkpoint: Checkpoint, model: ModelArguments, args: TrainArgume
     policy = checkpoint.load(dtype, **quantisation(model.bits, family, computed, args.device))
     set_seed(args.seed)  # after loading, which draws differently under ZeRO-3: LoRA starts the same everywhere
     return make_trainable(policy, family, model, fp32_adapter=not args.deepspeed)
-
-
-def precision(model: ModelArguments, args: TrainArguments) -> tuple[torch.dtype, torch.dtype]:
-    """(dtype of the weights, dtype that they compute in)."""
-    # Without DeepSpeed's fp32 master copy, weights that are trained themselves must be fp32 (autocast reduces them).
-    trains_base = not (model.lora_enable and model.freeze_mm_mlp_adapter) or args.fp16
-    return torch.float32 if trains_base and not args.deepspeed_file else args.dtype, args.dtype
 
 
 def build_trainer(policy, model, loss, args, inputs: Inputs, identity: dict[str, Any]) -> AttentionAwareDPOTrainer:
