@@ -9,10 +9,11 @@ import torch
 from scripts.bench.common import Shape, add_lora, build_base, build_pairs
 from scripts.bench.steps import PlainDPOTrainer, TrainerStep
 from scripts.gpu_check import common
-from scripts.gpu_check.common import FAIL, GIB, OK, SKIPPED, Finding, Settings, aimed, at_most, seconds
+from scripts.gpu_check.common import FAIL, OK, SKIPPED, Finding, Settings, aimed, at_most, seconds
 from scripts.gpu_check.models import family_of, production_step
-from train.llava_hound_dpo.costs import PairShape, Recipe, Zero, count, estimate_memory, work
+from train.llava_hound_dpo.costs import PairShape, Recipe, count, work
 from train.llava_hound_dpo.data import PairDataset
+from train.llava_hound_dpo.memory import GIB, Kept, Numbers, Row, Zero, estimate_memory
 from train.llava_hound_dpo.model import count_parameters
 from train.llava_hound_dpo.plan import shape_of
 from train.llava_hound_dpo.trainer import AttentionAwareDPOTrainer
@@ -61,14 +62,13 @@ class Bench:
         return work(self.costs, shapes, recipe).total
 
     def estimate_gib(self, shapes: list[PairShape], is_checkpointed: bool) -> float:
-        """What the plan says of a process that has no optimiser: weights, gradients, activations and logits."""
-        numbers, dtype = count_parameters(self.policy), self.settings.dtype
-        tokens, answers = (sum(getattr(shape, name) for shape in shapes) for name in ("tokens", "answers"))
-        memory = estimate_memory(
-            self.family.config, *numbers, self.costs.token / 2, tokens, answers, dtype.itemsize, Zero(), 1,
-            is_checkpointed,
-        )  # fmt: skip
-        return (memory.weights + numbers[1] * dtype.itemsize + memory.activations + memory.logits) / GIB
+        """What the plan says of a process that has no optimiser: weights, gradients in their precision, activations."""
+        config, size = self.family.config, self.settings.dtype.itemsize
+        numbers = Numbers(*count_parameters(self.policy), bytes_each=size)
+        row = Row(*(sum(parts) for parts in zip(*((s.tokens, s.answers, sum(s.patches)) for s in shapes), strict=True)))
+        rank, layers = self.policy.peft_config["default"].r, tuple(sorted(self.step.trainer.layers))
+        memory = estimate_memory(config, numbers, row, Kept(is_checkpointed, rank, layers, size), Zero(), world=1)
+        return (memory.weights + numbers.trained * size + memory.activations) / GIB
 
 
 def run(settings: Settings) -> Iterator[Finding]:
