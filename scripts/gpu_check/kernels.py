@@ -108,7 +108,8 @@ def packed_pair(settings: Settings) -> Call:
     own, device = settings.sizes, settings.device
     first = own.prompt + own.answers[0]
     length = first + own.answers[1]
-    tree = Tree.of((0, own.prompt), ((own.prompt, first), (first, length))).to(device)
+    with torch.device(device):
+        tree = Tree.of((0, own.prompt), ((own.prompt, first), (first, length)))
     mask = torch.ones(length, length, dtype=torch.bool, device=device).tril()
     mask[first:] = tree.mask
     states = [draw(settings, 1, own.heads, length, 128) for _ in range(3)]
