@@ -13,14 +13,15 @@ from train.llava_hound_dpo.packing import EncodedPair, PackedRow, pack
 from train.llava_hound_dpo.scoring import Scores, score
 
 LAYER = 1
+ERRORS = {torch.float32: (1e-5, 1e-4), torch.bfloat16: (5e-3, 0.1)}  # at most, of masses and log-probs
 SIZES = ((96, 64), (64, 96))  # px of the pictures
 PROMPT = "Image1:<image>\nImage2:<image>\nIn Image2, what is shown?"
 
 
-def run(family: Family) -> Iterator[tuple[str, str]]:
-    """(what was tested, problem or "") for every check."""
-    model = small_twin(family)
-    both, chosen, rejected = example(family)
+def run(family: Family, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Iterator[tuple[str, str]]:
+    """(what was tested, problem or "") for every check, with a twin on this device in this precision."""
+    model = small_twin(family).to(device, dtype)
+    both, chosen, rejected = (row.to(device) for row in example(family))
     features = encode(family, model)
     yield "region mass equals eager attention", mass_against_eager(model, chosen, features)
     yield "the attention term's gradient reaches query and key", gradient_of_term(family, model, both, features)
@@ -65,7 +66,12 @@ def example(family: Family) -> list[PackedRow]:
 def encode(family: Family, model: nn.Module) -> Any:
     """Two pictures of noise."""
     noise = torch.randint(256, (96, 96, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).numpy()
-    return family.encode(model, family.pixels([Image.fromarray(noise).resize(size) for size in SIZES]))
+    return seen(family, model, [Image.fromarray(noise).resize(size) for size in SIZES])
+
+
+def seen(family: Family, model: nn.Module, pictures: Sequence[Image.Image]) -> Any:
+    """Pictures as the language model reads them."""
+    return family.encode(model, {name: pixels.to(model.device) for name, pixels in family.pixels(pictures).items()})
 
 
 def mass_against_eager(model, row: PackedRow, features: Any) -> str:
@@ -80,10 +86,10 @@ def mass_against_eager(model, row: PackedRow, features: Any) -> str:
         plan = Plan(row.trees, Probe(row.regions, frozenset({LAYER})))
         (ours,) = model(**inputs, **pictures[0], plan=plan).attentions
         model.set_attn_implementation({"text_config": "eager"})
-        theirs = model(**inputs, **pictures[1]).attentions[LAYER][:, :, -len(row.labels) :] @ row.regions[:, None]
+        maps = model(**inputs, **pictures[1]).attentions[LAYER][:, :, -len(row.labels) :]
     install(model)
-    error = (ours - theirs).abs().max().item()
-    return "" if error < 1e-5 else f"largest error {error:.1e}"
+    error = (ours - maps.float() @ row.regions[:, None]).abs().max().item()
+    return "" if error < ERRORS[model.dtype][0] else f"largest error {error:.1e}"
 
 
 def share(scores: Scores) -> torch.Tensor:
@@ -117,7 +123,7 @@ def sign_of_term(model, row: PackedRow, features: Any) -> str:
 def packing(model, both: PackedRow, alone: PackedRow, features: Any) -> str:
     """Log-probs of the rejected answer with and without a chosen one before it."""
     error = (score(model, both, features).rejected - score(model, alone, features).chosen).abs().max().item()
-    return "" if error < 1e-4 else f"log-probs differ by {error:.1e}"
+    return "" if error < ERRORS[model.dtype][1] else f"log-probs differ by {error:.1e}"
 
 
 @torch.no_grad()
@@ -133,9 +139,9 @@ def painted_box(family: Family, model: nn.Module) -> str:
         box = [round(share * side) for share, side in zip((0.2, 0.25, 0.8, 0.9), 2 * size, strict=True)]
         plain, painted = Image.new("RGB", size, "white"), Image.new("RGB", size, "white")
         ImageDraw.Draw(painted).rectangle((box[0], box[1], box[2] - 1, box[3] - 1), fill="black")
-        seen = (family.encode(model, family.pixels([picture])).pooler_output for picture in (plain, painted))
-        first, second = (torch.cat([part.flatten(0, -2) for part in parts]) for parts in seen)
-        changed = (first != second).any(dim=-1)
+        features = (seen(family, model, [picture]).pooler_output for picture in (plain, painted))
+        first, second = (torch.cat([part.flatten(0, -2) for part in parts]) for parts in features)
+        changed = (first != second).any(dim=-1).cpu()
         image = family.image(size)
         if not changed[image.weights(box) > 1 - 1e-6].all() or changed[~near(image, box)].any():
             return f"a box in a {size[0]} x {size[1]} picture changes other tokens than its weights say"

@@ -228,7 +228,7 @@ def test_flags_in_the_text_exist(page):
 
 
 def test_console_commands_of_the_readme_are_all():
-    found = set(re.findall(r"`(aa-\w+)`", (ROOT / "README.md").read_text(encoding="utf-8")))
+    found = set(re.findall(r"`(aa-[\w-]+)`", (ROOT / "README.md").read_text(encoding="utf-8")))
     assert found == set(SCRIPTS)
 
 

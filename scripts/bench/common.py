@@ -78,16 +78,20 @@ def build_qwen(size: str) -> QwenVL:
 FAMILIES = {"llava": build_llava, "qwen": build_qwen}
 
 
-def build_base(family: Family):
+def build_base(family: Family, device: str | None = None):
     """A model of random weights whose attention is far from uniform, so that two implementations could differ.
 
-    On a GPU in bf16, else on the CPU in fp32.
+    On a GPU in bf16, drawn as such, else on the CPU in fp32; `device` says which, else a GPU where there is one.
     """
-    on_gpu = torch.cuda.is_available()
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     torch.manual_seed(0)
-    with torch.device("cuda" if on_gpu else "cpu"):
-        model = family.model_class(family.config)(copy.deepcopy(family.config))
-    model.to(torch.bfloat16 if on_gpu else torch.float32)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32 if device.type == "cpu" else torch.bfloat16)
+    try:
+        with device:
+            model = family.model_class(family.config)(copy.deepcopy(family.config))
+    finally:
+        torch.set_default_dtype(before)
     with torch.no_grad():
         for layer in model.model.language_model.layers:
             for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
@@ -130,11 +134,11 @@ def build_pairs(folder: Path, shape: Shape, family: Family) -> PairDataset:
     return PairDataset(pairs, store, family)
 
 
-def add_lora(model, family: Family, rank: int | None = None):
+def add_lora(model, family: Family, rank: int | None = None, fp32_adapter: bool = True):
     """The policy, its adapter off its zero start so that policy and reference differ, checkpointing on."""
     rank = rank or max(1, round(LORA_SHARE * model.config.text_config.hidden_size))
     arguments = ModelArguments("", lora_r=rank, lora_alpha=2 * rank)
-    policy = make_trainable(model, type(family), arguments, fp32_adapter=True)
+    policy = make_trainable(model, type(family), arguments, fp32_adapter)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in sorted(policy.named_parameters()):

@@ -89,14 +89,12 @@ class PlainDPOTrainer(AttentionAwareDPOTrainer):
         return PREFERENCE_LOSSES[self.settings.loss_type](z, self.settings.beta, 0.0).mean()
 
 
-def build_trainer(policy, pairs: PairDataset, folder: Path, kind: type[AttentionAwareDPOTrainer]):
-    """Our trainer, or a `kind` of it."""
+def build_trainer(policy, pairs: PairDataset, folder: Path, kind: type[AttentionAwareDPOTrainer], **flags):
+    """Our trainer, or a `kind` of it, under autocast on a GPU unless the flags say otherwise."""
     base = policy.get_base_model()
     install(base)
-    args = TrainArguments(
-        output_dir=str(folder), bf16=torch.cuda.is_available(), report_to=[], disable_tqdm=True,
-        gradient_checkpointing=True, per_device_train_batch_size=1,
-    )  # fmt: skip
+    defaults = {"bf16": torch.cuda.is_available(), "gradient_checkpointing": True, "per_device_train_batch_size": 1}
+    args = TrainArguments(output_dir=str(folder), report_to=[], disable_tqdm=True, **defaults | flags)
     batches = make_plan(
         [shape_of(pair, with_rejected=True).tokens for pair in pairs.pairs], args.per_device_train_batch_size,
         args.gradient_accumulation_steps, args.world_size, args.seed, args.num_train_epochs, args.max_steps,
