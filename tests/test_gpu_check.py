@@ -40,7 +40,7 @@ def whole(tmp_path_factory):
     file = tmp_path_factory.mktemp("report") / "gpu_check.json"
     words = ["--device", "cpu", "--size", "tiny", "--processes", "1", "--output", str(file)]
     command = [sys.executable, "-m", "scripts.gpu_check", *words]
-    done = subprocess.run(command, cwd=ROOT, env=variables(), capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=variables(), capture_output=True, text=True, timeout=480, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout, file
 
