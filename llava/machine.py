@@ -61,25 +61,33 @@ def _visible() -> int:
 
 def _asked_smi() -> tuple[str | None, int] | None:
     """(driver, GPUs) by nvidia-smi, which lists what the job was given; None where it does not answer."""
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    said = _smi("--query-gpu=driver_version", "--format=csv,noheader")
+    found = re.findall(r"^\s*(\d+(?:\.\d+)+)\s*$", said, re.M)
+    if found or "No devices" in said:  # the latter on a GPU node, in a job that asked for none
+        return (*found, None)[0], len(found)
+    listed = re.findall(r"^GPU \d+:", _smi("-L"), re.M)
+    return (_driver_file(), len(listed)) if listed else None
+
+
+def _smi(*words: str) -> str:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+        done = subprocess.run(["nvidia-smi", *words], capture_output=True, text=True, timeout=30, check=False)
     except (OSError, subprocess.SubprocessError):
-        return None
-    found = re.findall(r"^\d+(?:\.\d+)+$", done.stdout, re.MULTILINE)
-    if not found and "No devices" in done.stdout + done.stderr:  # a job on a GPU node that asked for none
-        return None, 0
-    return (found[0], len(found)) if found and done.returncode == 0 else None
+        return ""
+    said = done.stdout + done.stderr
+    return said if done.returncode == 0 or "No devices" in said else ""
 
 
 def _read_files() -> tuple[str | None, int]:
     """(driver, GPUs) by device files; without any the list that even a container without GPUs shows, and no driver."""
     files = [file for file in ROOT.glob("dev/nvidia[0-9]*") if os.access(file, os.R_OK)]
+    return _driver_file() if files else None, len(files) or len(list(ROOT.glob("proc/driver/nvidia/gpus/*")))
+
+
+def _driver_file() -> str | None:
     version = ROOT / "proc/driver/nvidia/version"
-    if not files or not version.is_file():
-        return None, len(files) or len(list(ROOT.glob("proc/driver/nvidia/gpus/*")))
-    found = re.search(r"\d{3,}(\.\d+)+", version.read_text())
-    return found and found[0], len(files)
+    found = re.search(r"\d{3,}(\.\d+)+", version.read_text()) if version.is_file() else None
+    return found and found[0]
 
 
 def problem(machine: Machine) -> str | None:
@@ -93,6 +101,8 @@ def problem(machine: Machine) -> str | None:
 
 
 def _reason(machine: Machine) -> str:
+    if machine.torch_cuda is None and not machine.driver:
+        return "it is built for the CPU: install one for CUDA (docs/training.md, Installing on clusters)"
     if machine.driver is None:
         return "no driver answers: start a container with --gpus all (docker) or --nv (apptainer), else see nvidia-smi"
     driver = tuple(map(int, machine.driver.split(".")))

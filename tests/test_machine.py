@@ -100,6 +100,17 @@ def test_a_build_for_the_cpu_is_replaced_by_what_the_driver_takes(node, driver, 
 VERSION = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.86.15  Release Build\nGCC version: gcc 12.3.0"
 
 
+def test_an_nvidia_smi_that_only_lists_counts(node):
+    lines = "GPU 0: A100 (UUID: x)\\n  MIG 1g.10gb Device 0: (UUID: y)\\nGPU 1: A100\\n"
+    found = node(f'[[ $* == -L ]] && printf "{lines}"', {"proc/driver/nvidia/version": VERSION}, cuda=None)
+    assert (found.driver, found.listed) == ("570.86.15", 2) and "For driver 570.86.15: pip install" in problem(found)
+
+
+def test_a_build_for_the_cpu_is_said_without_a_known_driver(node):
+    line = problem(node(files={"dev/nvidia3": ""}, cuda=None))
+    assert "1 GPU here, but torch 2.13.0 sees none: it is built for the CPU: install one for CUDA" in line
+
+
 @pytest.mark.parametrize("smi", [None, "echo 'NVIDIA-SMI has failed: no driver' >&2; exit 9", "exit 0"])
 def test_without_nvidia_smi_device_files_count(node, smi):
     found = node(smi, {"dev/nvidia3": "", "dev/nvidiactl": "", "proc/driver/nvidia/version": VERSION})

@@ -345,6 +345,11 @@ def model_inputs(features: Any, positions: Tensor) -> dict[str, Any]:
     return {"mm_encoder_outputs": {"image": copied}, "position_ids": position_ids(positions)}
 
 
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on a device, without waiting for it."""
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+
+
 def position_ids(positions: Tensor) -> Tensor:
     """(axes, B, S) positions as transformers takes them: (B, S) where there is one axis."""
     return positions[0] if len(positions) == 1 else positions

@@ -15,7 +15,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids, get_vision_window_index
 
 from llava.families.chat import ChatFamily
-from llava.families.family import ImageTokens, grid_areas
+from llava.families.family import ImageTokens, grid_areas, sent
 
 
 class QwenVL(ChatFamily):
@@ -84,20 +84,17 @@ class QwenVL(ChatFamily):
         return dict(self.image_processor(images=list(pictures), return_tensors="pt"))
 
     def encode(self, model, pixels: Mapping[str, Tensor]) -> Any:
-        """What the language model reads of pictures. The tower is told what it would read off their shapes again and
-        again, waiting for the GPU each time.
-        """
-        grid, device = pixels["image_grid_thw"].cpu(), pixels["pixel_values"].device
-        vision = model.config.vision_config
+        """See `Family`. The tower is told what it would read off shapes of pictures, waiting for a GPU each time."""
+        grid, vision, device = pixels["image_grid_thw"].cpu(), model.config.vision_config, pixels["pixel_values"].device
         if hasattr(vision, "num_position_embeddings"):  # Qwen3-VL's reads more off them
             return super().encode(model, {**pixels, "image_grid_thw": grid.to(device)})
-        places = get_vision_position_ids(grid, vision.spatial_merge_size)
-        told = {"cu_seqlens": get_vision_cu_seqlens(grid), "position_ids": sent(places, device)}
+        places = sent(get_vision_position_ids(grid, vision.spatial_merge_size), device)
+        told = {"image_grid_thw": grid, "cu_seqlens": get_vision_cu_seqlens(grid), "position_ids": places}
         if hasattr(vision, "window_size"):
             sizes = vision.spatial_merge_size, vision.window_size, vision.patch_size
             index, told["cu_window_seqlens"] = get_vision_window_index(grid, *sizes)
             told["window_index"] = sent(index, device)
-        return super().encode(model, {**pixels, "image_grid_thw": grid, **told})
+        return super().encode(model, {**pixels, **told})
 
     def positions(self, ids: Sequence[int], images: Sequence[ImageTokens]) -> Tensor:
         """(3, S) time, height and width: a picture is a plane at one time, and what follows is as far as it is long."""
@@ -121,8 +118,3 @@ class QwenVL(ChatFamily):
             size[1], size[0], self.cell, min_pixels=limits["shortest_edge"], max_pixels=limits["longest_edge"]
         )
         return height // self.cell, width // self.cell
-
-
-def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the CPU on a device, without waiting for it."""
-    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)

@@ -58,7 +58,8 @@ def world_size() -> int:
     """Processes of the planned run: from the launcher's variables, else the GPUs here, else 1."""
     if "WORLD_SIZE" in os.environ:
         return int(os.environ["WORLD_SIZE"])
-    per_node = os.environ.get("NPROC") or str(max(1, torch.cuda.device_count()))
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0  # with an old driver it counts those, too
+    per_node = os.environ.get("NPROC") or str(max(1, gpus))
     return int(per_node) * int(os.environ.get("SLURM_NNODES", "1"))
 
 

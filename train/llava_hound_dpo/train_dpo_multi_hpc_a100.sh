@@ -25,7 +25,6 @@ for start in "$(dirname "${BASH_SOURCE[0]}")" "${SLURM_SUBMIT_DIR:-}" "$PWD"; do
   while [[ $root != / && ! -f $root/scripts/cluster.sh ]]; do root=$(dirname "$root"); done
   [[ -f $root/scripts/cluster.sh ]] && break
 done
-[[ $ZERO != 3_offload ]] || export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8} # its optimiser runs on the CPU
 [[ -f $root/scripts/cluster.sh ]] || { echo "repository not found: submit from inside it" >&2; exit 2; }
 source "$root/scripts/paths.sh" && source "$root/scripts/cluster.sh" && source "$root/scripts/stoppable.sh"
 
@@ -35,6 +34,7 @@ flags=(--model_name_or_path "$MODEL" --data_path "$DATA" --image_folder "$IMAGES
   --per_device_train_batch_size 1 --gradient_accumulation_steps 32 --bf16 True --gradient_checkpointing auto
   --deepspeed "$root/scripts/zero$ZERO.json" --model_max_length 4096 --save_steps 50 --save_total_limit 3
   --dataloader_num_workers 4 --report_to "$REPORT_TO")
+
 python -m train.llava_hound_dpo.run_dpo "${flags[@]}" "$@" --dry_run True # a bad flag or record ends the job here
 [[ " $* " =~ \ (--help|-h|--dry_run(=|\ +)?(True|true|1)?)\  ]] && exit
 run_stoppable "${LAUNCH[@]}" -m train.llava_hound_dpo.run_dpo "${flags[@]}" --check_images exists "$@"
