@@ -13,7 +13,7 @@ set -euo pipefail
 dpo_alpha=${dpo_alpha:-1.0} # weight of attention-aware DPO: 1.0 with gamma 0.0 is DPO + attention
 gamma=${gamma:-0.0}         # weight of attention-aware SFT: 1.0 with dpo_alpha 0.0 is SFT + attention
 MODEL=${MODEL:-llava-hf/llava-1.5-7b-hf}
-ZERO=${ZERO:-2} # stage of DeepSpeed: 2, 3, or 3_offload: all of 7B on the host, sbatch --mem=192GB, by its plan
+ZERO=${ZERO:-2} # stage of DeepSpeed: 2, 3, or 3_offload, with all of 7B on the host: ask Slurm for 192GB there, as the plan says
 DATA=${DATA:-data/train.json} IMAGES=${IMAGES:-data/images.zip} # a folder, a .zip or a .tar
 OUTPUT=${OUTPUT:-output/aa-dpo}
 REPORT_TO=${REPORT_TO:-wandb} # logs offline without a login; "none" for no tracking
