@@ -28,7 +28,7 @@ from scripts.miniature.model import build_config, build_processor
 from train.llava_hound_dpo.trainer import AttentionAwareDPOTrainer
 
 SIZES = ((64, 32, 4, 128), (64, 24, 1))  # layers of LLaVA-1.5-7B
-PARTS = ("micro-batch", "PEFT's disable_adapter()", "adapter off and on")
+PARTS = ("micro-batch", "without checkpointing", "PEFT's disable_adapter()", "adapter off and on")
 ANSWER = "ms:"  # begins a worker's answer
 ROOT = Path(__file__).parents[2]
 
@@ -123,7 +123,12 @@ def build(folder: Path) -> list[Callable[[], None]]:
         with context():
             pass
 
-    step = [lambda: trainer.training_step(model, batch), lambda: off_and_on(policy.disable_adapter)]
+    def keeping_all() -> None:
+        policy.activation_checkpointing_disable()
+        trainer.training_step(model, batch)
+        policy.activation_checkpointing_enable()
+
+    step = [lambda: trainer.training_step(model, batch), keeping_all, lambda: off_and_on(policy.disable_adapter)]
     # An earlier commit may have no other way than PEFT's.
     return step + [lambda: off_and_on(trainer._as_reference)] * hasattr(trainer, "_switches")
 
