@@ -142,12 +142,17 @@ def announce(device: torch.device, workers: int, flag: str) -> None:
     if not logger.isEnabledFor(logging.INFO):  # the first process speaks for all
         return
     logger.info("%s", describe(device))
-    shared = ROOT / "dev/shm"
-    if workers and shared.is_dir() and (free := psutil.disk_usage(str(shared)).free) < GIB:
+    if workers and (free := shared_memory()) is not None and free < GIB:
         logger.warning(
             "/dev/shm has %.2f GiB free, which the batches of %d workers pass through: start a container with "
             "--shm-size=8g, or set %s 0", free / GIB, workers, flag,
         )  # fmt: skip
+
+
+def shared_memory() -> int | None:
+    """Bytes free in /dev/shm; None where there is no such place."""
+    place = ROOT / "dev/shm"
+    return psutil.disk_usage(str(place)).free if place.is_dir() else None
 
 
 def describe(device: torch.device | None = None) -> str:

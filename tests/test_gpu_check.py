@@ -166,7 +166,7 @@ def test_a_driver_too_old_and_a_variable_that_hides_the_gpu_are_found(monkeypatc
     monkeypatch.setattr(machine, "look", lambda: machine.Machine("470.1", 4, 0, False, "13.0"))
     monkeypatch.setattr(machine, "describe", lambda device: "4 GPUs")
     monkeypatch.setattr(environment, "capabilities", lambda: iter(()))
-    monkeypatch.setattr(environment.shutil, "disk_usage", lambda path: SimpleNamespace(free=64 * 2**20))
+    monkeypatch.setattr(machine.psutil, "disk_usage", lambda path: SimpleNamespace(free=64 * 2**20))
     monkeypatch.setattr(torch.backends.cuda, "cudnn_sdp_enabled", lambda: True)
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)

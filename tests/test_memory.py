@@ -123,8 +123,6 @@ def test_the_planning_table_of_the_docs(config_7b, name, rank, checkpointing, to
     assert "| " + " | ".join(cells) + " |" in (ROOT / "docs/training.md").read_text(encoding="utf-8").splitlines()
 
 
-
-
 def zero(name):
     return Zero.read(str(ROOT / "scripts" / f"{name}.json"))
 

@@ -1,6 +1,7 @@
 """What is measured and how: models by size, made-up pairs, timing in turn, and where the results go."""
 
 import copy
+import gc
 import json
 import os
 import platform
@@ -166,6 +167,13 @@ def clock() -> float:
     elif torch.get_num_threads() == 1:
         return time.process_time()
     return time.perf_counter()
+
+
+def release() -> None:
+    """Give back what dropped models held; trainers are cycles, which only the collector finds."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def ratio(first: Sequence[float], second: Sequence[float]) -> str:

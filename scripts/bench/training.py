@@ -7,7 +7,6 @@ Qwen2.5-VL, whose processor TRL can have only where torchvision is); checkpointi
 per second count a pair's prompt once and both its answers, whoever computes more.
 """
 
-import gc
 import statistics
 import tempfile
 from collections.abc import Sequence
@@ -65,7 +64,7 @@ def main() -> None:
 
 def compare(own: Flags, shape: Shape, names: Sequence[str], folder: Path) -> list[object]:
     """Cells of a row; what does not fit on the GPU says so."""
-    release()
+    common.release()
     family = common.FAMILIES[own.family](own.size)
     pairs = common.build_pairs(folder / "data", shape, family)
     policy = common.add_lora(common.build_base(family), family)
@@ -77,7 +76,7 @@ def compare(own: Flags, shape: Shape, names: Sequence[str], folder: Path) -> lis
             losses[name], gradients[name] = step().item(), step.gradients()
         except torch.cuda.OutOfMemoryError:
             del steps[name]
-            release()
+            common.release()
     seconds = common.alternate(steps, own.repeats)
     median = statistics.median(seconds["ours"])
     tokens = sum(pair.prompt_tokens + len(pair.chosen) + sum(map(len, pair.rejected)) for pair in pairs.pairs)
@@ -96,13 +95,6 @@ def missing(pair: set[str], asked: Sequence[str], possible: Sequence[str]) -> st
     if not pair <= {*asked}:
         return "-"
     return "out of memory" if pair <= {*possible} else "needs torchvision"
-
-
-def release() -> None:
-    """Give back what dropped models held; trainers are cycles, which only the collector finds."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def apart(losses: dict, gradients: dict, first: str, second: str) -> str:

@@ -23,8 +23,9 @@ from llava.command_line import check_numbers, flag, parse
 from llava.markdown import table
 from llava.run_folder import read_object
 from llava.weights import reason
+from scripts.bench.common import release
 from scripts.gpu_check import correctness, environment, generation, kernels, launch, step
-from scripts.gpu_check.common import FAIL, INFO, SIZES, Finding, Settings, release, too_large
+from scripts.gpu_check.common import FAIL, INFO, SIZES, Finding, Settings, too_large
 
 SECTIONS = {
     "environment": environment.run, "kernels": kernels.run, "correctness": correctness.run, "step": step.run,

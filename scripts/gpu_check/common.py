@@ -1,6 +1,5 @@
 """What the sections share: findings, sizes, and the few things that a CPU does in another way than a GPU."""
 
-import gc
 import math
 import resource
 import statistics
@@ -14,7 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-GIB = 1024**3
+from llava.machine import GIB
+from scripts.bench.common import release
+
 OK, FAIL, INFO, SKIPPED = "ok", "FAIL", "info", "skipped"
 BASE = str(Path(__file__).resolve().parent.parent / "miniature/base")  # small weights that were trained
 
@@ -85,8 +86,6 @@ class Settings:
         return SIZES[self.size]
 
 
-
-
 def at_most(value: float, aim: float, limit: float, is_judged: bool = True) -> str:
     """ok up to the aim, FAIL above the limit or if it is no number; between them it is told, and no more."""
     if not is_judged:
@@ -138,13 +137,6 @@ def exact() -> Iterator[None]:
 
 
 # ---- what differs between a GPU and a CPU
-
-
-def release() -> None:
-    """Give back what dropped models held; trainers are cycles, which only the collector finds."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def wait(settings: Settings) -> None:

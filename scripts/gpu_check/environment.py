@@ -3,14 +3,14 @@
 import os
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from transformers import AutoConfig
 
 from llava import attention, machine
 from llava.families import find_family
-from scripts.gpu_check.common import BASE, GIB, INFO, OK, Finding, Settings, judged
+from llava.machine import GIB
+from scripts.gpu_check.common import BASE, INFO, OK, Finding, Settings, judged
 
 SECTION = "environment"
 
@@ -26,7 +26,7 @@ def run(settings: Settings) -> Iterator[Finding]:
     if settings.on_gpu:
         yield from capabilities()
     yield from variables(settings)
-    free = shutil.disk_usage("/dev/shm").free / GIB if Path("/dev/shm").is_dir() else 0.0
+    free = (machine.shared_memory() or 0) / GIB
     told = "start the container with --shm-size=8g, or train with --dataloader_num_workers 0"
     yield judged(SECTION, "free in /dev/shm", free, free >= 1, told, "GiB (at least 1)")
     told = "" if shutil.which("g++") else "only ZERO=3_offload needs it, which compiles its optimiser"

@@ -42,11 +42,13 @@ class Needs:
     shapes: Sequence[PairShape]
 
     @classmethod
-    def of(cls, config, model: ModelArguments, args: TrainArguments, layers, shapes: Sequence[PairShape]) -> "Needs":
-        """Of the resolved flags, the probed layers and all pairs."""
+    def of(
+        cls, config, model: ModelArguments, args: TrainArguments, layers, shapes: Sequence[PairShape], policy=None
+    ) -> "Needs":
+        """Of the resolved flags, the probed layers and all pairs; `policy`: without weights, where it is there."""
         zero, (weights, computed) = Zero.read(args.deepspeed_file), precision(model, args)
         blocks = count(config).token / 2 if model.bits < 16 else 0
-        numbers = Numbers(*count_parameters(build_on_meta(config, model)), blocks, weights.itemsize)
+        numbers = Numbers(*count_parameters(policy or build_on_meta(config, model)), blocks, weights.itemsize)
         kept = Kept(
             bool(args.activation_checkpointing), model.lora_r if model.lora_enable else 0, tuple(layers),
             computed.itemsize, casts_adapter=model.lora_enable and not args.deepspeed_file and computed.itemsize < 4,

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from transformers import PretrainedConfig
 
+from llava.machine import GIB
 from llava.run_folder import read_object
 
 FP32 = 4  # bytes
-GIB = 1024**3
 # Bytes per quantised weight. nf4 keeps a constant per 64 weights in 8 bits, and one per 256 of these in 32 bits.
 QUANTISED_BYTES = {4: 0.5 + 1 / 64 + 4 / (64 * 256), 8: 1.0}
 LIVE_PARAMETERS = SUB_GROUP = 1e9  # DeepSpeed's defaults of stage3_max_live_parameters and sub_group_size

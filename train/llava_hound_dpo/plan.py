@@ -74,7 +74,7 @@ def plan(model: ModelArguments, loss: LossArguments, args: TrainArguments, input
     config, batches = inputs.checkpoint.config, inputs.batches
     policy, costs = build_on_meta(config, model).to(args.dtype), count(config)
     shapes = [shape_of(pair, loss.dpo_alpha > 0) for pair in inputs.train]
-    needs, most = Needs.of(config, model, args, inputs.layers, shapes), args.tokens_per_batch
+    needs, most = Needs.of(config, model, args, inputs.layers, shapes, policy), args.tokens_per_batch
     row = needs.of_tokens(most) if most else needs.longest(args.per_device_train_batch_size)
     memory, own = partial(needs.memory, row), needs.memory(row, batches.world_size)
     recipe = Recipe(
