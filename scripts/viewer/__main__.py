@@ -15,6 +15,8 @@ from pathlib import Path
 from llava.attention import layer_range
 from llava.command_line import check_numbers, flag, parse
 from llava.runtime import setup_logging, stop, user_errors
+from llava.vlm import open_model
+from scripts.viewer.answers import AnswerFiles
 
 log = logging.getLogger(__name__)
 
@@ -75,18 +77,16 @@ def start(argv: Sequence[str] | None):
         models, shown = parse((ViewerModels, ViewerPage), __doc__, argv)
     if find_spec("gradio") is None:
         stop("the page needs gradio: pip install -r requirements-viewer.txt")
-    from llava.vlm import open_model
-    from scripts.viewer.answers import TestSet
-    from scripts.viewer.page import build, serve
-
     with user_errors():
-        tests = TestSet.read(shown.answers, shown.data_path, shown.image_folder) if shown.answers else None
+        tests = AnswerFiles.read(shown.answers, shown.data_path, shown.image_folder) if shown.answers else None
         names = ("base_model", "max_image_tokens", "dtype")
         own = {name: getattr(models, name) for name in names}
         paths = [models.model_name_or_path, *([models.compare] if models.compare else [])]
         opened = dict(zip(_names(paths), [open_model(path, **own) for path in paths], strict=True))
         for vlm in opened.values():
             layer_range(vlm.checkpoint.num_layers, models.attention_layers)
+        from scripts.viewer.page import build, serve  # gradio takes seconds, and may be missing
+
         asking = {name: getattr(models, name) for name in ("attention_layers", "max_new_tokens")}
         page = build(opened, tests, asking)
         url = serve(page, shown.host, shown.port)

@@ -13,7 +13,8 @@ from llava.records import Question, messages, read_questions
 from scripts.draw_attention import asked_of
 
 ANY = "any"
-COLUMNS = ("question", "answer", "true answer", "answered", "looked", "ratio", "format", "images", "about", "id")
+COLUMNS = {"question": 240, "answer": 180, "true answer": 180, "answered": 100, "looked": 90, "ratio": 80,
+           "format": 110, "images": 80, "about": 90, "id": 220}  # px of each  # fmt: skip
 
 
 def _about(row: Row) -> str:
@@ -38,7 +39,7 @@ FILTERS: dict[str, Callable[[Row], str]] = {
 
 
 @dataclass(frozen=True)
-class TestSet:
+class AnswerFiles:
     """A test set's questions by id, their pictures, and the judged rows of each answers file by its name."""
 
     questions: Mapping[str, Question]
@@ -46,7 +47,7 @@ class TestSet:
     files: Mapping[str, Sequence[Row]]
 
     @classmethod
-    def read(cls, answers: Sequence[Path], data_path: str, image_folder: str) -> "TestSet":
+    def read(cls, answers: Sequence[Path], data_path: str, image_folder: str) -> "AnswerFiles":
         """Raises DataError, ValueError, FileNotFoundError as `evaluate` does."""
         store = ImageStore(image_folder)
         rows = judged(answers, Path(data_path), "auto")

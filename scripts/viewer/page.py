@@ -16,21 +16,21 @@ from llava.attention import layer_range
 from llava.messages import one_line
 from llava.scaling import RULES
 from llava.vlm import VLM
-from scripts.viewer.answers import ANY, COLUMNS, FILTERS, TestSet
+from scripts.viewer.answers import ANY, COLUMNS, FILTERS, AnswerFiles
 from scripts.viewer.cards import about, card, notice
 
-FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # gradio's own come from a CDN
-THEME = gr.themes.Default(primary_hue="teal", neutral_hue="slate", **FONTS)
+OWN_FONT = ["system-ui", "sans-serif"]  # gradio's would be fetched from elsewhere
+THEME = gr.themes.Default(primary_hue="teal", neutral_hue="slate", font=OWN_FONT, font_mono=OWN_FONT)
 ONE_AT_A_TIME = {"concurrency_id": "model", "concurrency_limit": 1}  # a second visitor waits in a queue
 FACTORS = (0.25, 4.0)
-WIDTHS = [240, 180, 180, 100, 90, 80, 110, 80, 90, 220]  # px of `COLUMNS`
-HINT = "Drop pictures and ask: the model's answer comes first, then the steered one. Moving a control steers again."
-PLAIN, STEERED = False, True
+UNSTEERED = "Not steered: nothing is told apart in this prompt. Scope “all” scales all that is seen."
+TOO_LONG = "Prompt and answer are longer than what the model was made for."
+HINT = "Drop pictures and ask. The plain answer comes first, then the steered one; moving a control steers again."
 
 
 @dataclass(frozen=True)
 class Desk:
-    """Answers what the page asks: of every model a plain and a steered card, in this order."""
+    """Answers what the page asks: a plain card of every model, then a steered one of each."""
 
     models: Mapping[str, VLM]
     settings: Mapping[str, Any]  # of `VLM.ask`: `attention_layers`, `max_new_tokens`
@@ -38,7 +38,7 @@ class Desk:
     @property
     def slots(self) -> list[tuple[str, bool]]:
         """(model, whether it is steered) of each card."""
-        return [(name, is_steered) for name in self.models for is_steered in (PLAIN, STEERED)]
+        return [(name, is_steered) for is_steered in (False, True) for name in self.models]
 
     def ask(
         self, gallery: list | None, prompt: str, opened: dict | None, factor: float, scope: str, rule: str
@@ -52,7 +52,7 @@ class Desk:
 
     def steer(self, gallery: list | None, prompt: str, opened: dict | None, *steering: Any) -> Iterator[list[Any]]:
         """The steered cards alone, when a control has been moved; nothing before there is something to ask."""
-        slots = [slot for slot in self.slots if slot[1] is STEERED] if gallery and prompt.strip() else []
+        slots = [slot for slot in self.slots if slot[1]] if gallery and prompt.strip() else []
         yield from self._answers(slots, gallery, prompt, opened, steering)
 
     def _answers(self, slots: Sequence, gallery, prompt: str, opened: dict | None, steering) -> Iterator[list[Any]]:
@@ -66,29 +66,35 @@ class Desk:
                    for own in self.slots]  # fmt: skip
 
     def _card(self, slot, pictures: list, prompt: str, fields: dict, factor: float, scope: str, rule: str) -> str:
-        (name, is_steered), title = slot, f"{slot[0]} · plain"
-        steer = None
+        name, is_steered = slot
+        title, steer = f"{name} · plain", None
         if is_steered:
             title = f"{name} · {scope}, {'×' if rule == 'multiply' else rule} {factor:g}"
             steer = AdaptViz(scope=scope, rule=rule, bands=Bands.fixed(factor))
         try:
-            reply = self.models[name].ask(
-                pictures, prompt, steer=steer, **self.settings, **fields
-            )
+            reply = self.models[name].ask(pictures, prompt, steer=steer, **self.settings, **fields)
         except (ValueError, OSError) as error:
             if is_steered:  # the plain answer stays
-                return notice(title, one_line(str(error)))
-            raise _error(str(error)) from error
-        unsteered = is_steered and factor != 1 and reply.scale == 1
-        note = "Not steered: the prompt names no one of several images. Scope “all” scales every image." if unsteered else ""
+                return notice(title, _line(error, pictures))
+            raise _error(_line(error, pictures)) from error
+        notes = [UNSTEERED] if is_steered and factor != 1 and reply.scale == 1 else []
+        notes += [TOO_LONG] if reply.record["is_too_long"] else []
         layers = layer_range(self.models[name].checkpoint.num_layers, self.settings["attention_layers"])
-        return card(title, reply, sorted(layers), note)
+        return card(title, reply, sorted(layers), " ".join(notes))
 
 
-def build(models: Mapping[str, VLM], tests: TestSet | None, settings: Mapping[str, Any]) -> gr.Blocks:
+def _line(error: Exception, pictures: Sequence[str] = ()) -> str:
+    """What an error says, without where the page keeps its pictures."""
+    text = str(error).removeprefix("prompt 1, ").removeprefix("prompt 1: ")
+    for path in pictures:
+        text = text.replace(f"{path}: ", "")
+    return one_line(text)
+
+
+def build(models: Mapping[str, VLM], tests: AnswerFiles | None, settings: Mapping[str, Any]) -> gr.Blocks:
     """The page, which is not served yet."""
-    desk = Desk(models, settings)
-    with gr.Blocks(title="Where does it look?", analytics_enabled=False, delete_cache=(3600, 86400), fill_width=True) as page:
+    desk, title = Desk(models, settings), f"Where {' and '.join(models)} look"
+    with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(3600, 86400), fill_width=True) as page:
         with gr.Tabs() as tabs:
             with gr.Tab("Ask", id="ask"):
                 asking = _ask_tab(desk)
@@ -98,69 +104,82 @@ def build(models: Mapping[str, VLM], tests: TestSet | None, settings: Mapping[st
     return page
 
 
-def _ask_tab(desk: Desk) -> tuple[list, list, Any]:
+def _ask_tab(desk: Desk) -> tuple[list, list, gr.HTML]:
     """The first tab: (what is asked with, the cards, what is known about the question)."""
-    with gr.Row(elem_classes="desk"):
+    opened = gr.State(None)
+    with gr.Row():
         with gr.Column(scale=2, min_width=320):
-            gallery = gr.Gallery(
-                label="Pictures: Image1, Image2, …", type="filepath", format="png",
-                sources=["upload", "clipboard"], file_types=["image"], columns=3, height="auto", object_fit="contain",
-                interactive=True, buttons=[], elem_id="pictures",
-            )  # fmt: skip
-            prompt = gr.Textbox(
-                label="Question", placeholder="In Image2, what colour is the car?", lines=1, max_lines=8, elem_id="prompt"
-            )
-            button = gr.Button("Ask", variant="primary", elem_id="ask-button")
-            factor = gr.Slider(
-                *FACTORS, value=1.5, step=0.05, label="Steering: factor on the attention scores",
-                elem_id="factor", buttons=[],
-            )  # fmt: skip
-            scope = gr.Radio(list(SCOPES), value="target", label="Scope: whose scores", elem_id="scope")
-            rule = gr.Radio(list(RULES), value="multiply", label="Rule: how", elem_id="rule")
+            gallery, prompt, button = _question()
+            steering = factor, scope, rule = _steering()
         with gr.Column(scale=5, min_width=320):
             known = gr.HTML(about(HINT), elem_id="known")
             with gr.Row(elem_classes="cards"):
-                cards = [gr.HTML(elem_id=f"card-{n}", min_width=300) for n in range(len(desk.slots))]
-    opened = gr.State(None)
-    inputs = [gallery, prompt, opened, factor, scope, rule]
+                cards = [gr.HTML(elem_id=f"card-{number}") for number in range(len(desk.slots))]
+    inputs, moved = [gallery, prompt, opened, *steering], [factor.release, scope.input, rule.input]
     gr.on([button.click, prompt.submit], desk.ask, inputs, cards, **ONE_AT_A_TIME)
-    gr.on([factor.release, scope.input, rule.input], desk.steer, inputs, cards, trigger_mode="always_last", **ONE_AT_A_TIME)
+    gr.on(moved, desk.steer, inputs, cards, trigger_mode="always_last", **ONE_AT_A_TIME)
     prompt.input(lambda: (None, about(HINT)), None, [opened, known], queue=False)
-    gr.on(
-        [gallery.upload, gallery.delete], lambda pictures: (numbered(pictures), None, about(HINT)), gallery,
-        [gallery, opened, known], queue=False,
-    )  # fmt: skip
+    gr.on([gallery.upload, gallery.delete], _changed, gallery, [gallery, opened, known], queue=False)
     return inputs, cards, known
 
 
-def _answers_tab(desk: Desk, tests: TestSet, tabs, inputs: list, cards: list, known) -> None:
+def _question() -> tuple[gr.Gallery, gr.Textbox, gr.Button]:
+    gallery = gr.Gallery(
+        label="Pictures: Image1, Image2, …", type="filepath", format="png", sources=["upload", "clipboard"],
+        file_types=["image"], columns=3, height="auto", interactive=True, buttons=[], elem_id="pictures",
+    )  # fmt: skip
+    hint = "In Image2, what colour is the car?"
+    prompt = gr.Textbox(label="Question", placeholder=hint, lines=1, max_lines=8, elem_id="prompt")
+    return gallery, prompt, gr.Button("Ask", variant="primary", elem_id="ask-button")
+
+
+def _steering() -> tuple[gr.Slider, gr.Radio, gr.Radio]:
+    label = "Steering: factor on the attention scores"
+    return (
+        gr.Slider(*FACTORS, value=1.5, step=0.05, label=label, elem_id="factor", buttons=[]),
+        gr.Radio(list(SCOPES), value="target", label="Scope: whose scores", elem_id="scope"),
+        gr.Radio(list(RULES), value="multiply", label="Rule: how", elem_id="rule"),
+    )
+
+
+def _changed(pictures: list | None) -> tuple[list, None, str]:
+    """Other pictures: they are numbered anew, and no longer those of a test set."""
+    return numbered(pictures), None, about(HINT)
+
+
+def _answers_tab(desk: Desk, tests: AnswerFiles, tabs: gr.Tabs, inputs: list, cards: list, known: gr.HTML) -> None:
     """The second tab: filters, a table, and a click that opens a question in the first."""
     files = list(tests.files)
     with gr.Row():
         file = gr.Dropdown(files, value=files[0], label="answers file", elem_id="file", visible=len(files) > 1)
         filters = [gr.Dropdown(tests.choices(name), value=ANY, label=name, min_width=150) for name in FILTERS]
-    first = tests.table(files[0], *[ANY] * len(FILTERS))
-    count = gr.HTML(_count(first, first), elem_id="count")
+    every = tests.table(files[0], *[ANY] * len(FILTERS))
+    count = gr.HTML(_count(every, every), elem_id="count")
     table = gr.Dataframe(
-        first, headers=list(COLUMNS), type="array", interactive=False, buttons=[], elem_id="answers", wrap=True,
-        column_widths=WIDTHS,
+        every, headers=list(COLUMNS), type="array", interactive=False, buttons=[], elem_id="answers", wrap=True,
+        column_widths=list(COLUMNS.values()),
     )  # fmt: skip
 
-    def filtered(file: str, *wanted: str):
+    def filtered(file: str, *wanted: str) -> tuple[list, str]:
         rows = tests.table(file, *wanted)
         return rows, _count(rows, tests.files[file])
 
-    def show(event: gr.SelectData, file: str):
-        try:
-            pictures, prompt, fields, said = tests.open(file, event.row_value[COLUMNS.index("id")])
-        except (ValueError, OSError) as error:
-            raise _error(str(error)) from error
-        opened = {"prompt": prompt, "count": len(pictures), "fields": fields}
-        return numbered([(picture, None) for picture in pictures]), prompt, opened, about(*said), gr.Tabs(selected="ask")
+    def show(event: gr.SelectData, file: str) -> tuple:
+        return (*_opened(tests, file, event.row_value[list(COLUMNS).index("id")]), gr.Tabs(selected="ask"))
 
     gr.on([one.input for one in (file, *filters)], filtered, [file, *filters], [table, count])
     clicked = table.select(show, file, [*inputs[:3], known, tabs])
     clicked.success(desk.ask, inputs, cards, **ONE_AT_A_TIME)
+
+
+def _opened(tests: AnswerFiles, file: str, id: str) -> tuple[list, str, dict[str, Any], str]:
+    """A question of the test set for the first tab: gallery, prompt, what `opened` holds, and what is known."""
+    try:
+        pictures, prompt, fields, said = tests.open(file, id)
+    except (ValueError, OSError) as error:
+        raise _error(_line(error)) from error
+    opened = {"prompt": prompt, "count": len(pictures), "fields": fields}
+    return numbered([(picture, None) for picture in pictures]), prompt, opened, about(*said)
 
 
 def numbered(pictures: Sequence[tuple[Any, Any]] | None) -> list[tuple[Any, str | None]]:
@@ -174,7 +193,7 @@ def _count(rows: Sequence, every: Sequence) -> str:
 
 def _error(message: str) -> gr.Error:
     """A line on the page; gradio would take it for HTML."""
-    return gr.Error(escape(one_line(message)), duration=None, title="Cannot ask this", print_exception=False)
+    return gr.Error(escape(message), duration=None, title="Cannot ask this", print_exception=False)
 
 
 def serve(page: gr.Blocks, host: str, port: int | None) -> str:
