@@ -10,7 +10,7 @@ import socket
 import time
 from contextlib import contextmanager
 from importlib.util import find_spec
-from itertools import product
+from itertools import chain, product
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ from llava.records import read_questions
 from scripts.miniature.make_data import question, save_pictures
 from scripts.miniature.prompts import sample_prompt
 from scripts.viewer import __main__ as viewer
-from scripts.viewer.answers import ANY, COLUMNS, FILTERS, AnswerFiles, fields_of
+from scripts.viewer.answers import ANY, COLUMNS, AnswerFiles, fields_of
 from scripts.viewer.cards import card, parts
 from tests.conftest import BASE, picture
 
@@ -44,7 +44,7 @@ def vlm():
 
 @pytest.fixture(scope="module")
 def answered(vlm, tmp_path_factory):
-    """A folder with a test set of twelve questions, its pictures, and base.jsonl: one answer missing, one of a parrot."""
+    """A folder with a test set of twelve questions, its pictures, and base.jsonl: an answer is missing, one is HTML."""
     folder, rng, records = tmp_path_factory.mktemp("answered"), np.random.default_rng(3), []
     for number in range(12):
         prompt = sample_prompt(rng, "test", ("sequence", "collage", "pip", "single")[number % 4])
@@ -67,7 +67,8 @@ def book(answered):
 
 
 def flags_of(folder):
-    return ["--answers", folder / "base.jsonl", "--data_path", folder / "test.json", "--image_folder", folder / "images"]
+    files = {"answers": "base.jsonl", "data_path": "test.json", "image_folder": "images"}
+    return [word for name, file in files.items() for word in (f"--{name}", str(folder / file))]
 
 
 # ---- cards
@@ -105,16 +106,16 @@ def test_filters_are_those_of_the_scores(book):
     ((file, rows),) = book.files.items()
     known = {
         "format": lambda row: row.asked.image_type,
-        "number of images": lambda row: {"pip": "2", "single": "1"}.get(row.asked.image_type, str(row.asked.num_regions)),
-        "position": lambda row: f"Image{row.asked.target + 1}" if row.asked.image_type in ("sequence", "collage") else "-",
-    }  # fmt: skip
+        "number of images": lambda row: str({"pip": 2, "single": 1}.get(row.asked.image_type, row.asked.num_regions)),
+        "position": lambda row: "-" if row.asked.image_type in ("pip", "single") else f"Image{row.asked.target + 1}",
+    }
     for number, name in enumerate(known):
         given = [[row[-1] for row in book.table(file, *[ANY] * number, value, *[ANY] * (3 - number))]
                  for value in book.choices(name)[1:]]  # fmt: skip
         assert given == [
             [row.asked.id for row in rows if known[name](row) == value] for value in book.choices(name)[1:]
         ]
-        assert sorted(sum(given, [])) == sorted(row.asked.id for row in rows)
+        assert sorted(chain(*given)) == sorted(row.asked.id for row in rows)
 
 
 def test_looked_and_answered_are_filtered_together(book):
@@ -166,9 +167,9 @@ def test_what_cannot_be_meant_is_one_line(words, said, capsys, monkeypatch):
 def test_a_wrong_answers_file_is_one_line(answered, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(viewer, "find_spec", lambda name: name)
     (tmp_path / "bad.jsonl").write_text('{"question_id": "q1", "text": "red"}\n')
-    words = ["--answers", tmp_path / "bad.jsonl", *flags_of(answered)[2:]]
+    words = ["--answers", str(tmp_path / "bad.jsonl"), *flags_of(answered)[2:]]
     with pytest.raises(SystemExit) as ended:
-        viewer.start(["--model_name_or_path", BASE, *map(str, words)])
+        viewer.start(["--model_name_or_path", BASE, *words])
     (line,) = capsys.readouterr().err.splitlines()
     assert ended.value.code == 2 and "bad.jsonl" in line and "image_type" in line
 
@@ -243,7 +244,8 @@ def test_cards_come_one_after_another(vlm, tmp_path):
     gallery, prompt = [(str(path), None) for path in paths], "In Image2, what is the colour?"
     desk = Desk({"a": vlm, "b": vlm}, ASKING)
     stale = {"prompt": "other words", "count": 2, "fields": {"target": 1}}
-    shown = [[n for n, one in enumerate(step) if isinstance(one, str)] for step in desk.ask(gallery, prompt, stale, *PLAIN)]
+    steps = list(desk.ask(gallery, prompt, stale, *PLAIN))
+    shown = [[n for n, one in enumerate(step) if isinstance(one, str)] for step in steps]
     assert shown == [[], [0], [1], [2], [3]]
     *_, last = desk.steer(gallery, prompt, None, 3.0, "balance", "add")
     steered = vlm.ask(paths, prompt, steer=AdaptViz("balance", "add", bands=Bands.fixed(3.0)), **ASKING)
@@ -285,7 +287,9 @@ class Hand:
         self.wait(lambda: self.all("#pictures input[type=file]"))
 
     def all(self, css):
-        return [one for one in self.browser.find_elements("css selector", css) if "type=file" in css or one.is_displayed()]
+        """What is seen of a kind; what takes files never is."""
+        found = self.browser.find_elements("css selector", css)
+        return [one for one in found if "type=file" in css or one.is_displayed()]
 
     def wait(self, until, seconds=20):
         end = time.monotonic() + seconds
@@ -312,10 +316,6 @@ class Hand:
     def said(self, number, name="said"):
         return [one.text for one in self.all(f"#card-{number} .{name}")]
 
-    def fresh(self, number, before):
-        """What a card says once it is another than before."""
-        return self.wait(lambda: [html for html in [self.html(number)] if html and html != before])[0]
-
     def html(self, number):
         return "".join(one.get_attribute("outerHTML") for one in self.all(f"#card-{number} .answer-card"))
 
@@ -338,28 +338,34 @@ def light(image):
 
 @pytest.fixture(scope="module")
 def scene(vlm, tmp_path_factory):
-    """(paths of three pictures, the number of one that the model looks at most when asked about it, the question)."""
+    """(paths, the one that the model looks at most when asked about it, the question): a dark picture, thrice,
+    so that the more attention lies on a copy, the brighter it is drawn."""
     folder, rng = tmp_path_factory.mktemp("scene"), np.random.default_rng(5)
-    prompts = (sample_prompt(rng, "test", "sequence") for _ in range(100))
-    for prompt in (prompt for prompt in prompts if len(prompt.scenes) == 3):
-        if max(shares := vlm.ask(prompt.pictures(), prompt.text, **ASKING).shares) == shares[prompt.target] > 0.6:
-            return [folder / name for name in save_pictures(prompt.pictures(), folder, "p", "p")], prompt.target, prompt.question
+    for prompt in (sample_prompt(rng, "test", "single") for _ in range(100)):
+        pictures = [prompt.pictures()[0]] * 3
+        question = f"In Image3, {prompt.question[0].lower()}{prompt.question[1:]}"
+        if light(pictures[0]) < 80 and vlm.ask(pictures, question, **ASKING).ratio > 0.5:
+            return [folder / name for name in save_pictures(pictures, folder, "p", "p")], 2, question
     raise AssertionError("no such scene")
 
 
 @needs_browser
 def test_the_page_in_chromium(vlm, answered, book, scene, monkeypatch):
     """One server and one browser for all that a person does; neither speaks to anybody else."""
-    reached, connect = set(), socket.socket.connect
+    reached, look_up, connect = set(), socket.getaddrinfo, socket.socket.connect
 
-    def noted(self, address):
-        reached.add(address[0] if isinstance(address, tuple) else "a local socket")
+    def looks_up(host, *more, **others):
+        reached.add(host)
+        return look_up(host, *more, **others)
+
+    def connects(self, address):
+        reached.add(address[0])
         return connect(self, address)
 
-    monkeypatch.setattr(socket.socket, "connect", noted)
+    monkeypatch.setattr(socket, "getaddrinfo", looks_up)
+    monkeypatch.setattr(socket.socket, "connect", connects)
     monkeypatch.setattr(viewer, "setup_logging", lambda: None)
-    words = ["--model_name_or_path", BASE, "--max_new_tokens", 8, *flags_of(answered)]
-    page = viewer.start(list(map(str, words)))
+    page = viewer.start(["--model_name_or_path", BASE, "--max_new_tokens", "8", *flags_of(answered)])
     try:
         with chromium() as browser:
             hand = Hand(browser, page.local_url)
@@ -377,11 +383,11 @@ def test_the_page_in_chromium(vlm, answered, book, scene, monkeypatch):
     assert log == []
     urls = {event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"}
     assert len(urls) > 50 and [url for url in urls if not url.startswith((page.local_url, "data:", "blob:"))] == []
-    assert reached <= {"127.0.0.1", "a local socket"}
+    assert reached <= {"127.0.0.1", "localhost"}
 
 
 def asks(hand, vlm, paths, target, question):
-    """The first answer is there within three seconds, and the image asked about gains most light by its heat."""
+    """The first answer is there within three seconds, and the heat on the image asked about is the brightest."""
     hand.drop(paths)
     hand.write(question)
     start = time.monotonic()
@@ -391,32 +397,32 @@ def asks(hand, vlm, paths, target, question):
     hand.wait(lambda: hand.said(1))
     reply = vlm.ask(paths, question, **ASKING)
     assert hand.said(0) == [reply.text] and hand.said(0, "ratio") == [f"{reply.ratio:.3f}"]
-    gained = [light(heated) - light(Image.open(path)) for heated, path in zip(hand.maps(0), paths, strict=True)]
-    assert np.argmax(gained) == target and len(gained) == 3
+    lights = [light(heated) for heated in hand.maps(0)]
+    assert np.argmax(lights) == target and len(lights) == 3, lights
 
 
 def steers(hand, vlm, paths, target, question):
     """The handle is dragged; the rule is switched: each time the steered answer is that of the controls."""
     from selenium.webdriver import ActionChains
 
-    (handle,) = hand.all("#factor input[type=range]")
-    before, plain = hand.html(1), hand.html(0)
+    (handle,), plain = hand.all("#factor input[type=range]"), hand.html(0)
     ActionChains(hand.browser).click_and_hold(handle).move_by_offset(60, 0).release().perform()
-    after = hand.fresh(1, before)
     factor = float(hand.all("#factor input[type=number]")[0].get_attribute("value"))
-    for scope, rule in (("target", "multiply"), ("all", "multiply"), ("all", "add")):
-        if scope != "target":
-            hand.all(f"#{'scope' if rule == 'multiply' else 'rule'} input[value={scope if rule == 'multiply' else rule}]")[0].click()
-            after = hand.fresh(1, after)
-        steer = AdaptViz(scope, rule, bands=Bands.fixed(factor))
-        assert hand.said(1, "ratio") == [f"{vlm.ask(paths, question, steer=steer, **ASKING).ratio:.3f}"]
-    assert factor > 2 and hand.html(0) == plain
+    settings, ratios = {"scope": "target", "rule": "multiply"}, set()
+    for moved in ({}, {"scope": "all"}, {"rule": "add"}):
+        settings |= moved
+        for name, value in moved.items():
+            hand.all(f"#{name} input[value={value}]")[0].click()
+        wanted = vlm.ask(paths, question, steer=AdaptViz(**settings, bands=Bands.fixed(factor)), **ASKING)
+        hand.wait(lambda ratio=f"{wanted.ratio:.3f}": hand.said(1, "ratio") == [ratio])
+        ratios.add(wanted.ratio)
+    assert factor > 2 and len(ratios) == 3 and hand.html(0) == plain
 
 
 def asks_beside_another(hand, vlm, paths, target, question):
     """Two visitors at once: each gets the answer to his own question."""
     others = [f"In Image{number}, what is the colour?" for number in (1, 2)]
-    own, shown = hand.browser.current_window_handle, hand.html(0)
+    own = hand.browser.current_window_handle
     hand.write(others[0])
     hand.browser.switch_to.new_window("tab")
     guest = Hand(hand.browser, hand.url)
@@ -426,14 +432,12 @@ def asks_beside_another(hand, vlm, paths, target, question):
     theirs = hand.browser.current_window_handle
     hand.browser.switch_to.window(own)
     hand.click()
-    hand.fresh(0, shown)
-    found = [hand.said(0, "ratio")]
+    wanted = [[f"{vlm.ask(paths, other, **ASKING).ratio:.3f}"] for other in others]
+    hand.wait(lambda: hand.said(0, "ratio") == wanted[0])
     hand.browser.switch_to.window(theirs)
-    guest.wait(lambda: guest.said(0))
-    found.append(guest.said(0, "ratio"))
+    guest.wait(lambda: guest.said(0, "ratio") == wanted[1])
     hand.browser.close()
     hand.browser.switch_to.window(own)
-    assert found == [[f"{vlm.ask(paths, other, **ASKING).ratio:.3f}"] for other in others]
 
 
 def opens(hand, book):
@@ -443,13 +447,12 @@ def opens(hand, book):
     hand.all("input[aria-label=format]")[0].click()
     next(one for one in hand.wait(lambda: hand.all("[role=option]")) if one.text == "collage").click()
     hand.wait(lambda: f"{len(rows)} of 12 questions" in hand.all("#count")[0].text)
-    shown = hand.html(0)
     cells = hand.wait(lambda: [cell for cell in hand.all("#answers [data-row='1']") if cell.text])
     cells[0].click()
     hand.wait(lambda: rows[1].asked.id in "".join(one.text for one in hand.all("#known")))
-    hand.fresh(0, shown)
-    assert hand.said(0) == [rows[1].given.text] and f"true answer: {rows[1].asked.answer}" in hand.all("#known")[0].text
-    assert hand.said(0, "ratio") == [f"{rows[1].given.attention_ratio:.3f}"]
+    assert f"true answer: {rows[1].asked.answer}" in hand.all("#known")[0].text
+    hand.wait(lambda: hand.said(0, "ratio") == [f"{rows[1].given.attention_ratio:.3f}"])
+    assert hand.said(0) == [rows[1].given.text]
 
 
 def is_refused(hand):
