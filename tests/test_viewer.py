@@ -324,12 +324,14 @@ class Hand:
         sources = [one.get_attribute("src") for one in self.all(f"#card-{number} .maps img")]
         return [Image.open(io.BytesIO(base64.b64decode(source.split(",")[1]))) for source in sources]
 
-    def width(self, px):
-        """How wide the page is, in px, on a screen as wide as given."""
+    def right(self, px):
+        """How far to the right the page reaches, in px, on a screen as wide as given."""
         screen = {"width": px, "height": 844, "deviceScaleFactor": 1, "mobile": True}
         self.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
         time.sleep(0.3)
-        return self.browser.execute_script("return document.documentElement.scrollWidth")
+        seen = "[...document.querySelectorAll('.block, .answer-card, .answer-card *')]"
+        edges = f"document.documentElement.scrollWidth, ...{seen}.map(e => e.getBoundingClientRect().right)"
+        return self.browser.execute_script(f"return Math.max({edges})")
 
 
 def light(image):
@@ -372,9 +374,9 @@ def test_the_page_in_chromium(vlm, answered, book, scene, monkeypatch):
             asks(hand, vlm, *scene)
             steers(hand, vlm, *scene)
             asks_beside_another(hand, vlm, *scene)
-            assert hand.width(390) == 390
+            assert hand.right(390) == 390
             opens(hand, book)
-            assert hand.width(390) == 390
+            assert hand.right(390) == 390
             log = [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
             is_refused(hand)
             events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]

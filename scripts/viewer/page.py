@@ -19,8 +19,8 @@ from llava.vlm import VLM
 from scripts.viewer.answers import ANY, COLUMNS, FILTERS, AnswerFiles
 from scripts.viewer.cards import about, card, notice
 
-OWN_FONT = ["system-ui", "sans-serif"]  # gradio's would be fetched from elsewhere
-THEME = gr.themes.Default(primary_hue="teal", neutral_hue="slate", font=OWN_FONT, font_mono=OWN_FONT)
+FONT = ["system-ui", "sans-serif"]  # the reader's own: nothing to fetch
+THEME = gr.themes.Default(primary_hue="teal", neutral_hue="slate", font=FONT, font_mono=FONT)
 ONE_AT_A_TIME = {"concurrency_id": "model", "concurrency_limit": 1}  # a second visitor waits in a queue
 FACTORS = (0.25, 4.0)
 UNSTEERED = "Not steered: nothing is told apart in this prompt. Scope “all” scales all that is seen."
