@@ -1,0 +1,43 @@
+"""What lmms-eval asks, in our words: pure functions that need no lmms-eval."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from llava.asked import TARGET, what_is_asked
+
+DEFAULTS = {"max_new_tokens": 1024, "num_beams": 1}  # where a task does not say it, as in lmms-eval's own LLaVA
+KNOWN = {"until", "max_new_tokens", "temperature", "top_p", "num_beams", "do_sample"}
+MEASURES = (
+    "attention_ratio", "attention_by_image", "target", "image_type", "confidence", "perplexity", "scale", "is_complete",
+)  # fmt: skip
+
+
+def settings_of(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of `ask` for a task's generation arguments: greedy unless there is a temperature and it may sample."""
+    settings = {name: given.get(name) or default for name, default in DEFAULTS.items()}
+    if given.get("temperature") and given.get("do_sample") is not False:
+        settings |= {"temperature": given["temperature"], "top_p": given.get("top_p") or 1.0}
+    return settings
+
+
+def cut(text: str, until: str | Sequence[str] | None) -> str:
+    """The answer up to the first of the texts that a task ends answers at."""
+    for end in [until] if isinstance(until, str) else until or ():
+        text = text.partition(end)[0] if end else text
+    return text.strip()
+
+
+def format_of(prompt: str, num_images: int) -> str:
+    """The format of a benchmark's prompt: what its words say, and where they say nothing certain, `multi`.
+
+    Raises ValueError for a prompt about one picture that names images in it in a way that cannot be meant.
+    """
+    named = {int(number) for number in TARGET.findall(prompt)}
+    if num_images > 1:
+        return "sequence" if len(named) == 1 and 1 <= min(named) <= num_images else "multi"
+    return "single" if named == {1} else what_is_asked({}, [prompt], num_images)[0]
+
+
+def measures_of(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What is logged of an answer beside its text, as answers.jsonl calls it."""
+    return {name: record[name] for name in MEASURES if record.get(name) is not None}
