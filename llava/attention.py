@@ -55,13 +55,15 @@ class Tree:
 class Probe:
     """What to measure: the attention mass on regions, from the rows that predict an answer.
 
-    With trees in the plan the rows are those of every first branch (the chosen answer), in row order; without, the
-    last row of the forward (generation). More rows than one are a second attention call, one row is a softmax.
+    With trees in the plan the rows are those of every first branch (the chosen answer) or of `each_branch`, in row
+    order; without, the last row of the forward (generation). More rows than one are a second attention call, one row
+    is a softmax.
     """
 
     regions: Tensor  # (B or 1, S, R) weights in [0, 1]; keys past S (generated tokens) weigh nothing
     layers: frozenset[int]  # zero-based
     each_key: bool = False  # after the regions come the S keys, one column each (generation only)
+    each_branch: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,6 +211,9 @@ def _probed(query: Tensor, key: Tensor, attention_mask: Tensor | None, scaling: 
         begin = tree.prompt[0]
         start, stop = (end - begin for end in tree.branches[0])
         visible = torch.ones(stop - start, stop, dtype=torch.bool, device=query.device).tril(start)
+        if plan.probe.each_branch and tree.mask is not None:
+            visible = torch.cat([F.pad(visible, (0, len(tree.mask))), tree.mask])
+            stop += len(tree.mask)
         own = regions[:, begin : begin + stop]
         masses.append(region_mass(q[:, :, start:stop], k[:, :, :stop], own, visible[None, None], scaling))
     return torch.cat(masses, dim=2)

@@ -18,12 +18,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from llava.answering import Job, batches_of, prepare
-from llava.attention import mean_over_layers
 from llava.command_line import check_numbers, flag, parse
 from llava.generation import PromptBatch, generate
 from llava.heads import HeadSettings
 from llava.heatmap import attention_map, draw_prompt, explained
-from llava.measuring import masses_of
+from llava.measuring import measure
 from llava.records import IMAGE, Question, read_answers
 from llava.regions import needs_sizes, target_box
 from llava.runtime import check_outputs, setup_logging, user_errors, write_text
@@ -86,9 +85,8 @@ def look(model, job: Job, batch: PromptBatch, question: Question, given: str | N
         (found,) = generate(model, job.family, batch, job.layers, None, job.selected, **job.settings.generation)
         return found.text, found.by_token
     answer = job.family.encode_answer(question.prompt, given, question.context)
-    masses = masses_of(model, job.family, batch, answer, job.layers, job.selected)
-    is_image = batch.input_ids[0] == job.family.image_id
-    return given, mean_over_layers(masses[:, batch.num_regions[0] :][:, is_image], job.selected)
+    (found,) = measure(model, job.family, batch, [answer], job.layers, job.selected)
+    return given, found.by_token
 
 
 def draw(job: Job, number: int, masses: torch.Tensor, height: int, text: str) -> Image.Image:

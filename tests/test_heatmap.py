@@ -9,12 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from llava.attention import mean_over_layers
 from llava.checkpoints import open_checkpoint
 from llava.generation import generate
 from llava.heads import Heads
 from llava.heatmap import COLOURS, OUTLINE, STRIP, attention_map, draw_prompt, explained
-from llava.measuring import masses_of
+from llava.measuring import measure
 from scripts import draw_attention
 from tests.conftest import tiny_model
 from tests.test_generation import batch_of, prompts_of
@@ -75,21 +74,9 @@ def test_maps_and_measured_answers_equal_eager_attention(model, processor, famil
         by_layer = (rows * chosen[..., None]).sum(dim=1) / chosen.sum(dim=1, keepdim=True)  # (2, S)
         wanted = (by_layer * (chosen.sum(dim=1) / chosen.sum())[:, None]).sum(dim=0)[is_image]
         torch.testing.assert_close(answer.by_token, wanted, atol=1e-6, rtol=1e-4)
-        measured = masses_of(model, family, batch_of(family, [one]), answer.tokens, [1, 2], heads)
-        assert measured.shape == (2, 2 + len(prompt))
-        torch.testing.assert_close(measured[:, 2:], by_layer, atol=1e-6, rtol=1e-4)
-        torch.testing.assert_close(measured[:, :2], answer.masses, atol=1e-6, rtol=0)
-        by_token = mean_over_layers(measured[:, 2:][:, is_image], heads)
-        torch.testing.assert_close(by_token, answer.by_token, atol=1e-6, rtol=0)
-
-
-def test_the_mass_of_an_answer_that_another_gave(model, processor, family):
-    """Also of one token, whose row is the prompt's last."""
-    prompt, _, pixels = one = prompts_of(model)[2]
-    for tokens in ([50, 60, 70, family.tokenizer.eos_token_id], [family.tokenizer.eos_token_id]):
-        measured = masses_of(model, family, batch_of(family, [one]), tokens, [1, 2])
-        rows = eager_rows(processor, prompt, pixels, tokens).mean(dim=1)
-        torch.testing.assert_close(measured[:, 2:], rows, atol=1e-6, rtol=1e-4)
+        (measured,) = measure(model, family, mapped_batch(family, [one]), [answer.tokens], [1, 2], heads)
+        torch.testing.assert_close(measured.masses, answer.masses, atol=1e-6, rtol=0)
+        torch.testing.assert_close(measured.by_token, answer.by_token, atol=1e-6, rtol=0)
 
 
 def brightest(sheet):
