@@ -2,9 +2,11 @@
 
 import inspect
 import math
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
@@ -15,7 +17,7 @@ from PIL import Image
 
 from inference.lmms_eval_plugin.requests import KNOWN, cut, format_of, measures_of, settings_of
 from llava import open_model
-from llava.adaptviz import UNPOINTED
+from llava.adaptviz import SCOPES, UNPOINTED, AdaptViz, read_config
 from llava.runtime import Progress, stop, user_errors
 from llava.settings import ModelSettings
 from llava.vlm import Reply
@@ -27,7 +29,7 @@ class Measured(TokenCounts):
     """What lmms-eval writes under `token_counts` of a logged sample: the one place that takes more than a text."""
 
     def __init__(self, reply):
-        super().__init__(output_tokens=len(reply.generated.tokens))
+        super().__init__(output_tokens=reply.record["num_tokens"])
         self.measures = measures_of(reply.record)
 
     def to_dict(self) -> dict[str, Any]:
@@ -38,8 +40,8 @@ class Measured(TokenCounts):
 class AttentionAware(lmms):
     """Answers requests of lmms-eval through `open_model(...).ask(...)`.
 
-    `pretrained` is a checkpoint or adapter, `adapter` stands on it; `steer`: target, balance or all. What else
-    --model_args may hold are the settings of `open_model` (dtype=float32, merge_adapter=False, ...).
+    `pretrained` is a checkpoint or adapter, `adapter` stands on it; `steer`: target, balance, all, or a file of `tune`.
+    What else --model_args may hold are the settings of `open_model` (dtype=float32, merge_adapter=False, ...).
     """
 
     def __init__(
@@ -53,13 +55,12 @@ class AttentionAware(lmms):
             unknown = settings.keys() - inspect.signature(ModelSettings).parameters.keys()
             if unknown:
                 raise ValueError(f"--model_args {min(unknown)}: no such setting of attention_aware")
-            base = {"base_model": pretrained} if adapter else {}
-            self.batch_size, self.steer = int(batch_size), steer
+            self.batch_size, self.steer = int(batch_size), steering(steer)
             self.accelerator = Accelerator()  # it starts the process group, which the evaluator needs from here on
             self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
-            self.vlm = open_model(
-                adapter or pretrained, device=device, batch_size=self.batch_size, **base, **settings
-            )  # fmt: skip
+            base = {"base_model": pretrained} if adapter else {}
+            settings = base | {"device": device, "batch_size": self.batch_size} | settings
+            self.vlm = open_model(adapter or pretrained, **settings)
 
     @property
     def device(self):
@@ -84,10 +85,11 @@ class AttentionAware(lmms):
                 bar.update(len(numbers))
         return [found[number] for number in range(len(requests))]
 
-    def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: Sequence[Instance]) -> list[GenerationResult]:
         """Mean -log p of a token of each given answer, end token included, and whether it is what the model says.
 
-        Not a sum of log p: lmms-eval takes the smallest value as the likeliest answer, and its models give this.
+        Not a sum of log p: lmms-eval takes the smallest value as the likeliest answer, and its models give this. Nor a
+        bare pair, which 0.7.3 makes a text of that it then cannot read (`unwrap_generation_output`).
         """
         if self.steer:
             stop("tasks that compare likelihoods of given answers are not steered: leave `steer` out of --model_args")
@@ -116,23 +118,25 @@ class AttentionAware(lmms):
         """Replies to requests of the same settings. A prompt that points at nothing is answered without steering."""
         prompts = [self._prompt(request) for request in requests]
         settings = settings_of(requests[0].args[1]) | {"seed": seed, "attention_maps": 0}
-        steered = [self.steer == "all" or prompt["image_type"] not in UNPOINTED for prompt in prompts]
+        is_all = self.steer is not None and self.steer.scope == "all"
+        steered = [is_all or prompt["image_type"] not in UNPOINTED for prompt in prompts]
         replies: dict[int, Reply] = {}
         for steer, wanted in ((self.steer, True), (None, False)):
             own = [number for number, is_steered in enumerate(steered) if is_steered == wanted]
             columns = {name: [prompts[number][name] for number in own] for name in prompts[0]}
-            with told(requests):
+            with told([requests[number] for number in own]):
                 replies |= zip(own, self.vlm.ask(**columns, steer=steer, **settings) if own else (), strict=True)
         return [replies[number] for number in range(len(requests))]
 
-    def _likelihoods(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
+    def _likelihoods(self, requests: Sequence[Instance]) -> list[GenerationResult]:
         """Of given answers to one prompt, in one pass."""
-        prompt = self._prompt(requests[0]) | {"attention_layers": "none"}
+        prompt = self._prompt(requests[0]) | {"attention_maps": 0}
         with told(requests):
             looks = self.vlm.look(**prompt, answer=[self._continuation(request) for request in requests])
             longest = max(len(look.generated.tokens) for look in looks)
-            own = self.vlm.ask(**prompt, max_new_tokens=longest).generated.tokens
-        return [(math.log(look.perplexity), look.generated.tokens == own) for look in looks]
+            own = self.vlm.ask(**prompt, attention_layers="none", max_new_tokens=longest).generated.tokens
+        pairs = [(math.log(look.perplexity), look.generated.tokens == own) for look in looks]
+        return [GenerationResult(pair, Measured(look)) for pair, look in zip(pairs, looks, strict=True)]
 
     def _continuation(self, request: Instance) -> str:
         given = request.args[1]
@@ -152,11 +156,21 @@ class AttentionAware(lmms):
             return {"pictures": pictures, "prompt": context, "image_type": format_of(context, len(pictures))}
 
 
+def steering(name: str | None) -> AdaptViz | None:
+    """The defaults of a scope, or what a file of `tune` says. Raises ValueError."""
+    if name is None or name in SCOPES:
+        return name and AdaptViz.from_dict({"scope": name})
+    if not Path(name).is_file():
+        raise ValueError(f"--model_args steer={name}: neither one of {', '.join(SCOPES)} nor a file that `tune` wrote")
+    return read_config(Path(name))
+
+
 @contextmanager
 def told(requests: Sequence[Instance]) -> Iterator[None]:
-    """End with one line that names the documents where a prompt is refused."""
+    """End with one line that names the document whose prompt is refused."""
     try:
         yield
     except ValueError as error:
-        numbers = ", ".join(str(request.args[-3]) for request in requests)
-        stop(f"task {requests[0].args[-2]}, documents {numbers}: {error}", from_any_process=True)
+        number = re.match(r"prompt (\d+)", str(error))  # as `ask` calls those of a list
+        *_, document, task, _ = requests[int(number[1]) - 1 if number else 0].args
+        stop(f"document {document} of task {task}: {error}", from_any_process=True)

@@ -8,7 +8,8 @@ from llava.asked import TARGET, what_is_asked
 DEFAULTS = {"max_new_tokens": 1024, "num_beams": 1}  # where a task does not say it, as in lmms-eval's own LLaVA
 KNOWN = {"until", "max_new_tokens", "temperature", "top_p", "num_beams", "do_sample"}
 MEASURES = (
-    "attention_ratio", "attention_by_image", "target", "image_type", "confidence", "perplexity", "scale", "is_complete",
+    "attention_ratio", "attention_by_image", "image_type", "target", "grid", "confidence", "perplexity", "scale",
+    "is_complete", "is_too_long",
 )  # fmt: skip
 
 
