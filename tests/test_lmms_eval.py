@@ -9,10 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import LlavaForConditionalGeneration
 
 from inference.llava_hound_dpo import evaluate, run_inference
 from inference.lmms_eval_plugin.requests import cut, format_of, measures_of, settings_of
 from inference_optimization.llava_hound_dpo import run_adaptive
+from llava.families.llava15 import Llava15
 from scripts.miniature.make_data import question, save_pictures
 from scripts.miniature.prompts import sample_prompt
 from tests.conftest import BASE
@@ -25,11 +29,14 @@ NEEDS_HARNESS = pytest.mark.skipif(
 )
 MEASURED = ("attention_ratio", "attention_by_image", "confidence", "perplexity", "scale")
 TYPES = ["sequence"] * 14 + ["pip"] * 4 + ["single"] * 2  # collages need a grid, which a harness cannot say
-COMMANDS = {"plain": run_inference.main, "steered": run_adaptive.main}
-RUNS = {  # of the harness: the task, and more of --model_args
-    "plain": ("aa_asked", ""),
-    "steered": ("aa_asked", ",steer=target,dtype=float32,merge_adapter=True"),
-    "chosen": ("aa_chosen", ""),
+COMMANDS = {  # of ours: the program, its model, and whether an adapter is merged
+    "plain": (run_inference.main, BASE, False),
+    "steered": (run_adaptive.main, "adapter", True),
+}
+RUNS = {  # of the harness: the task, and --model_args
+    "plain": ("aa_asked", f"pretrained={BASE}"),
+    "steered": ("aa_asked", f"pretrained={BASE},adapter=adapter,merge_adapter=True,steer=target"),
+    "chosen": ("aa_chosen", f"pretrained={BASE}"),
 }
 TASK = """
 task: {name}
@@ -81,6 +88,8 @@ def test_an_answer_ends_where_the_task_says():
         ("Which are alike?", 2, "multi"),
         ("In image 1 a dog, in image 2 what?", 2, "multi"),
         ("In Image3, what?", 2, "multi"),
+        ("In Image2, what is there that is not in Image1?", 2, "multi"),
+        ("Image1:<image>\nImage2:<image>\nIn Image2, what?", 2, "sequence"),
         ("What?", 1, "single"),
         ("In image 1, what?", 1, "single"),
         ("In Image3, what?", 1, "collage"),
@@ -106,7 +115,7 @@ def test_what_was_not_measured_is_not_logged():
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A folder with pictures and 20 questions, as ours and as documents of a task, half of these without `<image>`."""
+    """A folder with 20 questions, as ours and as documents of a task, half of these without `<image>`; an adapter."""
     folder, rng = tmp_path_factory.mktemp("world"), np.random.default_rng(3)
     questions, documents = [], []
     for number, image_type in enumerate(TYPES):
@@ -122,6 +131,9 @@ def world(tmp_path_factory):
     (folder / "utils.py").write_text(UTILS)
     for name, kind in (("aa_asked", ASKED), ("aa_chosen", CHOSEN)):
         (folder / f"{name}.yaml").write_text(TASK.format(name=name, folder=folder) + kind)
+    torch.manual_seed(0)
+    lora = LoraConfig(r=2, lora_alpha=2, target_modules=Llava15.lora_targets(), init_lora_weights=False)
+    get_peft_model(LlavaForConditionalGeneration.from_pretrained(BASE), lora).save_pretrained(folder / "adapter")
     return folder
 
 
@@ -130,8 +142,8 @@ def harness(world, installed):  # noqa: F811
     """{run: (its scores, its logged samples)}; all runs are one call of lmms-eval, on two processes."""
     common = {"model": "attention_aware", "include_path": str(world), "batch_size": "4", "log_samples": True}
     runs = [
-        common | {"model_args": f"pretrained={BASE}{more}", "tasks": task, "output_path": str(world / name)}
-        for name, (task, more) in RUNS.items()
+        common | {"model_args": model_args, "tasks": task, "output_path": str(world / name)}
+        for name, (task, model_args) in RUNS.items()
     ]
     (world / "runs.json").write_text(json.dumps(runs))  # JSON is YAML, too
     own = {"PYTHONPATH": str(installed), "HF_HOME": str(world / "hub"), "HF_DATASETS_OFFLINE": "1"}
@@ -152,8 +164,9 @@ def harness(world, installed):  # noqa: F811
 @pytest.fixture(scope="module")
 def ours(world):
     """{arm: (its accuracy, its records)}, by our commands."""
-    for arm, main in COMMANDS.items():
-        flags = {"model_name_or_path": BASE, "data_path": world / "questions.json", "image_folder": world / "images"}
+    for arm, (main, model, merge) in COMMANDS.items():
+        flags = {"model_name_or_path": world / model, "merge_adapter": merge}
+        flags |= {"data_path": world / "questions.json", "image_folder": world / "images"}
         flags |= {"output": world / f"{arm}.jsonl", "max_new_tokens": 6, "num_workers": 0, "attention_maps": 0}
         with pytest.MonkeyPatch.context() as patch:
             words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]

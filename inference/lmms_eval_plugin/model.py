@@ -58,9 +58,11 @@ class AttentionAware(lmms):
             self.batch_size, self.steer = int(batch_size), steering(steer)
             self.accelerator = Accelerator()  # it starts the process group, which the evaluator needs from here on
             self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
-            base = {"base_model": pretrained} if adapter else {}
-            settings = base | {"device": device, "batch_size": self.batch_size} | settings
-            self.vlm = open_model(adapter or pretrained, **settings)
+            if adapter:
+                settings["base_model"] = pretrained
+            if "merge_adapter" in settings:  # True there, where it is a word here
+                settings["merge_adapter"] = str(settings["merge_adapter"])
+            self.vlm = open_model(adapter or pretrained, device=device, batch_size=self.batch_size, **settings)
 
     @property
     def device(self):

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from inference.llava_hound_dpo.interchange_formats import region_of
 from llava.asked import TARGET, what_is_asked
 
 DEFAULTS = {"max_new_tokens": 1024, "num_beams": 1}  # where a task does not say it, as in lmms-eval's own LLaVA
@@ -29,14 +30,13 @@ def cut(text: str, until: str | Sequence[str] | None) -> str:
 
 
 def format_of(prompt: str, num_images: int) -> str:
-    """The format of a benchmark's prompt: what its words say, and where they say nothing certain, `multi`.
+    """The format of a benchmark's prompt: of several images as of imported sets, of one what its words say.
 
     Raises ValueError for a prompt about one picture that names images in it in a way that cannot be meant.
     """
-    named = {int(number) for number in TARGET.findall(prompt)}
-    if num_images > 1:
-        return "sequence" if len(named) == 1 and 1 <= min(named) <= num_images else "multi"
-    return "single" if named == {1} else what_is_asked({}, [prompt], num_images)[0]
+    if num_images > 1 or set(TARGET.findall(prompt)) == {"1"}:
+        return region_of(prompt, num_images)["image_type"]
+    return what_is_asked({}, [prompt], num_images)[0]
 
 
 def measures_of(record: Mapping[str, Any]) -> dict[str, Any]:
