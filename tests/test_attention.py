@@ -7,6 +7,7 @@ from llava.attention import (
     NAME,
     Plan,
     Probe,
+    Tree,
     attention_ratio,
     install,
     layer_range,
