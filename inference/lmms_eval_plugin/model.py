@@ -28,7 +28,7 @@ AT_ONCE = 8  # batches whose pictures are in memory, so that prompts of like len
 class Measured(TokenCounts):
     """What lmms-eval writes under `token_counts` of a logged sample: the one place that takes more than a text."""
 
-    def __init__(self, reply):
+    def __init__(self, reply: Reply):
         super().__init__(output_tokens=reply.record["num_tokens"])
         self.measures = measures_of(reply.record)
 
