@@ -14,9 +14,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlavaForConditionalGeneration
 
 from inference.llava_hound_dpo import evaluate, run_inference
-from inference.lmms_eval_plugin.requests import cut, format_of, measures_of, settings_of
+from inference.lmms_eval_plugin.requests import cut, measures_of, region_fields, settings_of
 from inference_optimization.llava_hound_dpo import run_adaptive
 from llava.families.llava15 import Llava15
+from llava.records import parse_question
 from scripts.miniature.make_data import question, save_pictures
 from scripts.miniature.prompts import sample_prompt
 from tests.conftest import BASE
@@ -97,12 +98,18 @@ def test_an_answer_ends_where_the_task_says():
     ],
 )
 def test_the_format_follows_from_the_words(prompt, num_images, expected):
-    assert format_of(prompt, num_images) == expected
+    # A picture as large as three of our cells side by side.
+    assert region_fields(prompt, [(1424, 488)] * num_images)["image_type"] == expected
 
 
-def test_two_names_in_one_picture_cannot_be_meant():
-    with pytest.raises(ValueError, match="names Image1 and Image2"):
-        format_of("In image 1 a dog, in image 2 what?", 1)
+@pytest.mark.parametrize("prompt", ["In image 1 a dog, in image 2 what?", "In Image4, what is it?"])
+def test_images_that_one_picture_does_not_show_as_cells_are_the_whole_picture(prompt):
+    """Two names, or a cell beyond the grid: joined images of a benchmark. The question is asked, and nothing measured
+    as if a part had been meant."""
+    fields = region_fields(prompt, [(936, 488)])
+    assert fields == {"image_type": "single", "points_elsewhere": True}
+    record = parse_question({"id": "0", "image": "a.png", "prompt": f"<image>\n{prompt}", **fields}, "document 0")
+    assert record.image_type == "single" and record.target == 0
 
 
 def test_what_was_not_measured_is_not_logged():

@@ -15,7 +15,7 @@ from lmms_eval.api.model import lmms
 from loguru import logger
 from PIL import Image
 
-from inference.lmms_eval_plugin.requests import KNOWN, cut, format_of, measures_of, settings_of
+from inference.lmms_eval_plugin.requests import KNOWN, cut, measures_of, region_fields, settings_of
 from llava import open_model
 from llava.adaptviz import SCOPES, UNPOINTED, AdaptViz, read_config
 from llava.runtime import Progress, stop, user_errors
@@ -60,8 +60,6 @@ class AttentionAware(lmms):
             self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
             if adapter:
                 settings["base_model"] = pretrained
-            if "merge_adapter" in settings:  # True there, where it is a word here
-                settings["merge_adapter"] = str(settings["merge_adapter"])
             self.vlm = open_model(adapter or pretrained, device=device, batch_size=self.batch_size, **settings)
 
     @property
@@ -155,7 +153,8 @@ class AttentionAware(lmms):
         with told([request]):
             if not pictures or not all(isinstance(picture, Image.Image) for picture in pictures):
                 raise ValueError(f"attention_aware is asked about pictures, and these are {pictures!r}")
-            return {"pictures": pictures, "prompt": context, "image_type": format_of(context, len(pictures))}
+            sizes = [picture.size for picture in pictures]
+            return {"pictures": pictures, "prompt": context, **region_fields(context, sizes)}
 
 
 def steering(name: str | None) -> AdaptViz | None:

@@ -5,6 +5,7 @@ from typing import Any
 
 from inference.llava_hound_dpo.interchange_formats import region_of
 from llava.asked import TARGET, what_is_asked
+from llava.regions import collage_grid
 
 DEFAULTS = {"max_new_tokens": 1024, "num_beams": 1}  # where a task does not say it, as in lmms-eval's own LLaVA
 KNOWN = {"until", "max_new_tokens", "temperature", "top_p", "num_beams", "do_sample"}
@@ -29,14 +30,19 @@ def cut(text: str, until: str | Sequence[str] | None) -> str:
     return text.strip()
 
 
-def format_of(prompt: str, num_images: int) -> str:
-    """The format of a benchmark's prompt: of several images as of imported sets, of one what its words say.
+def region_fields(prompt: str, sizes: Sequence[tuple[int, int]]) -> dict[str, Any]:
+    """What a benchmark's prompt points at, as fields of a record; `sizes` are its pictures' (width, height) in px.
 
-    Raises ValueError for a prompt about one picture that names images in it in a way that cannot be meant.
+    Of several images as of imported sets, of one what its words say. A picture that shows no such cell as is named is
+    pointed at as a whole: there are sets whose images come joined into one.
     """
-    if num_images > 1 or set(TARGET.findall(prompt)) == {"1"}:
-        return region_of(prompt, num_images)["image_type"]
-    return what_is_asked({}, [prompt], num_images)[0]
+    named = {int(number) for number in TARGET.findall(prompt)}
+    if len(sizes) > 1 or named == {1}:
+        return {"image_type": region_of(prompt, len(sizes))["image_type"], "points_elsewhere": False}
+    rows, cols = collage_grid(sizes[0])
+    if len(named) > 1 or max(named, default=0) > rows * cols:
+        return {"image_type": "single", "points_elsewhere": True}
+    return {"image_type": what_is_asked({}, [prompt], 1)[0], "points_elsewhere": False}
 
 
 def measures_of(record: Mapping[str, Any]) -> dict[str, Any]:
