@@ -1,7 +1,15 @@
-"""Tables in Markdown."""
+"""Tables in Markdown and LaTeX, and numbers with their intervals as these show them."""
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+ABSENT = "-"
+TEX = str.maketrans({c: f"\\{c}" for c in "{}$&#_%"} | {c: f"{{{c}}}" for c in "[]"} | {
+    c: rf"\text{name}{{}}" for c, name in {
+        "\\": "backslash", "~": "asciitilde", "^": "asciicircum", "<": "less", ">": "greater", "|": "bar",
+    }.items()
+})  # fmt: skip
 
 
 def row(cells: Iterable[Any]) -> str:
@@ -12,3 +20,29 @@ def row(cells: Iterable[Any]) -> str:
 def table(head: Sequence[str], rows: Iterable[Iterable[Any]], left: int = 1) -> str:
     """A table whose first `left` columns are texts; what follows stands to the right, as numbers do."""
     return "\n".join(map(row, [head, ["---"] * left + ["---:"] * (len(head) - left), *rows]))
+
+
+def latex(head: Sequence[str], rows: Iterable[Iterable[Any]], left: int = 1) -> str:
+    """The same as a `tabular` with the lines of booktabs; every character of a cell stands for itself."""
+    first, *lines = (" & ".join(tex(str(cell)) for cell in cells) + r" \\" for cells in [head, *rows])
+    columns = "l" * left + "r" * (len(head) - left)
+    ends = rf"\begin{{tabular}}{{{columns}}}", r"\bottomrule", r"\end{tabular}"
+    return "\n".join([ends[0], r"\toprule", first, r"\midrule", *lines, *ends[1:]])
+
+
+def tex(text: str) -> str:
+    """A text as LaTeX prints it, with a minus before negative numbers."""
+    return re.sub(r"(?<![\w\-.])-(?=\d)", "$-$", " ".join(text.split()).translate(TEX))
+
+
+def number(value: float | None, form: str = ".1f", scale: float = 100, unit: str = "") -> str:
+    """A number in per cent, never -0.0; "-" for None."""
+    return ABSENT if value is None else format(round(scale * value, 9) + 0.0, form) + unit
+
+
+def interval(found: Mapping[str, Any] | None, name: str = "mean", form: str = ".1f", scale: float = 100) -> str:
+    """A number with its interval, "84.7 [84.4, 84.9]"; alone where `low` is None, "-" where nothing was found."""
+    if not found:
+        return ABSENT
+    value, low, high = (number(found[key], form, scale) for key in (name, "low", "high"))
+    return value if low == ABSENT else f"{value} [{low}, {high}]"

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from inference.llava_hound_dpo.summary import Asked, judge
+from llava import statistics
 from llava.records import Answer
-from scripts.study import statistics
 from scripts.study.report import arms_table, comparisons_table, draw_accuracy, draw_ratio, markdown, shown, write_report
 from scripts.study.results import BEGINS, Answered, difference, known_of, numbers
 
@@ -47,12 +47,12 @@ def test_comparisons_are_paired_by_question():
     first = (rng.random((3, 200)) < 0.5).astype(float)
     second = first.copy()
     second[:, :20] = 1.0  # gains on the same questions in every seed
-    found = statistics.compare(first, second, np.array(["collage"] * 200), 2000)
+    found = statistics.compare_sets(first, second, np.array(["collage"] * 200), 2000)
     gain = (second - first).mean()
     assert found.over_seeds.mean == pytest.approx(gain)
     assert 0 < found.low < gain < found.high < gain + 0.05 and found.p < 0.01
     assert found.relative.mean == pytest.approx(second.mean() / first.mean() - 1)
-    same = statistics.compare(first, first, np.array(["collage"] * 200), 500)
+    same = statistics.compare_sets(first, first, np.array(["collage"] * 200), 500)
     assert (same.low, same.high, same.p) == (0, 0, 1)
 
 
@@ -164,6 +164,7 @@ def test_everything_is_written_with_two_figures(tmp_path):
     assert text == (tmp_path / "results.md").read_text() and text.count("](figures/") == 2
     for name in ("accuracy", "ratio"):
         assert (tmp_path / f"figures/{name}.png").read_bytes()[:4] == b"\x89PNG"
+        assert "SFT | &lt;b&gt;" in (tmp_path / f"figures/{name}.svg").read_text()
 
 
 def test_the_figures_show_every_arm_and_cross_what_has_no_end():

@@ -9,9 +9,9 @@ import numpy as np
 
 from inference.llava_hound_dpo.evaluate import judged
 from inference.llava_hound_dpo.summary import Row
+from llava.statistics import compare_sets, mean_of_groups, seed_interval
 from scripts.study.config import BASE, PLAIN, Arm, Config
 from scripts.study.running import commits, finished, progress
-from scripts.study.statistics import compare, mean_of_groups, seed_interval
 from scripts.study.units import Unit, answer_name
 
 SCORE, BEGINS, CUT_OFF, RATIO = range(4)  # what is known of an answer
@@ -117,5 +117,5 @@ def difference(control: Answered, arm: Answered, is_base: bool) -> dict[str, Any
         return None
     one, other = (own.of(seeds).averaged() for own in (control, arm))
     begins = seed_interval(other.by_seed(BEGINS) - one.by_seed(BEGINS), -1)
-    scores = compare(one.known[SCORE], other.known[SCORE], one.formats)
+    scores = compare_sets(one.known[SCORE], other.known[SCORE], one.formats)
     return {"seeds": seeds, **asdict(scores), "begins": asdict(begins)}
