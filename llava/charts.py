@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 # Of Okabe and Ito, then of Tol: safe if colour-blind.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999933", "#aa4499")
 MARKERS = "os^Dv<>P"
+GLYPHS = "●■▲◆▼◀▶✚"  # the same in a text
 GREY = "#808080"  # legible on white and on black
 
 

@@ -5,11 +5,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 ABSENT = "-"
-TEX = str.maketrans({c: f"\\{c}" for c in "{}$&#_%"} | {c: f"{{{c}}}" for c in "[]"} | {
-    c: rf"\text{name}{{}}" for c, name in {
-        "\\": "backslash", "~": "asciitilde", "^": "asciicircum", "<": "less", ">": "greater", "|": "bar",
-    }.items()
-})  # fmt: skip
+NAMED = {"\\": "backslash", "~": "asciitilde", "^": "asciicircum", "<": "less", ">": "greater", "|": "bar",
+         "`": "asciigrave"}  # fmt: skip
+TEX = str.maketrans({c: f"\\{c}" for c in "{}$&#_%"} | {c: f"{{{c}}}" for c in "[]"} | {"−": "$-$"}
+                    | {c: rf"\text{name}{{}}" for c, name in NAMED.items()})  # fmt: skip
 
 
 def row(cells: Iterable[Any]) -> str:
@@ -25,19 +24,19 @@ def table(head: Sequence[str], rows: Iterable[Iterable[Any]], left: int = 1) -> 
 def latex(head: Sequence[str], rows: Iterable[Iterable[Any]], left: int = 1) -> str:
     """The same as a `tabular` with the lines of booktabs; every character of a cell stands for itself."""
     first, *lines = (" & ".join(tex(str(cell)) for cell in cells) + r" \\" for cells in [head, *rows])
-    columns = "l" * left + "r" * (len(head) - left)
-    ends = rf"\begin{{tabular}}{{{columns}}}", r"\bottomrule", r"\end{tabular}"
-    return "\n".join([ends[0], r"\toprule", first, r"\midrule", *lines, *ends[1:]])
+    begin = rf"\begin{{tabular}}{{{'l' * left}{'r' * (len(head) - left)}}}"
+    return "\n".join([begin, r"\toprule", first, r"\midrule", *lines, r"\bottomrule", r"\end{tabular}"])
 
 
 def tex(text: str) -> str:
     """A text as LaTeX prints it, with a minus before negative numbers."""
-    return re.sub(r"(?<![\w\-.])-(?=\d)", "$-$", " ".join(text.split()).translate(TEX))
+    text = re.sub(r"(?<![\w.-])-(?=\d)", "−", " ".join(text.split()))
+    return re.sub("-(?=-)", "-{}", text.translate(TEX))
 
 
-def number(value: float | None, form: str = ".1f", scale: float = 100, unit: str = "") -> str:
-    """A number in per cent, never -0.0; "-" for None."""
-    return ABSENT if value is None else format(round(scale * value, 9) + 0.0, form) + unit
+def number(value: Any, form: str = ".1f", scale: float = 100) -> str:
+    """A number in per cent, never -0.0; "-" for what is none."""
+    return format(round(scale * value, 9) + 0.0, form) if isinstance(value, int | float) else ABSENT
 
 
 def interval(found: Mapping[str, Any] | None, name: str = "mean", form: str = ".1f", scale: float = 100) -> str:

@@ -4,7 +4,7 @@ Letters: S seeds of training, Q questions, C draws.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy.stats import binomtest, rankdata, sem
@@ -86,28 +86,19 @@ def auc(scores: Sequence[float], is_positive: Sequence[bool]) -> float:
 # ---- several seeds
 
 
-@dataclass(frozen=True)
-class Interval:
-    """A mean with its 95 % interval; no interval (None) of fewer than two values."""
-
-    mean: float
-    low: float | None
-    high: float | None
-    values: tuple[float, ...] = ()  # of each seed
-
-
-def seed_interval(values: Sequence[float], least: float = 0.0, most: float = 1.0) -> Interval:
+def seed_interval(values: Sequence[float], least: float = 0.0, most: float = 1.0) -> dict[str, Any]:
     """Mean over seeds with Student's t interval: what another set of seeds would give, the data being the same.
 
-    The interval ends where the quantity does, at `least` and `most`: of few seeds it is wide.
+    `mean`, `low` and `high` (None of one value), `values` of each seed. The interval ends where the quantity does, at
+    `least` and `most`: of few seeds it is wide.
     """
     if not len(values):
         raise ValueError("an interval needs at least one value")
     own, mean = tuple(map(float, values)), float(np.mean(values))
     if len(own) < 2:
-        return Interval(mean, None, None, own)
+        return {"mean": mean, "low": None, "high": None, "values": own}
     half = float(student.ppf((1 + LEVEL) / 2, len(own) - 1) * sem(own))
-    return Interval(mean, max(least, mean - half), min(most, mean + half), own)
+    return {"mean": mean, "low": max(least, mean - half), "high": min(most, mean + half), "values": own}
 
 
 def mean_of_groups(scores: np.ndarray, groups: np.ndarray) -> np.ndarray:
@@ -138,28 +129,24 @@ def resampled(
     return [np.concatenate(own) for own in drawn]
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """Second - first, paired by seed and by question."""
+def compare_sets(first: np.ndarray, second: np.ndarray, groups: np.ndarray, samples: int = SAMPLES) -> dict[str, Any]:
+    """Second - first of two models (or sets of models) on the same questions, paired by seed and by question.
 
-    over_seeds: Interval  # t interval of the differences of each seed
-    low: float  # percentiles of the resampled difference
-    high: float
-    p: float  # two-sided, of the resampled difference
-    relative: Interval | None  # second / first - 1, resampled; None of a first that is 0
-
-
-def compare_sets(first: np.ndarray, second: np.ndarray, groups: np.ndarray, samples: int = SAMPLES) -> Comparison:
-    """Two models (or sets of models) on the same questions: (S, Q) scores each, groups (Q,) of equal weight."""
+    (S, Q) scores each, groups (Q,) of equal weight. `over_seeds`: t interval of the differences of each seed; `low`,
+    `high`, `p` (two-sided): of the resampled difference; `relative`: second / first - 1, resampled, None of a first
+    that is 0.
+    """
     means = mean_of_groups(first, groups), mean_of_groups(second, groups)
     before, after = resampled([first, second], groups, samples)
     ends = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
     low, high = map(float, np.quantile(after - before, ends))
-    relative = None
+    found = {"over_seeds": seed_interval(means[1] - means[0], -1), "low": low, "high": high,
+             "p": two_sided_p(after - before), "relative": None}  # fmt: skip
     if means[0].mean() > 0:
-        ratio = np.quantile(after / np.maximum(before, 1e-9) - 1, ends)
-        relative = Interval(float(means[1].mean() / means[0].mean() - 1), *map(float, ratio))
-    return Comparison(seed_interval(means[1] - means[0], -1), low, high, two_sided_p(after - before), relative)
+        low, high = map(float, np.quantile(after / np.maximum(before, 1e-9) - 1, ends))
+        mean = float(means[1].mean() / means[0].mean() - 1)
+        found["relative"] = {"mean": mean, "low": low, "high": high, "values": ()}
+    return found
 
 
 def two_sided_p(draws: np.ndarray) -> float:

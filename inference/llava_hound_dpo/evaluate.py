@@ -13,20 +13,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from inference.llava_hound_dpo.findings import GROUPINGS, latex_tables, markdown, markdown_tables
 from inference.llava_hound_dpo.llm_judge import LlmJudge, add_grades
-from inference.llava_hound_dpo.report import markdown, report
+from inference.llava_hound_dpo.report import draw_charts, report
 from inference.llava_hound_dpo.summary import Asked, Row, compare, judge, summarize
 from llava.command_line import check_numbers, flag, parse
 from llava.endpoint import KEY_VARIABLE, Endpoint
 from llava.image import ImageStore
 from llava.records import Answer, DataError, Question, read_answers, read_questions, refuse_duplicates, texts
 from llava.run_folder import only_writer
-from llava.runtime import check_outputs, setup_logging, user_errors, write_text
+from llava.runtime import check_outputs, setup_logging, user_errors, write_bytes
 from llava.scorers import SCORERS
 
 log = logging.getLogger(__name__)
 
 WRITTEN = ("scores.json", "scores.md", "report.html")
+TABLES = {".tex": latex_tables, ".md": markdown_tables}
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -36,18 +38,24 @@ class Evaluation:
 
     _argument_group_name = "evaluation"
     answers: list[Path] = flag("answers.jsonl, one file a model")
-    output: Path = flag("folder for scores.json, scores.md, report.html")
+    output: Path = flag("folder for scores.json, scores.md, report.html and its figures")
     questions: Path | None = flag("the test set: what is not answered then counts as missing", None)
     scorer: str = flag(f"auto (choice where a question has choices, or exact), {', '.join(SCORERS)}", "auto")
     image_folder: Path | None = flag("pictures of --questions: report.html shows sample prompts", None)
     samples: int = flag("sample prompts in report.html at most", 12)
+    table: Path | None = flag("the tables alone too, for a paper: FILE.tex (by booktabs) or FILE.md", None)
 
     def check(self) -> None:
         """Raises ValueError, NotADirectoryError for what cannot be meant."""
         check_numbers(self, samples=(0, None))
         if self.output.exists() and not self.output.is_dir():
             raise NotADirectoryError(f"--output {self.output} is a file; give a folder")
-        check_outputs([self.output / name for name in WRITTEN], [*self.answers, self.questions])
+        written = [self.output / name for name in WRITTEN]
+        check_outputs(written + [self.table] * bool(self.table), [*self.answers, self.questions])
+        if self.table and self.table.suffix not in TABLES:
+            raise ValueError(f"--table {self.table}: the name must end in .tex or .md")
+        if self.table and self.table.resolve() in [path.resolve() for path in written]:
+            raise ValueError(f"--table {self.table} is one of the files of --output: choose another name")
         if self.scorer.startswith(("lmms_eval", "vlmevalkit")):
             harness = self.scorer.split("_eval")[0].replace("lmms", "lmms_eval")
             raise ValueError(
@@ -88,7 +96,7 @@ class JudgeFlags:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Reads, scores, writes scores.json, scores.md and report.html, and logs the table."""
+    """Reads, scores, writes scores.json, scores.md, report.html and figures, and logs the table."""
     setup_logging()
     with ExitStack() as stack, user_errors():
         settings, judge_flags = parse((Evaluation, JudgeFlags), __doc__, argv)
@@ -112,14 +120,22 @@ def write(settings: Evaluation, llm: LlmJudge | None) -> str:
     store = ImageStore(settings.image_folder) if settings.image_folder else None
     scores, rows = evaluate(settings.answers, settings.questions, settings.scorer, llm)
     questions = read_questions(settings.questions) if settings.questions and store else ()
-    text = markdown(scores)
+    text, charts = markdown(scores), draw_charts(scores)
     made = (
         json.dumps(scores, indent=2, ensure_ascii=False) + "\n",
         text,
-        report(scores, rows, questions, store, settings.samples),
+        report(scores, rows, questions, store, settings.samples, charts),
     )
-    for name, content in zip(WRITTEN, made, strict=True):
-        write_text(settings.output / name, content)
+    files = {settings.output / name: content.encode() for name, content in zip(WRITTEN, made, strict=True)}
+    for name, drawn in charts.items():
+        files |= {settings.output / f"figures/{name}.{kind}": content for kind, content in drawn.items()}
+    if settings.table:
+        files[settings.table] = TABLES[settings.table.suffix](scores).encode()
+    for path, content in files.items():
+        write_bytes(path, content)
+    for name in set(GROUPINGS) - set(charts):  # of earlier answers
+        for kind in ("png", "svg"):
+            (settings.output / f"figures/{name}.{kind}").unlink(missing_ok=True)
     return text
 
 

@@ -1,4 +1,4 @@
-"""One self-contained HTML page of the scores: tables, plots and sample prompts, nothing loaded from elsewhere."""
+"""One HTML page of the scores, nothing loaded from elsewhere: chart, sentences, tables and sample prompts."""
 
 import io
 import logging
@@ -12,28 +12,29 @@ from typing import Any
 import jinja2
 import numpy as np
 from markupsafe import Markup, escape
+from matplotlib.figure import Figure
 from PIL import Image
 
-from inference.llava_hound_dpo.llm_judge import RUBRICS, WITHOUT
-from inference.llava_hound_dpo.summary import Row, groupings, is_confused
+from inference.llava_hound_dpo.findings import preamble, sentences, tables
+from inference.llava_hound_dpo.summary import Row, is_confused
+from llava.charts import COLOURS, GLYPHS, GREY, MARKERS, chart_files, draw_interval, inline, percent_chart
 from llava.endpoint import data_url
 from llava.heatmap import draw_prompt
 from llava.image import ImageStore
+from llava.markdown import number
 from llava.records import FORMATS, IMAGE, Answer, Question
 from llava.regions import needs_sizes, target_box
 
 log = logging.getLogger(__name__)
 
 TEMPLATE = "report.html.j2"
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito: safe if colour-blind
-GLYPHS = "●■▲◆▼"
 PICTURE_HEIGHT, PICTURE_WIDTH = 240, 1000  # px of a prompt's pictures, and of all of them side by side
-LONGEST = 1000  # characters shown of a text
+LONGEST, LONGEST_LABEL = 1000, 36  # characters shown of a text, and of a name in a chart
 
 
 @dataclass(frozen=True)
 class Model:
-    """An answers file: its scores, its judged rows, and the sign that stands for it in plots and tables."""
+    """An answers file: its scores, its judged rows, and the sign that stands for it in charts and tables."""
 
     name: str
     scores: dict[str, Any]
@@ -48,70 +49,37 @@ def report(
     questions: Sequence[Question] = (),
     store: ImageStore | None = None,
     num_samples: int = 12,
+    charts: Mapping[str, Mapping[str, bytes]] | None = None,
 ) -> str:
     """The page. `rows` has the judged rows of each answers file of `scores`, by its name there.
 
     Sample prompts are drawn only with the test set's `questions` and the `store` of its pictures; without them the page
-    says how to get them.
+    says how to get them. `charts`, as `draw_charts` gives them, are drawn here if absent.
     """
     models = [
-        Model(name, found, rows[name], COLOURS[number % len(COLOURS)], GLYPHS[number % len(GLYPHS)])
-        for number, (name, found) in enumerate(scores["answers"].items())
+        Model(name, found, rows[name], COLOURS[n % len(COLOURS)], GLYPHS[n % len(GLYPHS)])
+        for n, (name, found) in enumerate(scores["answers"].items())
     ]
-    return _template(TEMPLATE).render(
-        scores=scores,
-        models=models,
-        grades=_grades(models),
-        charts=groupings(scores["answers"]),
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,  # questions and answers may hold anything
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"number": number, "shorten": _shorten, "breakable": _breakable, "marked": _marked}
+    return environment.get_template(TEMPLATE).render(
+        models={model.name: model for model in models},
+        preamble=preamble(scores),
+        sentences=sentences(scores),
+        tables=tables(scores),
+        charts={name: Markup(inline(files["svg"])) for name, files in (charts or draw_charts(scores)).items()},
         samples=_samples(models, questions, store, num_samples) if questions and store else None,
     )
 
 
-def markdown(scores: dict[str, Any]) -> str:
-    """The scores as Markdown: accuracy by group, counts, comparisons, and what a judge said."""
-    names = {"rubrics": RUBRICS, "verdicts": ("judged", *WITHOUT)}
-    return _template("scores.md.j2").render(scores=scores, groupings=groupings(scores["answers"]), **names)
-
-
-def _template(name: str) -> jinja2.Template:
-    is_page = name == TEMPLATE
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=is_page,  # questions and answers may hold anything
-        undefined=jinja2.StrictUndefined if is_page else jinja2.ChainableUndefined,  # "-": not in every file
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "percent": _percent,
-        "number": _number,
-        "interval": _interval,
-        "cell": lambda text: text.replace("|", "\\|"),
-        "extract": lambda name, found: found[name],
-        "shorten": _shorten,
-        "breakable": _breakable,
-    }
-    return environment.get_template(name)
-
-
-def _percent(value: Any, form: str = ".1f", unit: str = "") -> str:
-    return format(100 * value, form) + unit if isinstance(value, int | float) else "-"
-
-
-def _number(value: Any, form: str = ".3f") -> str:
-    return format(value, form) if isinstance(value, int | float) else "-"
-
-
-def _interval(found: dict[str, float] | None, name: str, form: str, factor: float = 1) -> str:
-    """A number with its 95 % interval."""
-    if not found:
-        return "-"
-    value, low, high = (format(factor * found[key], form) for key in (name, "low", "high"))
-    return f"{value} [{low}, {high}]"
-
-
-def _shorten(text: str) -> str:
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]} … ({len(text) - LONGEST} more characters)"
+def _shorten(text: str, longest: int = LONGEST) -> str:
+    return text if len(text) <= longest else f"{text[:longest]} … ({len(text) - longest} more characters)"
 
 
 def _breakable(name: str) -> Markup:
@@ -119,13 +87,42 @@ def _breakable(name: str) -> Markup:
     return Markup(re.sub(r"([_\-./\\])(?=\w)", r"\1<wbr>", str(escape(name))))
 
 
-def _grades(models: Sequence[Model]) -> dict[str, Any] | None:
-    """What a judge said: rubrics, and by model its grades and counts; None where no answers file was judged."""
-    said = {model.name: model.scores["judge"]["overall"] for model in models if "judge" in model.scores}
-    grades = {name: {k: v for k, v in own.items() if isinstance(v, dict)} for name, own in said.items()}
-    counts = {name: {k: v for k, v in own.items() if isinstance(v, int)} for name, own in said.items()}
-    rubrics = list(dict.fromkeys(rubric for own in grades.values() for rubric in own))
-    return {"rubrics": rubrics, "of": grades, "counts": counts} if said else None
+def _marked(text: str) -> Markup:
+    """A text with its intervals set apart."""
+    return Markup(re.sub(r"(\[[^]]*\])", r'<span class="ci">\1</span>', str(escape(text))))
+
+
+# ---- charts
+
+
+def draw_charts(scores: dict[str, Any]) -> dict[str, dict[str, bytes]]:
+    """By the name of its table, the files of every chart by suffix."""
+    drawn = [own for own in tables(scores) if own.groups]
+    return {own.name: chart_files(draw_accuracy(own.groups, list(scores["answers"])), own.title) for own in drawn}
+
+
+def draw_accuracy(groups: Mapping[str, Sequence[Mapping[str, Any]]], names: Sequence[str]) -> Figure:
+    """A line for each group with the points of all files, one below the other; dashed, 1/images where it is known."""
+    labels = [f"{_cut(label)} ({own[0]['questions']})" for label, own in groups.items()]
+    figure, axis = percent_chart(labels, "accuracy (%)", 3.2 + 0.075 * max(map(len, labels)), 0.16 + 0.16 * len(names))
+    step = 0.7 / len(names)
+    for place, own in enumerate(groups.values()):
+        if (chance := own[0]["chance"]) is not None:
+            axis.plot([100 * chance] * 2, [place - 0.45, place + 0.45], "--", color=GREY, linewidth=1)
+        for n, found in enumerate(own):
+            style = {"fmt": MARKERS[n % len(MARKERS)], "color": COLOURS[n % len(COLOURS)]}
+            draw_interval(axis, place + step * (n - (len(own) - 1) / 2), found, "accuracy", **style)
+    if len(names) > 1:
+        columns = max(1, 44 // (4 + max(len(_cut(name)) for name in names)))
+        legend = figure.legend(axis.containers[: len(names)], [" "] * len(names), loc="outside upper left",
+                               ncols=columns, frameon=False, handletextpad=0.2)  # fmt: skip
+        for text, name in zip(legend.get_texts(), names, strict=True):  # a legend leaves out names with "_" in front
+            text.set(text=_cut(name), parse_math=False)
+    return figure
+
+
+def _cut(name: str) -> str:
+    return name if len(name) <= LONGEST_LABEL else name[: LONGEST_LABEL - 1] + "…"
 
 
 # ---- sample prompts
@@ -227,14 +224,14 @@ def _bad_map(maps: Any, sizes: Sequence[tuple[int, int]]) -> str | None:
     """What keeps an `attention_map` from being drawn, None if nothing does."""
     if not isinstance(maps, list) or len(maps) != len(sizes):
         return f"`attention_map` must be a list with one map for each of the {len(sizes)} images"
-    for number, (one, size) in enumerate(zip(maps, sizes, strict=True), 1):
+    for n, (one, size) in enumerate(zip(maps, sizes, strict=True), 1):
         try:
             area, mass = np.asarray(one["area"], dtype=float), np.asarray(one["mass"], dtype=float)
         except (KeyError, TypeError, ValueError):
-            return f"`attention_map` of image {number} must have `area` and `mass` in rows of equal length"
+            return f"`attention_map` of image {n} must have `area` and `mass` in rows of equal length"
         if mass.ndim != 2 or not mass.size or not np.isfinite(mass).all() or mass.min() < 0:
-            return f"`mass` of image {number} must be rows of numbers from 0"
+            return f"`mass` of image {n} must be rows of numbers from 0"
         sides = area[2:] - area[:2] if area.shape == (4,) else np.array([np.nan])
         if not np.isfinite(sides).all() or sides.min() <= 0 or sides.max() > 2 * max(size):
-            return f"`area` of image {number} must be [x0, y0, x1, y1] in px of the picture of {size[0]} x {size[1]} px"
+            return f"`area` of image {n} must be [x0, y0, x1, y1] in px of the picture of {size[0]} x {size[1]} px"
     return None

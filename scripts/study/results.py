@@ -1,7 +1,7 @@
 """What the finished units say, as results.json holds it: numbers of each arm over its seeds, paired comparisons."""
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +98,7 @@ def numbers(found: Answered) -> dict[str, dict[str, Any]]:
         by_seed["ratio"] = np.nanmean(part.known[RATIO], axis=1)
     for name in dict.fromkeys(found.formats.tolist()):
         by_seed[f"format/{name}"] = found.known[SCORE][:, found.formats == name].mean(axis=1)
-    return {name: asdict(seed_interval(values)) for name, values in by_seed.items()}
+    return {name: seed_interval(values) for name, values in by_seed.items()}
 
 
 def compared(config: Config, keys: Collection[Key]) -> Iterator[tuple[Key, Key]]:
@@ -118,4 +118,4 @@ def difference(control: Answered, arm: Answered, is_base: bool) -> dict[str, Any
     one, other = (own.of(seeds).averaged() for own in (control, arm))
     begins = seed_interval(other.by_seed(BEGINS) - one.by_seed(BEGINS), -1)
     scores = compare_sets(one.known[SCORE], other.known[SCORE], one.formats)
-    return {"seeds": seeds, **asdict(scores), "begins": asdict(begins)}
+    return {"seeds": seeds, **scores, "begins": begins}
