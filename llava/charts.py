@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999933", "#aa4499")
 MARKERS = "os^Dv<>P"
 GLYPHS = "●■▲◆▼◀▶✚"  # the same in a text
+KINDS = ("png", "svg")
 GREY = "#808080"  # legible on white and on black
 
 
@@ -35,19 +36,20 @@ def draw_interval(axis: Axes, place: float, found: Mapping[str, Any], name: str,
     axis.errorbar(100 * value, place, xerr=ends, markersize=5, capsize=2.5, **style)
 
 
-def chart_files(figure: Figure, title: str) -> dict[str, bytes]:
-    """The chart as files by their suffix, png and svg: the same for the same chart, and text of the SVG stays text."""
+def chart_file(figure: Figure, kind: str, title: str) -> bytes:
+    """The chart as a "png" or "svg": the same for the same chart, and the text of an SVG stays text."""
     font = {"svg.fonttype": "none", "svg.hashsalt": "chart", "font.sans-serif": ["DejaVu Sans", "Helvetica", "Arial"]}
     undated = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    made = {kind: io.BytesIO() for kind in ("png", "svg")}
+    metadata = {"png": {"Software": None}, "svg": {"Title": title, **undated}}[kind]
+    file = io.BytesIO()
     with matplotlib.rc_context(font):
-        figure.savefig(made["png"], format="png", dpi=200, metadata={"Software": None})
-        figure.savefig(made["svg"], format="svg", metadata={"Title": title, **undated}, transparent=True)
-    return {kind: file.getvalue() for kind, file in made.items()}
+        figure.savefig(file, format=kind, dpi=200, metadata=metadata, transparent=kind == "svg")
+    return file.getvalue()
 
 
 def inline(svg: bytes) -> str:
     """An SVG as a part of a page: what is black takes the colour of the page's text."""
     text = svg.decode("utf-8")
-    text = re.sub(r' (xmlns(:xlink)?|id)="([^"]*/[^"]*|[\w.]+_\d+)"', "", text[text.index("<svg") :])
+    needless = r'(?s)<metadata>.*?</metadata>| (xmlns(:xlink)?="[^"]*"|id="[\w.]+_\d+")'
+    text = re.sub(needless, "", text[text.index("<svg") :])
     return text.replace("xlink:href", "href").replace("#000000", "currentColor")

@@ -3,6 +3,7 @@
 import base64
 import fnmatch
 import io
+import itertools
 import json
 import re
 import tomllib
@@ -136,11 +137,11 @@ def test_page_is_whole_and_self_contained(world):
     text = world.page()
     assert text == world.page()
     page = Page(text)
-    assert len(page.images) == 8 and page.tags.count("svg") == 4  # the samples; four plots of accuracy
+    assert len(page.images) == 8 and page.tags.count("svg") == 4  # the samples; four charts of accuracy
     assert all(opened(image["src"]).width > 100 and image["alt"] for image in page.images)
-    assert all(link.startswith("data:image/") for link in page.links)
+    assert all(link.startswith(("data:image/", "#m")) for link in page.links)  # "#m": a marker, defined in its chart
     without_data = re.sub(r'"data:image/[^"]*"', "", text)
-    assert not re.search(r"//|@import|url\(|<script|<link|<iframe", without_data.replace(str(world.folder), ""))
+    assert not re.search(r"//|@import|url\((?!#)|<script|<link|<iframe", without_data.replace(str(world.folder), ""))
 
 
 def test_the_parser_of_these_tests_can_fail():
@@ -161,7 +162,9 @@ def test_names_of_files_do_no_harm(world):
     """matplotlib would read `$` as mathematics and leave out a name with `_` in front."""
     paths = [world.write(name, world.first) for name in ("_a$\\frac$_{.jsonl", "<b>.jsonl", "n" * 80 + ".jsonl")]
     page = Page(report(*evaluate(paths)))
-    assert [row[0] for row in page.tables["confusion"][1:]] == ["● _a$\\frac$_{", "■ <b>", "▲ " + "n" * 80]
+    names = ["_a$\\frac$_{", "<b>", "n" * 80]
+    assert page.tables["answers"][0][1:] == [f"{sign} {name}" for sign, name in zip("●■▲", names, strict=True)]
+    assert all(page.text.count(name[:35]) > 9 for name in names)  # also in the charts
 
 
 # ---- numbers
@@ -174,47 +177,55 @@ def interval(group, form=".1f"):
 def test_numbers_are_those_of_the_scores(world):
     scores, rows = world.judged()
     tables = Page(report(scores, rows)).tables
-    for (name, file), line in zip(scores["answers"].items(), tables["result"][1:], strict=True):
-        overall = file["overall"]
-        counts = [str(overall[verdict]) for verdict in ("right", "wrong", "unparsed", "missing", "cut_off")]
-        assert name in line[0] and line[1:] == [interval(overall), *counts, f"{overall['attention_ratio']:.3f}"]
-        confusion = next(row for row in tables["confusion"] if row[0].endswith(name))
-        found = file["confusion"]
-        assert confusion[1:3] == [str(found["wrong"]), str(found["true_of_another"])]
-        assert confusion[3:] == [f"{100 * found[share]:.1f}" for share in ("of_wrong", "chance")]
+    files = scores["answers"].values()
+
+    def line(name, label):
+        return next(line[1:] for line in tables[name] if line[0] == label)
+
+    for verdict in ("right", "wrong", "unparsed", "missing", "cut_off"):
+        assert line("answers", verdict.replace("_", " ")) == [str(file["overall"][verdict]) for file in files]
+    assert line("attention", "attention ratio") == [f"{file['overall']['attention_ratio']:.3f}" for file in files]
+    for label, name in (("wrong", "wrong"), ("true of another image", "true_of_another")):
+        assert line("confusion", label) == [str(file["confusion"][name]) for file in files]
+    for label, name in (("% of wrong", "of_wrong"), ("the same by chance, %", "chance")):
+        assert line("confusion", label) == [f"{100 * file['confusion'][name]:.1f}" for file in files]
     (c,) = scores["comparisons"]
-    assert tables["comparisons"][1] == [
-        "m1 − m0", f"{100 * c['difference']:+.1f} [{100 * c['low']:+.1f}, {100 * c['high']:+.1f}]",
-        str(c["only_first_right"]), str(c["only_second_right"]), f"{c['mcnemar_p']:.2g}",
-    ]  # fmt: skip
+    for place, own in {"all": c, **c["by_format"]}.items():
+        assert line("comparisons", f"m1 - m0, {place}") == [
+            str(own["questions"]),
+            f"{100 * own['difference']:+.1f} [{100 * own['low']:+.1f}, {100 * own['high']:+.1f}]",
+            str(own["only_first_right"]), str(own["only_second_right"]), f"{own['mcnemar_p']:.2g}",
+        ]  # fmt: skip
 
 
 def test_accuracy_by_group_and_chance(world):
     scores, rows = world.judged()
-    lines = [row for name, rows in Page(report(scores, rows)).tables.items() if "table" in name for row in rows]
-    found = {line[0]: line for line in lines if len(line) == 5}
+    tables = Page(report(scores, rows)).tables
+    found = {name: {line[0]: line[1:] for line in lines} for name, lines in tables.items()}
     files = list(scores["answers"].values())
     for name, chance in (("sequence", "50.0"), ("collage", "25.0"), ("pip", "50.0"), ("single", "-")):
-        assert found[name][1:] == ["10", *(interval(file["by_format"][name]) for file in files), chance]
-    assert found["4"][2] == interval(files[0]["by_num_images"]["4"]) and found["4"][-1] == "25.0"
-    assert found["Image2"][2] == interval(files[0]["by_position"]["collage"]["Image2"])
+        accuracies = [interval(file["by_format"][name]) for file in files]
+        assert found["accuracy_format"][name] == ["10", *accuracies, chance]
+    assert found["accuracy_format"]["all"][1:3] == [interval(file["overall"]) for file in files]
+    assert found["accuracy_images"]["4"][1::2] == [interval(files[0]["by_num_images"]["4"]), "25.0"]
+    assert found["accuracy_collage"]["Image2"][1] == interval(files[0]["by_position"]["collage"]["Image2"])
 
 
-def test_quadrants(world):
+def test_where_it_looked(world):
     scores, rows = world.judged()
-    looked = scores["answers"]["m0"]["looked_answered"]
-    head = ["", "answered right", "answered wrong"]
-    table = next(t for t in Page(report(scores, rows)).tables.values() if t[0] == head)
-    rules = looked["judged_by"]
-    counts = [looked[f"looked_right_answered_{how}"] for how in ("right", "wrong")]
-    assert table[1] == ["looked right", *(f"{n}{100 * n / (40 - rules['unknown']):.0f} %" for n in counts)]
-    assert sum(counts) > 0 and rules["unknown"] > 0 and table[3][0].endswith(f"unknown: {rules['unknown']}")
-    assert f"AUC: overall {scores['answers']['m0']['ratio_auc']['overall']['auc']:.2f}, sequence " in table[4][0]
+    first, second = (file["looked_answered"] for file in scores["answers"].values())
+    lines = {line[0]: line[1:] for line in Page(report(scores, rows)).tables["attention"]}
+    for a, b in itertools.product(("right", "wrong"), repeat=2):
+        name = f"looked_{a}_answered_{b}"
+        assert lines[f"looked {a}, answered {b}"] == [str(first[name]), str(second[name])]
+    assert lines["where it looked is unknown"] == [str(own["judged_by"]["unknown"]) for own in (first, second)]
+    auc = [file["ratio_auc"]["overall"]["auc"] for file in scores["answers"].values()]
+    assert lines["ratio tells right from wrong, AUC"] == [f"{own:.3f}" for own in auc]
 
 
 def test_what_an_unparsed_answer_scores_is_said(world):
     scores, rows = world.judged()
-    assert "Unparsed and missing answers score 0 and stay" in Page(report(scores, rows)).text
+    assert "unparsed and missing answers score 0 and stay" in Page(report(scores, rows)).text
 
 
 def test_a_judge_is_shown_when_there_is_one(world):
@@ -225,9 +236,9 @@ def test_a_judge_is_shown_when_there_is_one(world):
     scores["answers"]["m1"]["judge"] = {"overall": {"judged": 7, "clarity": grade, "relevance": None}}
     scores["comparisons"][0]["judge"] = {"pairs": 5, "clarity": difference}
     page = Page(report(scores, rows))
-    assert page.tables["judge"][1:] == [["clarity", "-", "3.25 [2.50, 4.00]"]]
-    assert page.tables["judge_comparisons"][1:] == [["m1 − m0", "-0.50 [-1.00, +0.25]"]]
-    assert "Judge: a <judge>." in page.text and "m1: judged 7." in page.text
+    assert {"- 3.25 [2.50, 4.00]", "- 7"} < {" ".join(line[1:]) for line in page.tables["judge"]}
+    assert page.tables["judge_comparisons"][1:] == [["m1 - m0", "5", "-", "-", "-0.50 [-1.00, +0.25]", "-"]]
+    assert "Grades 1 to 5 by a <judge>" in page.text
 
 
 # ---- sample prompts
@@ -287,9 +298,9 @@ def test_a_question_that_refers_to_no_image(world):
     world.asked[0] |= {"image_type": "multi", "prompt": "<image><image>Are both red?"}
     del world.asked[0]["target"]
     page = world.one(0, "red")
-    lines = [row for table in page.tables.values() for row in table if len(row) == 4 and row[0] in ("multi", "2")]
+    lines = [row for name, table in page.tables.items() if "accuracy" in name for row in table[1:]]
     assert "multi · q0" in page.text and "no image is referred to" in page.text
-    assert len(lines) == 2 and all(line[-1] == "-" for line in lines)
+    assert [line[0] for line in lines] == ["all", "multi", "2"] and all(line[-1] == "-" for line in lines)
     assert any(["● m0", "red", "right", "-", "0.875", "1.5"] in table for table in page.tables.values())
 
 
@@ -379,7 +390,7 @@ def test_the_command_writes_the_report(world):
           "--samples", "3"])  # fmt: skip
     page = Page((output / "report.html").read_text())
     overall = json.loads((output / "scores.json").read_text())["answers"]["m1"]["overall"]
-    assert len(pictures(page)) == 3 and page.tables["result"][2][1] == interval(overall)
+    assert len(pictures(page)) == 3 and page.tables["accuracy_format"][1][3] == interval(overall)
 
 
 @pytest.mark.parametrize(

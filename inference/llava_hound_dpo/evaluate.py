@@ -17,6 +17,7 @@ from inference.llava_hound_dpo.findings import GROUPINGS, latex_tables, markdown
 from inference.llava_hound_dpo.llm_judge import LlmJudge, add_grades
 from inference.llava_hound_dpo.report import draw_charts, report
 from inference.llava_hound_dpo.summary import Asked, Row, compare, judge, summarize
+from llava.charts import KINDS
 from llava.command_line import check_numbers, flag, parse
 from llava.endpoint import KEY_VARIABLE, Endpoint
 from llava.image import ImageStore
@@ -127,15 +128,14 @@ def write(settings: Evaluation, llm: LlmJudge | None) -> str:
         report(scores, rows, questions, store, settings.samples, charts),
     )
     files = {settings.output / name: content.encode() for name, content in zip(WRITTEN, made, strict=True)}
-    for name, drawn in charts.items():
-        files |= {settings.output / f"figures/{name}.{kind}": content for kind, content in drawn.items()}
+    figures = {(n, k): settings.output / f"figures/{n}.{k}" for n, k in itertools.product(GROUPINGS, KINDS)}
+    files |= {figures[name]: content for name, content in charts.items()}
     if settings.table:
         files[settings.table] = TABLES[settings.table.suffix](scores).encode()
     for path, content in files.items():
         write_bytes(path, content)
-    for name in set(GROUPINGS) - set(charts):  # of earlier answers
-        for kind in ("png", "svg"):
-            (settings.output / f"figures/{name}.{kind}").unlink(missing_ok=True)
+    for name in figures.keys() - charts.keys():  # of earlier answers
+        figures[name].unlink(missing_ok=True)
     return text
 
 

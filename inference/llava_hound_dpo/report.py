@@ -17,7 +17,7 @@ from PIL import Image
 
 from inference.llava_hound_dpo.findings import preamble, sentences, tables
 from inference.llava_hound_dpo.summary import Row, is_confused
-from llava.charts import COLOURS, GLYPHS, GREY, MARKERS, chart_files, draw_interval, inline, percent_chart
+from llava.charts import COLOURS, GLYPHS, GREY, KINDS, MARKERS, chart_file, draw_interval, inline, percent_chart
 from llava.endpoint import data_url
 from llava.heatmap import draw_prompt
 from llava.image import ImageStore
@@ -49,7 +49,7 @@ def report(
     questions: Sequence[Question] = (),
     store: ImageStore | None = None,
     num_samples: int = 12,
-    charts: Mapping[str, Mapping[str, bytes]] | None = None,
+    charts: Mapping[tuple[str, str], bytes] | None = None,
 ) -> str:
     """The page. `rows` has the judged rows of each answers file of `scores`, by its name there.
 
@@ -60,6 +60,7 @@ def report(
         Model(name, found, rows[name], COLOURS[n % len(COLOURS)], GLYPHS[n % len(GLYPHS)])
         for n, (name, found) in enumerate(scores["answers"].items())
     ]
+    charts = charts or draw_charts(scores, ["svg"])
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,  # questions and answers may hold anything
@@ -73,7 +74,7 @@ def report(
         preamble=preamble(scores),
         sentences=sentences(scores),
         tables=tables(scores),
-        charts={name: Markup(inline(files["svg"])) for name, files in (charts or draw_charts(scores)).items()},
+        charts={name: Markup(inline(file)) for (name, kind), file in charts.items() if kind == "svg"},
         samples=_samples(models, questions, store, num_samples) if questions and store else None,
     )
 
@@ -95,10 +96,11 @@ def _marked(text: str) -> Markup:
 # ---- charts
 
 
-def draw_charts(scores: dict[str, Any]) -> dict[str, dict[str, bytes]]:
-    """By the name of its table, the files of every chart by suffix."""
-    drawn = [own for own in tables(scores) if own.groups]
-    return {own.name: chart_files(draw_accuracy(own.groups, list(scores["answers"])), own.title) for own in drawn}
+def draw_charts(scores: dict[str, Any], kinds: Sequence[str] = KINDS) -> dict[tuple[str, str], bytes]:
+    """The file of every chart, by the name of its table and its kind."""
+    names = list(scores["answers"])
+    drawn = [(own, draw_accuracy(own.groups, names)) for own in tables(scores) if own.groups]
+    return {(own.name, kind): chart_file(figure, kind, own.title) for own, figure in drawn for kind in kinds}
 
 
 def draw_accuracy(groups: Mapping[str, Sequence[Mapping[str, Any]]], names: Sequence[str]) -> Figure:

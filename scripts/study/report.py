@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from llava.charts import COLOURS, GREY, MARKERS, chart_files, draw_interval, percent_chart
+from llava.charts import COLOURS, GREY, KINDS, MARKERS, chart_file, draw_interval, percent_chart
 from llava.markdown import interval, number
 from llava.markdown import table as markdown_table
 from llava.run_folder import as_json
@@ -45,8 +45,8 @@ def write_report(results: Mapping[str, Any], output: Path) -> str:
     figures = {"accuracy": draw_accuracy(results["arms"]), "ratio": draw_ratio(results["arms"])}
     figures = {name: figure for name, figure in figures.items() if figure}
     for name, figure in figures.items():
-        for kind, content in chart_files(figure, CAPTIONS[name]).items():
-            write_bytes(output / f"figures/{name}.{kind}", content)
+        for kind in KINDS:
+            write_bytes(output / f"figures/{name}.{kind}", chart_file(figure, kind, CAPTIONS[name]))
     text = markdown(results) + "".join(f"\n![{CAPTIONS[name]}](figures/{name}.png)\n" for name in figures)
     write_text(output / "results.json", json.dumps(results, indent=1) + "\n")
     write_text(output / "results.md", text)
