@@ -30,11 +30,7 @@ def scored(tmp_path):
 def answer(image_type, number, mark):
     target, count = {"multi": (None, 2), "sequence": (2, 2), "collage": (2, 1)}.get(image_type, (1, 1))
     one = {"question_id": f"{image_type} {number}", "text": "red" if mark == "1" else "blue", "answer": "red"}
-    return one | {
-        "image_type": image_type,
-        "target": target,
-        "num_images": 2 if image_type in ("sequence", "multi") else 1,
-    }
+    return one | {"image_type": image_type, "target": target, "num_images": count}
 
 
 FIRST = {
