@@ -82,9 +82,7 @@ def test_nothing_changed_is_said_plainly(scored):
 def test_one_file_has_nothing_to_be_compared_with(scored):
     scores, rows = scored(base={"sequence": "01", "pip": "1"})
     assert sentences(scores) == [("open", "One answers file: nothing to compare it with; --answers takes more.")]
-    assert "comparisons" not in [own.name for own in tables(scores)] and "Paired by question" not in report(
-        scores, rows
-    )
+    assert "comparisons" not in [own.name for own in tables(scores)] and "Differences are" not in report(scores, rows)
 
 
 def test_a_file_that_misses_a_format_loses_it_and_it_is_said(scored):
@@ -99,7 +97,7 @@ def test_without_ratios_others_and_targets_every_table_stands(scored):
     """What is not known is "-", and no row is left out for it."""
     scores, rows = scored(base={"multi": "01"}, tuned={"multi": "11"})
     found = {own.name: {row[0]: row[1:] for row in own.rows} for own in tables(scores)}
-    assert found["attention"]["attention ratio"] == ["-", "-"] == found["confusion"]["% of wrong"]
+    assert found["attention"]["attention ratio"] == ["-", "-"] == found["confusion"]["their share"]
     assert found["attention"]["where it looked is unknown"] == ["2", "2"]
     assert found["accuracy_format"]["multi"][-1] == "-" and "accuracy_sequence" not in found
     assert "<svg" in report(scores, rows)
@@ -176,8 +174,8 @@ def test_the_tables_alone(tmp_path):
 @pytest.mark.parametrize(
     ("table", "message"),
     [
-        ("t.csv", "must end in .tex or .md"),
-        ("out/scores.md", "choose another name"),
+        ("t.csv", "ends in .tex or .md"),
+        ("out/scores.md", "a file of its own"),
         ("a.jsonl", "would be overwritten"),
     ],
 )

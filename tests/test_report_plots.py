@@ -98,8 +98,8 @@ def test_numbers_are_those_of_the_scores(world):  # noqa: F811
     assert line("attention", "attention ratio") == [f"{file['overall']['attention_ratio']:.3f}" for file in files]
     for label, name in (("wrong", "wrong"), ("true of another image", "true_of_another")):
         assert line("confusion", label) == [str(file["confusion"][name]) for file in files]
-    for label, name in (("% of wrong", "of_wrong"), ("the same by chance, %", "chance")):
-        assert line("confusion", label) == [f"{100 * file['confusion'][name]:.1f}" for file in files]
+    for label, name in (("their share", "of_wrong"), ("by chance", "chance")):
+        assert line("confusion", label) == [f"{file['confusion'][name]:.3f}" for file in files]
     (c,) = scores["comparisons"]
     for place, own in {"all": c, **c["by_format"]}.items():
         assert line("comparisons", f"m1 - m0, {place}") == [

@@ -23,7 +23,7 @@ from llava.endpoint import KEY_VARIABLE, Endpoint
 from llava.image import ImageStore
 from llava.records import Answer, DataError, Question, read_answers, read_questions, refuse_duplicates, texts
 from llava.run_folder import only_writer
-from llava.runtime import check_outputs, setup_logging, user_errors, write_bytes
+from llava.runtime import check_outputs, setup_logging, user_errors, write_bytes, write_text
 from llava.scorers import SCORERS
 
 log = logging.getLogger(__name__)
@@ -53,10 +53,8 @@ class Evaluation:
             raise NotADirectoryError(f"--output {self.output} is a file; give a folder")
         written = [self.output / name for name in WRITTEN]
         check_outputs(written + [self.table] * bool(self.table), [*self.answers, self.questions])
-        if self.table and self.table.suffix not in TABLES:
-            raise ValueError(f"--table {self.table}: the name must end in .tex or .md")
-        if self.table and self.table.resolve() in [path.resolve() for path in written]:
-            raise ValueError(f"--table {self.table} is one of the files of --output: choose another name")
+        if self.table and (self.table.suffix not in TABLES or self.table.resolve() in map(Path.resolve, written)):
+            raise ValueError(f"--table {self.table}: a file of its own, whose name ends in .tex or .md")
         if self.scorer.startswith(("lmms_eval", "vlmevalkit")):
             harness = self.scorer.split("_eval")[0].replace("lmms", "lmms_eval")
             raise ValueError(
@@ -122,20 +120,18 @@ def write(settings: Evaluation, llm: LlmJudge | None) -> str:
     scores, rows = evaluate(settings.answers, settings.questions, settings.scorer, llm)
     questions = read_questions(settings.questions) if settings.questions and store else ()
     text, charts = markdown(scores), draw_charts(scores)
-    made = (
-        json.dumps(scores, indent=2, ensure_ascii=False) + "\n",
-        text,
-        report(scores, rows, questions, store, settings.samples, charts),
-    )
-    files = {settings.output / name: content.encode() for name, content in zip(WRITTEN, made, strict=True)}
-    figures = {(n, k): settings.output / f"figures/{n}.{k}" for n, k in itertools.product(GROUPINGS, KINDS)}
-    files |= {figures[name]: content for name, content in charts.items()}
+    page = report(scores, rows, questions, store, settings.samples, charts)
+    made = json.dumps(scores, indent=2, ensure_ascii=False) + "\n", text, page
+    for name, content in zip(WRITTEN, made, strict=True):
+        write_text(settings.output / name, content)
     if settings.table:
-        files[settings.table] = TABLES[settings.table.suffix](scores).encode()
-    for path, content in files.items():
-        write_bytes(path, content)
-    for name in figures.keys() - charts.keys():  # of earlier answers
-        figures[name].unlink(missing_ok=True)
+        write_text(settings.table, TABLES[settings.table.suffix](scores))
+    for name, kind in itertools.product(GROUPINGS, KINDS):
+        path = settings.output / f"figures/{name}.{kind}"
+        if (name, kind) in charts:
+            write_bytes(path, charts[name, kind])
+        else:
+            path.unlink(missing_ok=True)  # of earlier answers
     return text
 
 
@@ -179,7 +175,9 @@ def read(paths: Sequence[Path], questions: Path | None) -> tuple[Given, list[Ask
     Raises DataError, FileNotFoundError; ValueError where no question has a right answer.
     """
     files = [read_answers(path) for path in paths]
-    asked = _asked_of_test_set(questions) if questions else {}
+    found = read_questions(questions) if questions else []
+    refuse_duplicates([(question.id, question.where) for question in found])
+    asked = {question.id: _asked_of_question(question) for question in found}
     problems = []
     for answer in itertools.chain.from_iterable(files):
         if questions and answer.question_id not in asked:
@@ -214,12 +212,6 @@ def _differences(answer: Answer, known: Asked) -> list[str]:
     pairs = [("answer", answer.answer, known.answer), ("image_type", answer.image_type, known.image_type)]
     pairs.append(("target", *(t if t is None else t + 1 for t in (answer.target, known.target))))  # from 1, as in files
     return [f"`{name}` is {here!r}, but {known.where} has {there!r}" for name, here, there in pairs if here != there]
-
-
-def _asked_of_test_set(path: Path) -> dict[str, Asked]:
-    found = read_questions(path)
-    refuse_duplicates([(question.id, question.where) for question in found])
-    return {question.id: _asked_of_question(question) for question in found}
 
 
 def _asked_of_question(question: Question) -> Asked:

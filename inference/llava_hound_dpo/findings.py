@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from inference.llava_hound_dpo.llm_judge import RUBRICS, WITHOUT
-from llava.markdown import ABSENT, interval, latex, number, table, tex
+from llava.markdown import interval, latex, number, table, tex
 from llava.scorers import MISSING, RIGHT, UNPARSED, WRONG
 
 FEW = 6  # scores that changed: five of one sign may be chance, by the exact test p is 0.06
@@ -37,22 +37,19 @@ class Table:
 
 def preamble(scores: Scores) -> str:
     """What was scored how, and what was left out."""
+    by = ", ".join(f"{count} by {name}" for name, count in next(iter(scores["answers"].values()))["scorers"].items())
     counted = "every question of the test set counts, answered or not"
     if not scores["questions"]:
         counted = "no --questions: a question that no file answers is not known, and not counted"
-    by = ", ".join(f"{count} by {name}" for name, count in next(iter(scores["answers"].values()))["scorers"].items())
-    found = [
-        f"Scorer: {scores['scorer']} ({by}). Accuracy in % [95 % interval]; "
-        f"unparsed and missing answers score 0 and stay in the denominator; {counted}."
-    ]
+    text = (f"Scorer: {scores['scorer']} ({by}). Accuracy in % [95 % interval]; unparsed and missing answers score 0 "
+            f"and stay in the denominator; {counted}.")  # fmt: skip
+    if scores["comparisons"]:
+        text += " Differences are in points, paired by question; each interval stands for itself."
     why = {"without_answer": "nobody says what is right", "tuned_on": "the settings of AdaptViz were chosen on them"}
-    for name, reason in why.items():
-        if ids := scores[name]:
-            named = ", ".join(ids[:5]) + (", ..." if len(ids) > 5 else "")
-            found.append(
-                f"Left out of all scores: {len(ids)} questions, because {reason} ({named}; scores.json has all)."
-            )
-    return " ".join(found)
+    for ids, reason in ((scores[name], reason) for name, reason in why.items() if scores[name]):
+        named = ", ".join(ids[:5]) + (", ..." if len(ids) > 5 else "") + "; scores.json has all"
+        text += f" Left out of all scores: {len(ids)} questions, because {reason} ({named})."
+    return text
 
 
 # ---- sentences
@@ -66,9 +63,8 @@ def sentences(scores: Scores) -> list[tuple[str, str]]:
     first = next(iter(scores["answers"]))
     against = [c for c in scores["comparisons"] if c["first"] == first]
     found = [sentence for c in against for sentence in _against_first(c)]
-    if not against:
-        found.append(("open", "One answers file: nothing to compare it with; --answers takes more."))
-    return found + [("missing", text) for name, file in scores["answers"].items() for text in _missing(name, file)]
+    alone = [("open", "One answers file: nothing to compare it with; --answers takes more.")]
+    return (found or alone) + [sentence for own in scores["answers"].items() for sentence in _missing(*own)]
 
 
 def _against_first(c: Scores) -> Iterator[tuple[str, str]]:
@@ -93,10 +89,10 @@ def _side(c: Scores) -> str:
     return "better" if c["difference"] > 0 else "worse"
 
 
-def _missing(name: str, file: Scores) -> Iterator[str]:
+def _missing(name: str, file: Scores) -> Iterator[tuple[str, str]]:
     counts = [f"{own[MISSING]} of {own['questions']} {t}" for t, own in file["by_format"].items() if own[MISSING]]
     if counts:
-        yield f"{name} has no answer to {', '.join(counts)} questions, which count as wrong."
+        yield "missing", f"{name} has no answer to {', '.join(counts)} questions, which count as wrong."
 
 
 # ---- tables
@@ -121,10 +117,10 @@ def _accuracy(files: Mapping[str, Scores], name: str, path: str, title: str) -> 
     return Table(name, title, head, rows, CHANCE if path == "by_format" else "", groups)
 
 
-def _lines(files: Mapping[str, Scores], lines: Mapping[str, str], form=str) -> list[list[str]]:
-    """A row for each label: what the files have at its path, "a.b", or "-"."""
-    return [[label, *(form(found) if (found := at(file, path)) is not None else ABSENT for file in files.values())]
-            for label, path in lines.items()]  # fmt: skip
+def _by_file(files: Mapping[str, Scores], name: str, title: str, lines: Mapping[str, str], note: str) -> Table:
+    """A row for each label: what the files have at its path, "a.b"."""
+    rows = [[label, *(_shown(at(file, path)) for file in files.values())] for label, path in lines.items()]
+    return Table(name, title, ["", *files], rows, note)
 
 
 def at(found: Any, path: str) -> Any:
@@ -134,14 +130,20 @@ def at(found: Any, path: str) -> Any:
     return found
 
 
+def _shown(found: Any) -> str:
+    """A count, a share, a mean grade with its interval, or "-"."""
+    if isinstance(found, dict):
+        return interval(found, form=".2f", scale=1)
+    return str(found) if isinstance(found, int) else number(found, ".3f", 1)
+
+
 def _counts(files: Mapping[str, Scores]) -> Table:
     counted = (RIGHT, WRONG, UNPARSED, MISSING, "cut_off", "too_long")
-    rows = _lines(files, {name.replace("_", " "): f"overall.{name}" for name in counted})
     note = (
         "Cut off: answers that did not end before the limit of new tokens. Too long: prompt and answer have more "
         "tokens than the model was made for, as with too many pictures."
     )
-    return Table("answers", "Answers", ["", *files], rows, note)
+    return _by_file(files, "answers", "Answers", {name.replace("_", " "): f"overall.{name}" for name in counted}, note)
 
 
 def _compared(scores: Scores) -> Table:
@@ -151,58 +153,50 @@ def _compared(scores: Scores) -> Table:
         for c in scores["comparisons"] for place, own in _places(c).items()
     ]  # fmt: skip
     head = ["second - first", "questions", "difference", "only first right", "only second right", "McNemar p"]
-    note = "Difference of accuracy in points [95 % interval], each interval for itself."
-    return Table("comparisons", "Paired comparisons on the same questions", head, rows, note)
+    return Table("comparisons", "Paired comparisons on the same questions", head, rows)
 
 
 def _attention(files: Mapping[str, Scores]) -> Table:
     sides = ("right", "wrong")
-    looked = {f"looked {a}, answered {b}": f"looked_answered.looked_{a}_answered_{b}" for a in sides for b in sides}
-    looked["where it looked is unknown"] = "looked_answered.judged_by.unknown"
-    names = list(dict.fromkeys(name for file in files.values() for name in file["ratio_auc"]))
-    auc = {"ratio tells right from wrong, AUC" + f", {n}" * (n != "overall"): f"ratio_auc.{n}.auc" for n in names}
-    rows = _lines(files, looked)
-    rows += _lines(files, {"attention ratio": "overall.attention_ratio"} | auc, "{:.3f}".format)
+    lines = {f"looked {a}, answered {b}": f"looked_answered.looked_{a}_answered_{b}" for a in sides for b in sides}
+    lines |= {"where it looked is unknown": "looked_answered.judged_by.unknown"}
+    lines |= {"attention ratio": "overall.attention_ratio"}
+    names = dict.fromkeys(name for file in files.values() for name in file["ratio_auc"])
+    lines |= {"ratio tells right from wrong, AUC" + f", {n}" * (n != "overall"): f"ratio_auc.{n}.auc" for n in names}
     note = (
         "Looked right: the target has the largest share of the image attention; where shares by image are absent, more "
         "than an even share of it. Attention ratio: share of the image attention that lies on the target, mean over "
         "the answers; a single image, which holds all of it, is left out. AUC: the chance that of a right and a wrong "
         "answer, same format and number of images, the right one has the higher attention ratio; 0.5 says nothing."
     )
-    return Table("attention", "Where it looked, and what it answered", ["", *files], rows, note)
+    return _by_file(files, "attention", "Where it looked, and what it answered", lines, note)
 
 
 def _confused(files: Mapping[str, Scores]) -> Table:
-    rows = _lines(files, {"wrong": "confusion.wrong", "true of another image": "confusion.true_of_another"})
-    shares = {"% of wrong": "confusion.of_wrong", "the same by chance, %": "confusion.chance"}
+    lines = {"wrong": "confusion.wrong", "true of another image": "confusion.true_of_another",
+             "their share": "confusion.of_wrong", "by chance": "confusion.chance"}  # fmt: skip
     note = (
-        "A wrong answer that is true of another image of the prompt is a confusion. By chance: the wrong answers, "
-        'dealt to one another\'s questions. "-": no question says in `others` what is true of its other images.'
+        "A wrong answer that is true of another image of the prompt is a confusion. By chance: their share when the "
+        'wrong answers are dealt to one another\'s questions. "-": no question says in `others` what is true of its '
+        "other images."
     )
-    return Table("confusion", "Answers from another image", ["", *files], rows + _lines(files, shares, number), note)
+    return _by_file(files, "confusion", "Answers from another image", lines, note)
 
 
 def _graded(scores: Scores) -> Iterator[Table]:
     if "judge" not in scores:
         return
-
-    def grade(found: Scores) -> str:
-        return interval(found, form=".2f", scale=1)
-
-    files, compared = scores["answers"], scores["comparisons"]
-    formats = list(dict.fromkeys(name for file in files.values() for name in at(file, "judge.by_format") or ()))
-    rows = _lines(files, {rubric: f"judge.overall.{rubric}" for rubric in RUBRICS}, grade)
-    rows += _lines(files, {f"{r}, {t}": f"judge.by_format.{t}.{r}" for t in formats for r in RUBRICS}, grade)
-    rows += _lines(files, {name: f"judge.overall.{name}" for name in ("judged", *WITHOUT)})
+    formats = dict.fromkeys(t for file in scores["answers"].values() for t in at(file, "judge.by_format") or ())
+    lines = {name: f"judge.overall.{name}" for name in (*RUBRICS, "judged", *WITHOUT)}
+    lines |= {f"{r}, {t}": f"judge.by_format.{t}.{r}" for t in formats for r in RUBRICS}
     note = "Means [95 % interval] over the answers that were graded."
-    yield Table("judge", f"Grades 1 to 5 by {scores['judge']['model']}", ["", *files], rows, note)
-    differences = [
+    yield _by_file(scores["answers"], "judge", f"Grades 1 to 5 by {scores['judge']['model']}", lines, note)
+    rows = [
         [f"{c['second']} - {c['first']}", str(c["judge"]["pairs"]),
          *(interval(c["judge"].get(rubric), "difference", "+.2f", 1) for rubric in RUBRICS)]
-        for c in compared
+        for c in scores["comparisons"]
     ]  # fmt: skip
-    head = ["second - first", "judged in both", *RUBRICS]
-    yield Table("judge_comparisons", "Grades, second - first", head, differences)
+    yield Table("judge_comparisons", "Grades, second - first", ["second - first", "judged in both", *RUBRICS], rows)
 
 
 # ---- as text

@@ -4,8 +4,9 @@ import io
 import logging
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from llava.endpoint import data_url
 from llava.heatmap import draw_prompt
 from llava.image import ImageStore
 from llava.markdown import number
-from llava.records import FORMATS, IMAGE, Answer, Question
+from llava.records import FORMATS, IMAGE, Question
 from llava.regions import needs_sizes, target_box
 
 log = logging.getLogger(__name__)
@@ -64,10 +65,8 @@ def report(
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,  # questions and answers may hold anything
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
     environment.filters |= {"number": number, "shorten": _shorten, "breakable": _breakable, "marked": _marked}
     return environment.get_template(TEMPLATE).render(
         models={model.name: model for model in models},
@@ -148,10 +147,7 @@ def choose(rows: Sequence[Sequence[Row]], num_samples: int) -> list[int]:
     Questions that a file has no answer to come last. The same rows give the same choice, in order of outcome
     (confusions, then disagreements, first) and format.
     """
-    kinds = [_kind(own) for own in zip(*rows, strict=True)]
-    waiting: dict[tuple, list[int]] = {}
-    for place, kind in enumerate(kinds):
-        waiting.setdefault(kind, []).append(place)
+    kinds = {place: _kind(own) for place, own in enumerate(zip(*rows, strict=True))}
     seen: Counter = Counter()  # outcomes are tuples and formats are numbers, so that one counter holds both
 
     def rank(kind: tuple) -> tuple:
@@ -159,13 +155,11 @@ def choose(rows: Sequence[Sequence[Row]], num_samples: int) -> list[int]:
         is_covered = min(seen[outcome], seen[image_type]) > 0
         return is_unanswered, is_covered, has_no_map, seen[outcome] + seen[image_type], outcome, image_type
 
-    chosen = []
-    while waiting and len(chosen) < num_samples:
-        kind = min(waiting, key=rank)
+    chosen, waiting = [], {kind: [place for place in kinds if kinds[place] == kind] for kind in set(kinds.values())}
+    while any(waiting.values()) and len(chosen) < num_samples:
+        kind = min((kind for kind in waiting if waiting[kind]), key=rank)
         chosen.append(waiting[kind].pop(0))
         seen.update(kind[2:])
-        if not waiting[kind]:
-            del waiting[kind]
     return sorted(chosen, key=lambda place: (kinds[place][2:], place))
 
 
@@ -174,12 +168,8 @@ def _kind(own: Sequence[Row]) -> tuple[bool, bool, tuple[bool, ...], int]:
     two files, then what the first has wrong."""
     first, second = own[0].is_right, own[min(1, len(own) - 1)].is_right
     outcome = not any(map(is_confused, own)), first == second, first, second
-    is_unanswered, has_no_map = any(row.given is None for row in own), not any(_map_of(row.given) for row in own)
-    return is_unanswered, has_no_map, outcome, FORMATS.index(own[0].asked.image_type)
-
-
-def _map_of(given: Answer | None) -> Any:
-    return given.extra.get("attention_map") if given else None
+    has_no_map = not any(row.given and row.given.extra.get("attention_map") for row in own)
+    return any(row.given is None for row in own), has_no_map, outcome, FORMATS.index(own[0].asked.image_type)
 
 
 def _sample(models: Sequence[Model], place: int, question: Question, store: ImageStore) -> dict[str, Any]:
@@ -189,36 +179,30 @@ def _sample(models: Sequence[Model], place: int, question: Question, store: Imag
         pictures = [store.open(name) for name in question.images]
         box = target_box(question, pictures[0].size) if needs_sizes(question) else None
     except (ValueError, FileNotFoundError) as error:
-        problem = str(error)
-    drawn = None if problem else _drawn(pictures, None, question, box)
+        pictures, problem = [], str(error)
+    draw = partial(_drawn, pictures, question.target, box)
     return {
         "question": question,
         "asked": models[0].rows[place].asked,
         "text": re.sub(rf"(?:Image\d+:)?\s*{IMAGE}\s*", "", question.prompt) or question.prompt,
-        "picture": drawn,
+        "picture": draw(None) if pictures else None,
         "problem": problem,
-        "answers": [_answered(model, model.rows[place], question, pictures if drawn else [], box) for model in models],
+        "answers": [_answered(model, model.rows[place], pictures, draw) for model in models],
     }
 
 
-def _answered(
-    model: Model, row: Row, question: Question, pictures: Sequence[Image.Image], box: Sequence[float] | None
-) -> dict[str, Any]:
+def _answered(model: Model, row: Row, pictures: Sequence[Image.Image], draw: Callable[[Any], str]) -> dict[str, Any]:
     """One model's answer; `map` is its attention drawn on the pictures, `problem` why its map could not be."""
-    drawn = problem = None
-    if pictures and (maps := _map_of(row.given)):
-        problem = _bad_map(maps, [picture.size for picture in pictures])
-        drawn = None if problem else _drawn(pictures, maps, question, box)
+    maps = row.given.extra.get("attention_map") if row.given and pictures else None
+    problem = _bad_map(maps, [picture.size for picture in pictures]) if maps else None
+    drawn = draw(maps) if maps and not problem else None
     return {"model": model, "row": row, "is_confused": is_confused(row), "map": drawn, "problem": problem}
 
 
-def _drawn(
-    pictures: Sequence[Image.Image], maps: Sequence[dict] | None, question: Question, box: Sequence[float] | None
-) -> str:
-    widths = sum(picture.width / picture.height for picture in pictures)
-    height = max(1, min(PICTURE_HEIGHT, int(PICTURE_WIDTH / widths)))
+def _drawn(pictures: Sequence[Image.Image], target: int | None, box: Sequence[float] | None, maps: Any) -> str:
+    height = int(PICTURE_WIDTH / sum(picture.width / picture.height for picture in pictures))
     file = io.BytesIO()
-    draw_prompt(pictures, maps, question.target, box, height).save(file, "jpeg", quality=85)
+    draw_prompt(pictures, maps, target, box, max(1, min(PICTURE_HEIGHT, height))).save(file, "jpeg", quality=85)
     return data_url(file.getvalue(), "jpeg")
 
 
@@ -226,14 +210,14 @@ def _bad_map(maps: Any, sizes: Sequence[tuple[int, int]]) -> str | None:
     """What keeps an `attention_map` from being drawn, None if nothing does."""
     if not isinstance(maps, list) or len(maps) != len(sizes):
         return f"`attention_map` must be a list with one map for each of the {len(sizes)} images"
-    for n, (one, size) in enumerate(zip(maps, sizes, strict=True), 1):
+    for n, (one, (width, height)) in enumerate(zip(maps, sizes, strict=True), 1):
         try:
-            area, mass = np.asarray(one["area"], dtype=float), np.asarray(one["mass"], dtype=float)
+            area, mass = np.array(one["area"], dtype=float).reshape(2, 2), np.array(one["mass"], dtype=float)
+            is_drawable = mass.ndim == 2 and np.isfinite(mass).all() and mass.min() >= 0
+            is_drawable &= ((area[1] > area[0]) & (area[1] - area[0] <= 2 * max(width, height))).all()
         except (KeyError, TypeError, ValueError):
-            return f"`attention_map` of image {n} must have `area` and `mass` in rows of equal length"
-        if mass.ndim != 2 or not mass.size or not np.isfinite(mass).all() or mass.min() < 0:
-            return f"`mass` of image {n} must be rows of numbers from 0"
-        sides = area[2:] - area[:2] if area.shape == (4,) else np.array([np.nan])
-        if not np.isfinite(sides).all() or sides.min() <= 0 or sides.max() > 2 * max(size):
-            return f"`area` of image {n} must be [x0, y0, x1, y1] in px of the picture of {size[0]} x {size[1]} px"
+            is_drawable = False
+        if not is_drawable:
+            box = f"`area`, [x0, y0, x1, y1] in px of the picture of {width} x {height} px"
+            return f"`attention_map` of image {n} must have {box}, and `mass`, rows of equal length of numbers from 0"
     return None

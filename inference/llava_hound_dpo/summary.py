@@ -202,14 +202,10 @@ def looked_right(row: Row) -> tuple[bool | None, str]:
 def looked_answered(rows: Sequence[Row]) -> dict[str, Any]:
     """The four quadrants of attention and correctness, and by which rule the attention was judged."""
     found = [(*looked_right(row), row.is_right) for row in rows]
-    count = Counter((looked, right) for looked, _, right in found)
-    return {
-        "looked_right_answered_right": count[True, True],
-        "looked_right_answered_wrong": count[True, False],
-        "looked_wrong_answered_right": count[False, True],
-        "looked_wrong_answered_wrong": count[False, False],
-        "judged_by": {rule: sum(how == rule for _, how, _ in found) for rule in ("argmax", "ratio", "unknown")},
-    }
+    count, sides = Counter((looked, right) for looked, _, right in found), {"right": True, "wrong": False}
+    judged_by = {rule: sum(how == rule for _, how, _ in found) for rule in ("argmax", "ratio", "unknown")}
+    quadrants = {f"looked_{a}_answered_{b}": count[sides[a], sides[b]] for a in sides for b in sides}
+    return quadrants | {"judged_by": judged_by}
 
 
 def ratio_auc(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
