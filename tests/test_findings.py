@@ -122,7 +122,7 @@ def test_markdown_has_the_numbers_of_the_scores(scored):
         wanted = [f"{100 * o['accuracy']:.1f} [{100 * o['low']:.1f}, {100 * o['high']:.1f}]" for o in own]
         assert accuracy[name][:3] == [str(own[0]["questions"]), *wanted]
     assert found["Answers"]["wrong"] == [str(file["overall"]["wrong"]) for file in files.values()]
-    assert len(found["Paired comparisons on the same questions"]) == 1 + 5
+    assert len(found["Accuracy, second - first, points [95 % interval], paired by question"]) == 1 + 5
     assert markdown(scores).endswith(markdown_tables(scores))
 
 

@@ -153,7 +153,7 @@ def _compared(scores: Scores) -> Table:
         for c in scores["comparisons"] for place, own in _places(c).items()
     ]  # fmt: skip
     head = ["second - first", "questions", "difference", "only first right", "only second right", "McNemar p"]
-    return Table("comparisons", "Paired comparisons on the same questions", head, rows)
+    return Table("comparisons", "Accuracy, second - first, points [95 % interval], paired by question", head, rows)
 
 
 def _attention(files: Mapping[str, Scores]) -> Table:
