@@ -11,14 +11,10 @@ TEX = str.maketrans({c: f"\\{c}" for c in "{}$&#_%"} | {c: f"{{{c}}}" for c in "
                     | {c: rf"\text{name}{{}}" for c, name in NAMED.items()})  # fmt: skip
 
 
-def row(cells: Iterable[Any]) -> str:
-    """A line of a table."""
-    return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
-
-
 def table(head: Sequence[str], rows: Iterable[Iterable[Any]], left: int = 1) -> str:
     """A table whose first `left` columns are texts; what follows stands to the right, as numbers do."""
-    return "\n".join(map(row, [head, ["---"] * left + ["---:"] * (len(head) - left), *rows]))
+    lines = [head, ["---"] * left + ["---:"] * (len(head) - left), *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def latex(head: Sequence[str], rows: Iterable[Iterable[Any]], left: int = 1) -> str:

@@ -143,7 +143,7 @@ def evaluate(
     Raises DataError, ValueError, FileNotFoundError.
     """
     given, asked = read(paths, questions)
-    by_name = dict(zip(_names(paths), _judged(given, asked, scorer), strict=True))
+    by_name = dict(zip(_names(paths), judged(given, asked, scorer), strict=True))
     files = dict(zip(by_name, paths, strict=True))
     scores = {
         "scorer": scorer,
@@ -159,11 +159,6 @@ def evaluate(
     if llm:
         add_grades(scores, by_name, llm)
     return scores, by_name
-
-
-def judged(paths: Sequence[Path], questions: Path | None, scorer: str) -> list[list[Row]]:
-    """For each file a row for every question that has a right answer, in one order. Raises as `read`."""
-    return _judged(*read(paths, questions), scorer)
 
 
 Given = list[dict[str, Answer]]  # of each file, by the question's id
@@ -200,7 +195,8 @@ def is_tuned_on(id: str, given: Given) -> bool:
     return any(id in own and own[id].extra.get("is_tuned_on") is True for own in given)
 
 
-def _judged(given: Given, asked: Sequence[Asked], scorer: str) -> list[list[Row]]:
+def judged(given: Given, asked: Sequence[Asked], scorer: str) -> list[list[Row]]:
+    """For each file a row for every question that has a right answer, in one order. Raises ValueError without any."""
     scored = [question for question in asked if question.answer and not is_tuned_on(question.id, given)]
     if not scored:
         raise ValueError("AdaptViz was tuned on every question that has a right answer: score it on others")

@@ -57,10 +57,10 @@ def report(
     Sample prompts are drawn only with the test set's `questions` and the `store` of its pictures; without them the page
     says how to get them. `charts`, as `draw_charts` gives them, are drawn here if absent.
     """
-    models = [
-        Model(name, found, rows[name], COLOURS[n % len(COLOURS)], GLYPHS[n % len(GLYPHS)])
+    models = {
+        name: Model(name, found, rows[name], COLOURS[n % len(COLOURS)], GLYPHS[n % len(GLYPHS)])
         for n, (name, found) in enumerate(scores["answers"].items())
-    ]
+    }
     charts = charts or draw_charts(scores, ["svg"])
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -69,12 +69,12 @@ def report(
     )  # fmt: skip
     environment.filters |= {"number": number, "shorten": _shorten, "breakable": _breakable, "marked": _marked}
     return environment.get_template(TEMPLATE).render(
-        models={model.name: model for model in models},
+        models=models,
         preamble=preamble(scores),
         sentences=sentences(scores),
         tables=tables(scores),
         charts={name: Markup(inline(file)) for (name, kind), file in charts.items() if kind == "svg"},
-        samples=_samples(models, questions, store, num_samples) if questions and store else None,
+        samples=_samples(list(models.values()), questions, store, num_samples) if questions and store else None,
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from inference.llava_hound_dpo.evaluate import judged
+from inference.llava_hound_dpo.evaluate import judged, read
 from inference.llava_hound_dpo.summary import Row
 from llava.statistics import compare_sets, mean_of_groups, seed_interval
 from scripts.study.config import BASE, PLAIN, Arm, Config
@@ -73,7 +73,8 @@ def answered(config: Config, output: Path, arm: Arm, way: str) -> Answered | Non
     if not seeds:
         return None
     questions = Path(config.test.file.replace("{output}", str(output)))
-    rows = judged([output / answer_name(arm, seed, way) / "answers.jsonl" for seed in seeds], questions, "auto")
+    paths = [output / answer_name(arm, seed, way) / "answers.jsonl" for seed in seeds]
+    rows = judged(*read(paths, questions), "auto")
     known = np.array([[known_of(row) for row in own] for own in rows], dtype=float)
     return Answered(tuple(seeds), known.transpose(2, 0, 1), np.array([row.asked.image_type for row in rows[0]]))
 
