@@ -4,11 +4,10 @@ import csv
 import json
 
 import pytest
-from datasets import Dataset
 
 from inference.llava_hound_dpo import evaluate as command
 from llava.records import read_questions
-from tests.interchange_sets import BLINK, NLVR2, Importer, call, table
+from tests.interchange_sets import NLVR2, Importer, call, table
 
 
 @pytest.fixture
@@ -58,19 +57,6 @@ def test_there_and_back_by_vlmevalkit(imported, tmp_path):
     assert found == [("0", "A", "A"), ("1", "B", "the second\none"), ("2", "Z", "")]
 
 
-def test_there_and_back_by_lmms_eval(imported, tmp_path):
-    imported("nlvr2", [NLVR2, NLVR2 | {"identifier": "dev-2-0-0", "label": "True"}])
-    answers = answer_all(imported, tmp_path, ["B", "(B)"])
-    code, path = export(imported, tmp_path, answers, "lmms_eval", "log.json", "--task", "nlvr2")
-    assert code == 0 and json.loads(path.read_text()) == {
-        "args": {"model": "attention-aware-dpo", "model_args": "", "limit": None},
-        "model_configs": {"task": "nlvr2"},
-        "logs": [
-            {"doc_id": 0, "target": "False", "resps": [["B"]]}, {"doc_id": 1, "target": "True", "resps": [["(B)"]]},
-        ],
-    }  # fmt: skip
-
-
 def test_an_imported_set_is_scored(imported, tmp_path):
     """Grouped by format and number of images, not by position; where a model looked is unknown, without a target."""
     imported("nlvr2", [NLVR2 | {"identifier": f"dev-{n}-0-0"} for n in range(3)])
@@ -88,9 +74,7 @@ def test_an_imported_set_is_scored(imported, tmp_path):
     ("flags", "message"),
     [
         (["vlmevalkit", "a.xlsx"], "not .xlsx"),
-        (["lmms_eval", "a.json"], "--task is missing"),
-        (["lmms_eval", "a.jsonl", "--task", "nlvr2"], "not .jsonl"),
-        (["lmms_eval", "a.json", "--original", "x.tsv"], "--original is for VLMEvalKit"),
+        (["lmms_eval", "a.tsv"], "invalid choice: 'lmms_eval'"),
         (["vlmevalkit", "a.tsv", "--original", "x.tsv"], "x.tsv"),
     ],
 )
@@ -107,14 +91,3 @@ def test_a_question_without_answer_is_not_left_out(imported, tmp_path, capsys):
     answers.write_text(answers.read_text().splitlines()[0] + "\n")
     code, path = export(imported, tmp_path, answers, "vlmevalkit", "a.tsv")
     assert code == 2 and not path.exists() and "record 2 (id dev-2-0-0): no answer in" in capsys.readouterr().err
-
-
-def test_subsets_together_are_no_task_of_lmms_eval(imported, tmp_path, capsys):
-    for name in ("Art_Style", "Counting"):
-        (tmp_path / "source" / name).mkdir(parents=True)
-        Dataset.from_list([BLINK | {"idx": name}]).to_parquet(tmp_path / "source" / name / "val.parquet")
-    assert imported("blink", None, ".", "--split", "val")[0] == 0
-    answers = answer_all(imported, tmp_path, ["B", "B"])
-    answers.write_text(answers.read_text().replace("[0.5, 0.5]", "null"))
-    assert export(imported, tmp_path, answers, "lmms_eval", "a.json", "--task", "blink")[0] == 2
-    assert "export them one by one" in capsys.readouterr().err

@@ -1,14 +1,11 @@
-"""Public multi-image data sets in, answers out to the harnesses that score them.
+"""Public multi-image data sets in, answers out to VLMEvalKit; lmms-eval runs our models itself (docs/harnesses.md).
 
 python -m inference.llava_hound_dpo.interchange
   import --from blink --source FOLDER --split val --output DIR
     writes DIR/test.json and DIR/images from files on this machine; nothing is downloaded
   export --to vlmevalkit --answers answers.jsonl --questions DIR/test.json --output MODEL_BLINK.tsv
-    writes a file that the harness scores
-      vlmevalkit: a prediction table, MODEL_DATASET.tsv, for PRED_FORMAT=tsv and `--mode eval`; an empty prediction is
-      read there as the text "nan". Source: open-compass/VLMEvalKit:vlmeval/smp/file.py, vlmeval/dataset/image_mcq.py
-      lmms_eval: a log of answers, for `--model from_log --model_args logs=FOLDER`.
-      Source: EvolvingLMMs-Lab/lmms-eval:lmms_eval/models/simple/from_log.py
+    writes a prediction table, MODEL_DATASET.tsv, for PRED_FORMAT=tsv and `--mode eval`; an empty prediction is read
+    there as the text "nan". Source: open-compass/VLMEvalKit:vlmeval/smp/file.py, vlmeval/dataset/image_mcq.py
 """
 
 import csv
@@ -32,9 +29,7 @@ log = logging.getLogger(__name__)
 
 INCOMPLETE = 1  # exit code: written, but without the records that could not be converted
 SHOWN = 20  # problems in the log; run.json has all
-SUFFIXES = {"vlmevalkit": ".tsv", "lmms_eval": ".json"}
 PICTURES = ("image", "image_path")  # columns that a prediction table does not have
-TARGETS = ("answer", "answers", "correct_choice", "label")  # columns that have the true answer
 Given = list[tuple[Question, Answer]]
 
 
@@ -53,15 +48,14 @@ class Import:
 
 @dataclass(frozen=True)
 class Export:
-    """Answers become a harness's predictions."""
+    """Answers become VLMEvalKit's predictions."""
 
     _argument_group_name = "export"
-    to: str = flag("which harness scores them", choices=list(SUFFIXES))
+    to: str = flag("which harness scores them", choices=["vlmevalkit"])
     answers: Path = flag("answers.jsonl of one model")
     questions: Path = flag("the imported test.json")
-    output: Path = flag("vlmevalkit: .tsv; lmms_eval: .json")
-    original: Path | None = flag("vlmevalkit: its TSV, for its columns and every one of its rows", None)
-    task: str | None = flag("lmms_eval: the name of the task", None)
+    output: Path = flag("file to write, .tsv")
+    original: Path | None = flag("its TSV, for its columns and every one of its rows", None)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -158,20 +152,16 @@ def store(pictures: Sequence[Any], folder: Path, output: Path, number: int) -> l
 
 
 def export(settings: Export) -> int:
-    """Write the answers for a harness; returns how many.
+    """Write the answers as a table; returns how many.
 
     Raises DataError, ValueError, FileNotFoundError; also where a question of the test set has no answer, because the
-    harnesses would leave it out of the denominator.
+    harness would leave it out of the denominator.
     """
-    is_table, due, suffix = settings.to == "vlmevalkit", SUFFIXES[settings.to], settings.output.suffix
-    if settings.original and not is_table:
-        raise ValueError("--original is for VLMEvalKit: lmms-eval's log needs none")
-    if suffix != due:
-        raise ValueError(f"--output: {settings.to} reads {due} of ours, not {suffix or 'a file without suffix'}")
-    if not is_table and not settings.task:
-        raise ValueError("--task is missing: the log says which lmms-eval task it answers (blink_art_style)")
+    suffix = settings.output.suffix
+    if suffix != ".tsv":
+        raise ValueError(f"--output: {settings.to} reads .tsv of ours, not {suffix or 'a file without suffix'}")
     given = _matched(settings.answers, settings.questions)
-    write_text(settings.output, _table(given, settings.original) if is_table else _log(given, settings.task))
+    write_text(settings.output, _table(given, settings.original))
     return len(given)
 
 
@@ -189,9 +179,6 @@ def _matched(answers: Path, questions: Path) -> Given:
         more = f" (and {len(problems) - 1} more problems)" if len(problems) > 1 else ""
         raise ValueError(problems[0] + more) from DataError(problems)
     return [(question, given[question.id]) for question in asked]
-
-
-# ---- VLMEvalKit
 
 
 def _table(given: Given, original: Path | None) -> str:
@@ -233,24 +220,6 @@ def _with_original(given: Given, original: Path) -> list[dict[str, Any]]:
     if missing:
         log.info("%d rows of %s were not imported: their prediction is empty, so that they count", missing, original)
     return [row | {"prediction": texts.get(row["index"], "")} for row in rows]
-
-
-# ---- lmms-eval
-
-
-def _log(given: Given, task: str) -> str:
-    """`doc_id` is the place of the row in its split, from 0; `target` the true answer as the data set writes it."""
-    if len({question.extra["source_row"] for question, _ in given}) < len(given):
-        raise ValueError(
-            "--questions holds several subsets, each a task of lmms-eval: import and export them one by one"
-        )
-    logs = []
-    for question, answer in given:
-        fields = question.extra.get("source_fields", {})
-        target = next((str(fields[name]) for name in TARGETS if name in fields), question.answer)
-        logs.append({"doc_id": question.extra["source_row"], "target": target, "resps": [[answer.text]]})
-    args = {"model": "attention-aware-dpo", "model_args": "", "limit": None}
-    return json.dumps({"args": args, "model_configs": {"task": task}, "logs": logs}, ensure_ascii=False) + "\n"
 
 
 if __name__ == "__main__":
