@@ -200,20 +200,19 @@ def test_others_are_let_in_only_when_told_and_with_a_warning(monkeypatch, caplog
 # ---- what the page answers, without a browser
 
 
+REFUSED = [  # pictures, prompt, what is said
+    ([], "What is it?", "no picture"),
+    (["red.png"], "  ", "no question"),
+    (["red.png", "blue.png"], "In Image3, what is it?", "Image3 does not exist: this record has Image1 to Image2"),
+    (["red.png", "cut.png"], "In Image1, what is it?", "picture 2: image file is truncated"),
+    (["text.png"], "What is it?", "picture 1: not a picture"),
+    (["red.png", "blue.png"], "In Image1 and in Image2, <b>what</b>?", "names Image1 and Image2"),
+    (["red.png"], "<image> <image> what?", "2 &lt;image&gt;"),
+]
+
+
 @needs_gradio
-@pytest.mark.parametrize(
-    ("pictures", "prompt", "said"),
-    [
-        ([], "What is it?", "no picture"),
-        (["red.png"], "  ", "no question"),
-        (["red.png", "blue.png"], "In Image3, what is it?", "Image3 does not exist: this record has Image1 to Image2"),
-        (["red.png", "cut.png"], "In Image1, what is it?", "picture 2: image file is truncated"),
-        (["text.png"], "What is it?", "picture 1: not a picture"),
-        (["red.png", "blue.png"], "In Image1 and in Image2, <b>what</b>?", "names Image1 and Image2"),
-        (["red.png"], "<image> <image> what?", "2 &lt;image&gt;"),
-    ],
-)
-def test_what_cannot_be_asked_is_one_line(vlm, tmp_path, pictures, prompt, said):
+def test_what_cannot_be_asked_is_one_line(vlm, tmp_path):
     import gradio as gr
 
     from scripts.viewer.page import Desk
@@ -224,11 +223,12 @@ def test_what_cannot_be_asked_is_one_line(vlm, tmp_path, pictures, prompt, said)
     Image.fromarray(noise).save(tmp_path / "cut.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:5000])
     (tmp_path / "text.png").write_text("no picture")
-    gallery = [(str(tmp_path / name), None) for name in pictures]
-    with pytest.raises(gr.Error) as error:
-        list(Desk({"base": vlm}, ASKING).ask(gallery, prompt, None, *PLAIN))
-    text = error.value.message
-    assert said in text and "\n" not in text and "<" not in text and str(tmp_path) not in text
+    for pictures, prompt, said in REFUSED:
+        gallery = [(str(tmp_path / name), None) for name in pictures]
+        with pytest.raises(gr.Error) as error:
+            list(Desk({"base": vlm}, ASKING).ask(gallery, prompt, None, *PLAIN))
+        text = error.value.message
+        assert said in text and "\n" not in text and "<" not in text and str(tmp_path) not in text
 
 
 @needs_gradio

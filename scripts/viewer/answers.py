@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from inference.llava_hound_dpo.evaluate import judged
+from inference.llava_hound_dpo.evaluate import judged, read
 from inference.llava_hound_dpo.summary import Row, looked_right
 from llava.asked import placeholders
 from llava.image import ImageStore
@@ -50,7 +50,7 @@ class AnswerFiles:
     def read(cls, answers: Sequence[Path], data_path: str, image_folder: str) -> "AnswerFiles":
         """Raises DataError, ValueError, FileNotFoundError as `evaluate` does."""
         store = ImageStore(image_folder)
-        rows = judged(answers, Path(data_path), "auto")
+        rows = judged(*read(answers, Path(data_path)), "auto")
         questions = {question.id: question for question in read_questions(data_path)}
         return cls(questions, store, dict(zip(map(str, answers), rows, strict=True)))
 
