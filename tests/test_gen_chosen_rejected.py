@@ -215,7 +215,7 @@ def test_the_launch_script_hands_on_its_knobs_and_flags(tmp_path):
     module = words.index("-m")
     assert folder == "/" and "--nproc_per_node=3" in words[:module]
     assert words[module + 1] == "data_gen.gen_chosen_rejected" and len(SCRIPT.read_text().splitlines()) <= 40
-    own, model, _, _ = parse(gen_chosen_rejected.GROUPS, None, words[module + 2 :])
+    own, model, *_ = parse(gen_chosen_rejected.GROUPS, None, words[module + 2 :])
     assert (model.model_name_or_path, model.image_folder, own.seed, model.batch_size) == ("my model", "i.zip", 7, 8)
 
 
