@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from transformers import SuppressTokensLogitsProcessor
 
 from llava.attention import install, layer_range
 from llava.command_line import flag, parse
@@ -69,7 +70,7 @@ def build_ways(own: Flags, family: Family) -> dict[str, Callable[[], list[Genera
         torch.manual_seed(seed)
         return generate(
             model, family, batch, layers, do_sample=True, max_new_tokens=tokens, min_new_tokens=tokens,
-            suppress_tokens=[family.image_id],  # which no trained model says
+            logits_processor=[SuppressTokensLogitsProcessor([family.image_id])],  # which no trained model says
         )  # fmt: skip
 
     def each() -> list[Generated]:
