@@ -88,7 +88,7 @@ def ask_server(
                 f"{question.where}: {endpoint.words.name} gave an answer that cannot be read ({error})"
             ) from error
 
-    ask_all(endpoint, numbers, ask, keep, workers)
+    asyncio.run(ask_all(endpoint, numbers, ask, keep, workers))
 
 
 def tokens_of(family: Family, question: Question, text: str, is_complete: bool) -> list[int]:

@@ -186,12 +186,8 @@ class Endpoint:
         """Whether it has not refused one yet."""
         return "temperature" in self.optional
 
-    async def chat(self, messages: Sequence[dict], about: str) -> str:
-        """Text of the reply, "" where it has none. Raises like `reply`."""
-        return (await self.reply(messages, about))[0]
-
     async def reply(self, messages: Sequence[dict], about: str) -> tuple[str, bool]:
-        """(text, whether it ended by itself and not at its longest).
+        """(text of the reply, "" where it has none; whether it ended by itself and not at its longest).
 
         Raises Failed, or EndpointError where asking again is no use.
         """
@@ -246,7 +242,7 @@ class Endpoint:
         return text.replace(self._key, "***") if self._key else text
 
 
-def ask_all(
+async def ask_all(
     endpoint: Endpoint, tasks: Sequence[Any], ask: Callable[[Any], Awaitable[Any]], keep: Callable[[Any, Any], None],
     workers: int,
 ) -> None:  # fmt: skip
@@ -255,10 +251,6 @@ def ask_all(
     The first is asked alone: a wrong URL, key or model ends here, after one request and with nothing kept. Of a task
     whose `ask` raises Failed nothing is kept but a line in the log. Raises EndpointError, also after FAILED_IN_A_ROW.
     """
-    asyncio.run(_ask_all(endpoint, tasks, ask, keep, workers))
-
-
-async def _ask_all(endpoint: Endpoint, tasks: Sequence[Any], ask: Callable, keep: Callable, workers: int) -> None:
     waiting, failed = iter(tasks), 0
 
     async def work(count: int | None = None) -> None:

@@ -181,14 +181,14 @@ class LlmJudge:
                 cache.append([{"digest": digest, "question_id": task.id, "grades": verdict}])
 
         with ExitStack() as held:
-            ask_all(self.endpoint, tasks, self._ask, keep, self.workers)
+            asyncio.run(ask_all(self.endpoint, tasks, self._ask, keep, self.workers))
         return {task.digest: found.get(task.digest, FAILED) for task in tasks}
 
     async def _ask(self, task: Task) -> Verdict:
         """Raises Failed."""
         for attempt in range(READ_TRIES):
             messages = await asyncio.to_thread(question_to, task, self.store, REMINDER if attempt else "")
-            reply = await self.endpoint.chat(messages, task.about)
+            reply, _ = await self.endpoint.reply(messages, task.about)
             if grades := parse_grades(reply):
                 return grades
         log.warning("%s: the judge's reply is not four grades: %r", task.about, self.endpoint.hide(reply)[:100])
