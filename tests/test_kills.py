@@ -139,8 +139,9 @@ def test_forty_kills(healthy, whole, folder, command, number):  # noqa: F811
 
 LOCKED = {  # what the other process writes
     "train": "trained/training", "answer": "out/answers.jsonl", "measure": "out/measured.jsonl",
-    "steer": "out/steered.jsonl", "tune": "out/tuned/grid.jsonl", "evaluate": "out/scores", "generate": "out/made/unfinished",
-    "pairs": "out/pairs/pairs", "mix": "out/set/mix", "study": "out/study/study", "export": "out/merged",
+    "steer": "out/steered.jsonl", "tune": "out/tuned/grid.jsonl", "evaluate": "out/scores",
+    "generate": "out/made/unfinished", "pairs": "out/pairs/pairs", "mix": "out/set/mix",
+    "study": "out/study/study", "export": "out/merged",
 }  # fmt: skip
 
 
