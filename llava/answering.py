@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import torch
 from PIL import Image
@@ -42,6 +42,16 @@ logger = logging.getLogger(__name__)
 PROCESS_FLAGS = {"output", "num_workers", "check_images"}
 
 
+class Pictures(Protocol):
+    """Where pictures are, by the names that records have: an `ImageStore`, or what is in memory."""
+
+    def open(self, name: str) -> Image.Image:
+        """The picture, upright RGB."""
+
+    def size(self, name: str) -> tuple[int, int]:
+        """Its (width, height) in px."""
+
+
 @dataclass(frozen=True)
 class Job:
     """Everything checked and ready before the weights are loaded."""
@@ -52,7 +62,7 @@ class Job:
     questions: list[Question]
     prompts: list[list[int]]  # token ids, one image token per picture
     batches: list[list[int]]  # question numbers, longest prompts first
-    store: ImageStore
+    store: Pictures
     layers: list[int]  # those whose attention is measured
     mapped: frozenset[int]  # questions whose attention map is kept
     alter: Callable[[Question, list[Image.Image]], list[Image.Image]] | None = None  # what is shown for the pictures
@@ -84,12 +94,19 @@ def prepare(model: ModelSettings, settings: AnswerSettings, questions: str | Pat
     """
     require_usable(use_cpu=False)
     checkpoint = model.open()
-    family = checkpoint.family
     questions = questions if isinstance(questions, list) else read_questions(questions)
     store = ImageStore(model.image_folder)
     refuse_duplicates([(question.id, question.where) for question in questions])
     if is_main_process():  # if it finds something it ends, and the launcher ends the others
-        check_pictures(questions, store, family, model.check_images)
+        check_pictures(questions, store, checkpoint.family, model.check_images)
+    return job_of(checkpoint, model, settings, questions, store)
+
+
+def job_of(
+    checkpoint: Checkpoint, model: ModelSettings, settings: AnswerSettings, questions: list[Question], store: Pictures
+) -> Job:
+    """The job of questions whose pictures are looked at. Raises ValueError."""
+    family = checkpoint.family
     prompts = [encode_prompt(family, question) for question in questions]
     extra = _image_lengths(family, questions, store)
     lengths = [len(ids) + sum(more) for ids, more in zip(prompts, extra, strict=True)]
@@ -126,7 +143,7 @@ def encode_prompt(family: Family, question: Question) -> list[int]:
         raise ValueError(f"{question.where}: {error}") from error
 
 
-def _image_lengths(family: Family, questions: Sequence[Question], store: ImageStore) -> Iterator[list[int]]:
+def _image_lengths(family: Family, questions: Sequence[Question], store: Pictures) -> Iterator[list[int]]:
     """For each question how many tokens more each of its pictures takes than the one that stands for it."""
     for question in questions:
         sizes = [None] * len(question.images) if family.fixed else [store.size(name) for name in question.images]
@@ -281,9 +298,8 @@ def batches_of(job: Job, own: Sequence[int]) -> Iterator[tuple[Any, list[int], P
         return
     device = own_device()
     with user_errors():
-        model = job.checkpoint.load(job.model.torch_dtype)
+        model = loaded(job.checkpoint, job.model, device)
     announce(device, job.model.num_workers, "--num_workers")
-    model = _merged(job, model.eval().to(device))
     loader = DataLoader(
         Batches(job, own), batch_size=None, num_workers=job.model.num_workers, pin_memory=torch.cuda.is_available()
     )
@@ -297,16 +313,17 @@ def batches_of(job: Job, own: Sequence[int]) -> Iterator[tuple[Any, list[int], P
             bar.update(len(job.batches[number]))
 
 
-def _merged(job: Job, model):
-    """The model to answer with; one line says what becomes of its adapter."""
-    if not job.model.merges(job.checkpoint):
-        if job.checkpoint.base is not None:
+def loaded(checkpoint: Checkpoint, settings: ModelSettings, device: torch.device):
+    """The model to answer with, on a device; one line says what becomes of its adapter. Raises like `load`."""
+    model = checkpoint.load(settings.torch_dtype).eval().to(device)
+    if not settings.merges(checkpoint):
+        if checkpoint.base is not None:
             logger.info("the adapter is computed apart from the weights below it (--merge_adapter)")
         return model
     model, rounding = merge(model)
     logger.info(
         "the adapter is merged into the weights below it (--merge_adapter): rounded to %s, %.1f %% of what it changes "
-        "stay as they were", job.model.torch_dtype, 100 * rounding.share,
+        "stay as they were", settings.torch_dtype, 100 * rounding.share,
     )  # fmt: skip
     return model
 

@@ -13,6 +13,13 @@ CENTRE = r"(?:cent(?:re|er|ral)|middle|inner|inset|embedded|smaller|inside the o
 PIC_IN_PIC = re.compile(rf"(?=[^,]*\b{CENTRE}\b)(?:[^,.?!]*\b{PICTURE}\b[^,.?!]*|(?:in|at) the \w+),", re.IGNORECASE)
 
 
+def placeholders(image_type: str, num_pictures: int) -> str:
+    """What stands before the question: of several pictures a numbered line for each."""
+    if image_type not in ("sequence", "multi"):
+        return f"{IMAGE}\n"
+    return "".join(f"Image{number}:{IMAGE}\n" for number in range(1, num_pictures + 1))
+
+
 def what_is_asked(raw: dict, asked: Sequence[str], num_images: int) -> tuple[str, int | None]:
     """Format and 0-based target: from the record's fields, else from the prompt, the last of the turns `asked`.
 

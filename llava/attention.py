@@ -10,7 +10,7 @@ Letters: B batch, H heads, Q query rows, K keys, D head size, S tokens of a pack
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ from transformers.masking_utils import sdpa_mask
 from llava.scaling import Scale, scale_scores
 
 NAME = "llava_region"
+ALIGNED = 16  # numbers
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +33,7 @@ class Tree:
     prompt: tuple[int, int]
     branches: tuple[tuple[int, int], ...]  # contiguous, the first one right after the prompt
     mask: Tensor | None  # (rows of the later branches, K) bool: what they see from the prompt's start on
+    _biases: dict[tuple, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def of(cls, prompt: tuple[int, int], branches: tuple[tuple[int, int], ...]) -> "Tree":
@@ -49,6 +51,28 @@ class Tree:
     def map(self, change: Callable[[Tensor], Tensor]) -> "Tree":
         """The same tree with its mask changed, as it is when moved."""
         return self if self.mask is None else replace(self, mask=change(self.mask))
+
+    def bias(self, like: Tensor, rows: str = "later") -> Tensor:
+        """(rows, K) what is added to scores of `like`'s type and device: 0, or -inf where a row does not look.
+
+        `rows` are those of the "later" branches, of the "first", or of "all". Made once, not in every layer, as SDPA
+        would of a boolean mask; lines begin at multiples of 16 numbers, as the memory-efficient kernel wants them.
+        """
+        key = rows, like.dtype, like.device
+        if key not in self._biases:
+            seen = self._seen(rows, like.device)
+            bias = like.new_zeros(len(seen), -(-seen.shape[1] // ALIGNED) * ALIGNED)[:, : seen.shape[1]]
+            self._biases[key] = bias.masked_fill_(~seen, -torch.inf)
+        return self._biases[key]
+
+    def _seen(self, rows: str, device: torch.device) -> Tensor:
+        if rows == "later":
+            return self.mask
+        start, stop = (end - self.prompt[0] for end in self.branches[0])
+        first = torch.ones(stop - start, stop, dtype=torch.bool, device=device).tril(start)
+        if rows == "first" or self.mask is None:
+            return first
+        return torch.cat([F.pad(first, (0, len(self.mask))), self.mask])
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,14 +195,15 @@ def tree_attention(
             head = q, k[:, :, :first], v[:, :, :first]
         parts.append(F.scaled_dot_product_attention(*head, is_causal=True, scale=scaling, dropout_p=dropout))
         if tree.mask is not None:
-            parts.append(
-                F.scaled_dot_product_attention(later, k, v, attn_mask=tree.mask, scale=scaling, dropout_p=dropout)
-            )
+            mask = tree.bias(later)
+            parts.append(F.scaled_dot_product_attention(later, k, v, attn_mask=mask, scale=scaling, dropout_p=dropout))
     return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
 
 
 def _by_tree(states: Tensor, trees: Sequence[Tree]) -> tuple[Tensor, ...]:
     """The row cut into its trees. One cut: a slice for each tree has a gradient as long as the whole row for each."""
+    if len(trees) == 1:
+        return (states,)
     return states.split([tree.branches[-1][1] - tree.prompt[0] for tree in trees], dim=2)
 
 
@@ -186,13 +211,14 @@ def region_mass(
     query: Float[Tensor, "B H Q D"],
     key: Float[Tensor, "B H K D"],
     regions: Float[Tensor, "B K R"],
-    mask: Bool[Tensor, "#B #one #Q K"] | None,
+    mask: Tensor | None,
     scaling: float | None,
 ) -> Float[Tensor, "B H Q R"]:
     """Attention probability (0..1) that each row puts on each region: Σ_j A[b,h,q,j] · W[b,j,r].
 
-    A second attention call whose values are the region weights: exact, differentiable in query and key, and O(K)
-    memory; one call for every D regions. Computed in fp32, because masses summed in bf16 are off by half a percent.
+    `mask` is boolean or added to the scores. A second attention call whose values are the region weights: exact,
+    differentiable in query and key, and O(K) memory; one call for every D regions. Computed in fp32, because masses
+    summed in bf16 are off by half a percent.
     """
     num_regions, head_size = regions.shape[-1], query.shape[-1]
     query, key, masses = query.float(), key.float(), []
@@ -209,13 +235,11 @@ def _probed(query: Tensor, key: Tensor, attention_mask: Tensor | None, scaling: 
     key, regions, masses = _repeat_heads(query, key), plan.probe.regions, []
     for tree, q, k in zip(plan.trees, _by_tree(query, plan.trees), _by_tree(key, plan.trees), strict=True):
         begin = tree.prompt[0]
-        start, stop = (end - begin for end in tree.branches[0])
-        visible = torch.ones(stop - start, stop, dtype=torch.bool, device=query.device).tril(start)
-        if plan.probe.each_branch and tree.mask is not None:
-            visible = torch.cat([F.pad(visible, (0, len(tree.mask))), tree.mask])
-            stop += len(tree.mask)
+        start = tree.branches[0][0] - begin
+        bias = tree.bias(regions.float(), "all" if plan.probe.each_branch else "first")
+        stop = bias.shape[1]
         own = regions[:, begin : begin + stop]
-        masses.append(region_mass(q[:, :, start:stop], k[:, :, :stop], own, visible[None, None], scaling))
+        masses.append(region_mass(q[:, :, start:stop], k[:, :, :stop], own, bias, scaling))
     return torch.cat(masses, dim=2)
 
 

@@ -17,8 +17,8 @@ from matplotlib import pyplot as plt
 from matplotlib.patches import Patch
 from PIL import Image
 
-from inference_optimization.llava_hound_dpo.adaptviz import AdaptViz, Bands
 from llava import attention
+from llava.adaptviz import AdaptViz, Bands
 from llava.command_line import flag, parse
 from llava.generation import batch_prompts, generate
 from llava.heatmap import draw_prompt

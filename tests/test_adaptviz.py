@@ -15,9 +15,9 @@ from inference.llava_hound_dpo import run_inference
 from inference.llava_hound_dpo.evaluate import evaluate
 from inference.llava_hound_dpo.report import markdown, report
 from inference_optimization.llava_hound_dpo import run_adaptive, tune
-from inference_optimization.llava_hound_dpo.adaptviz import DEFAULTS, PRESETS, AdaptViz, Bands, read_config
 from inference_optimization.llava_hound_dpo.grid import ANOTHER, PLAIN, Variant, another_part, answer_grid
 from inference_optimization.llava_hound_dpo.tune import Grid, best_bands, best_fixed, compare, describe
+from llava.adaptviz import DEFAULTS, PRESETS, AdaptViz, Bands, read_config
 from llava.generation import PromptBatch, generate
 from tests.test_scaling import batch_of, prompts_of
 

@@ -7,6 +7,7 @@ from llava.attention import (
     NAME,
     Plan,
     Probe,
+    Tree,
     attention_ratio,
     install,
     layer_range,
@@ -175,3 +176,15 @@ def test_ratio_is_a_ratio_of_means_per_layer_by_hand():
     masses = torch.stack([target, images], dim=-1)[:, None]
     found = attention_ratio(mean_masses(masses, torch.tensor([0, 0, 1]), 2))
     torch.testing.assert_close(found, torch.tensor([[0.4 / 0.8, 0.5], [0.4 / 1.0, 1.0]]))
+
+
+def test_what_a_tree_adds_to_scores_is_its_mask_made_once():
+    tree = Tree.of((2, 7), ((7, 10), (10, 12), (12, 13)))
+    for like in (torch.zeros(1), torch.zeros(1, dtype=torch.bfloat16)):
+        bias = tree.bias(like)
+        assert bias.dtype == like.dtype and bias is tree.bias(like) and bias.stride() == (16, 1)
+        assert torch.equal(bias == 0, tree.mask) and bias[~tree.mask].eq(-torch.inf).all()
+    rows = tree.bias(torch.zeros(1), "all")
+    assert torch.equal(rows[:3, :8] == 0, torch.ones(3, 8).tril(5).bool()) and rows[:3, 8:].eq(-torch.inf).all()
+    assert torch.equal(rows[3:] == 0, tree.mask) and torch.equal(rows[:3, :8], tree.bias(torch.zeros(1), "first"))
+    assert tree.map(lambda mask: mask)._biases is not tree._biases  # on another device it is another

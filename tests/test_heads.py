@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from inference_optimization.llava_hound_dpo.adaptviz import AdaptViz
+from llava.adaptviz import AdaptViz
 from llava.attention import Plan, Probe, attention_ratio, install, mean_over_heads, mean_over_layers
 from llava.checkpoints import open_checkpoint
 from llava.generation import batch_prompts, generate

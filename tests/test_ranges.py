@@ -7,8 +7,8 @@ from data_gen.gen_instruction import __main__ as generate
 from data_gen.gen_instruction import test_set
 from data_gen.mix import __main__ as mix
 from inference.llava_hound_dpo.evaluate import Evaluation, JudgeFlags
-from inference_optimization.llava_hound_dpo.adaptviz import Bands
 from inference_optimization.llava_hound_dpo.tune import TuneSettings
+from llava.adaptviz import Bands
 from llava.command_line import parse
 from llava.settings import AnswerSettings, ModelSettings
 from scripts.discover_heads import DiscoverSettings

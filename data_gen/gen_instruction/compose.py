@@ -12,12 +12,13 @@ import numpy as np
 
 from data_gen.drops import Drop, Unusable
 from data_gen.gen_instruction.companions import Member, members
-from data_gen.gen_instruction.formats import Drawn, placeholders, put_together
+from data_gen.gen_instruction.formats import Drawn, put_together
 from data_gen.gen_instruction.output import PictureFolder
 from data_gen.gen_instruction.rewriting import ask, centre_phrase, conversation, numbered, refusal
 from data_gen.gen_instruction.schedule import PROMPTS, Task
 from data_gen.pictures import encode
 from data_gen.sources import Sources
+from llava.asked import placeholders
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ from PIL import Image, ImageDraw, ImageFont
 
 from data_gen.gen_instruction.companions import Member
 from data_gen.sources import Source
-from llava.records import IMAGE
 from llava.regions import CELL, MARGIN, PIP_SHARE
 
 FORMATS = ("sequence", "collage", "pip")
@@ -56,13 +55,6 @@ def put_together(image_type: str, target: int, num_pictures: int, found: Iterabl
         boxes[position] = collage.paste(position, member.picture.pixels)
         members[position] = replace(member, picture=None)
     return Drawn(members, collage.canvas, {"target_box": boxes[target], "grid": collage.grid})
-
-
-def placeholders(image_type: str, num_pictures: int) -> str:
-    """What stands before the question: of a sequence a numbered line for every picture."""
-    if image_type != "sequence":
-        return f"{IMAGE}\n"
-    return "".join(f"Image{number}:{IMAGE}\n" for number in range(1, num_pictures + 1))
 
 
 class Collage:

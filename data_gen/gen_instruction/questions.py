@@ -13,10 +13,11 @@ import numpy as np
 
 from data_gen.drops import Drop, Unusable
 from data_gen.gen_instruction.companions import Member, members
-from data_gen.gen_instruction.formats import Drawn, placeholders, put_together
+from data_gen.gen_instruction.formats import Drawn, put_together
 from data_gen.gen_instruction.rewriting import ask, centre_phrase, numbered
 from data_gen.pictures import encode
 from data_gen.sources import Source, Sources
+from llava.asked import placeholders
 
 
 @contextmanager

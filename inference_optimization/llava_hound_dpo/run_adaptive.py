@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from inference_optimization.llava_hound_dpo.adaptviz import (
+from llava.adaptviz import (
     DEFAULTS,
     FEW,
     PRESETS,

@@ -20,7 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from inference_optimization.llava_hound_dpo.adaptviz import (
+from inference_optimization.llava_hound_dpo.grid import ANOTHER, PLAIN, Variant, answer_grid
+from llava.adaptviz import (
     DEFAULTS,
     FEW,
     SCOPES,
@@ -30,7 +31,6 @@ from inference_optimization.llava_hound_dpo.adaptviz import (
     Bands,
     PlaceSettings,
 )
-from inference_optimization.llava_hound_dpo.grid import ANOTHER, PLAIN, Variant, answer_grid
 from llava.answering import Answers, Job, digest_of, identify, prepare
 from llava.command_line import flag, parse
 from llava.markdown import table

@@ -119,6 +119,12 @@ def build(folder: Path) -> list[Callable[[], None]]:
     trainer.current_gradient_accumulation_steps = 1  # as `train` sets it
     model, batch = trainer.accelerator.prepare_model(policy), trainer.data_collator(list(pairs))
 
+    def checkpoint() -> None:
+        """As `train` does it."""
+        policy.activation_checkpointing_enable(activation_checkpointing_kwargs=trainer.args.activation_checkpointing_kwargs)
+        if hasattr(trainer, "_has_entered"):  # an earlier commit left that on
+            policy.disable_input_require_grads()
+
     def off_and_on(context: Callable) -> None:
         with context():
             pass
@@ -126,8 +132,9 @@ def build(folder: Path) -> list[Callable[[], None]]:
     def keeping_all() -> None:
         policy.activation_checkpointing_disable()
         trainer.training_step(model, batch)
-        policy.activation_checkpointing_enable()
+        checkpoint()
 
+    checkpoint()
     step = [lambda: trainer.training_step(model, batch), keeping_all, lambda: off_and_on(policy.disable_adapter)]
     # An earlier commit may have no other way than PEFT's.
     return step + [lambda: off_and_on(trainer._as_reference)] * hasattr(trainer, "_switches")

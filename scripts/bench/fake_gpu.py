@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from inference_optimization.llava_hound_dpo.adaptviz import AdaptViz, Bands
+from llava.adaptviz import AdaptViz, Bands
 from llava.attention import layer_range
 from llava.command_line import flag, parse
 from llava.families import Family

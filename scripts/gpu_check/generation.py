@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from inference_optimization.llava_hound_dpo.adaptviz import AdaptViz
+from llava.adaptviz import AdaptViz
 from llava.attention import install, layer_range
 from llava.families import Family, model_inputs
 from llava.generation import PromptBatch, generate

@@ -2,8 +2,8 @@
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -26,6 +25,7 @@ from train.llava_hound_dpo import checkpoints
 from train.llava_hound_dpo.batches import BatchPlan, RowLoader
 from train.llava_hound_dpo.data import PairCollator, PairDataset
 from train.llava_hound_dpo.losses import LossSettings, logits_margin, mean_by_pair, total_loss
+from train.llava_hound_dpo.modes import adapter_off, already_training, checkpointing, switches, without_gradient
 from train.llava_hound_dpo.outcome import write_card
 from train.llava_hound_dpo.packing import PackedRow
 from train.llava_hound_dpo.progress import StepLines, WatchChosen
@@ -62,18 +62,22 @@ class AttentionAwareDPOTrainer(Trainer):
         identity: Mapping[str, Any] | None = None, on_adapter: bool = False, **kwargs,
     ):  # fmt: skip
         super().__init__(*args, data_collator=PairCollator(family, settings.needs_rejected), **kwargs)
+        given = self.args.activation_checkpointing_kwargs
+        self.args.activation_checkpointing_kwargs = checkpointing(self.model) | (given or {})
         self.settings, self.layers, self.heads, self.reference = settings, layers, heads, reference
         self.family, self.batches, self.identity, self._saved_step = family, batches, dict(identity or {}), None
         assert self.args.gradient_accumulation_steps == batches.accumulation
         assert self.args.world_size == batches.world_size
         self.model_accepts_loss_kwargs = False  # our loss is a mean over pairs: let the Trainer average micro-batches
         self.compute_metrics = _mean_metrics
+        self._has_entered = False  # training mode
         self.about: Mapping[str, Any] = {}  # of the card that lies beside weights
         self._sums = torch.zeros(2, len(METRICS), dtype=torch.float64)
         self.shares_images = not any(p.requires_grad for p in self._projector())
         names = self.family.vectors
         self._vectors = [p for name, p in self.model.named_parameters() if any(vector in name for vector in names)]
         self._switches = switches(self.model)
+        self._layers = [part for part in self.model.modules() if isinstance(part, GradientCheckpointingLayer)]
         self.starts_as_reference = on_adapter or not isinstance(self.model, PeftModel)
         is_known = not self.starts_as_reference or reference is not None
         assert is_known or not settings.needs_rejected, "no source of reference log-probs"
@@ -84,6 +88,13 @@ class AttentionAwareDPOTrainer(Trainer):
             self.add_callback(callback)
         if reference is not None:
             self.add_callback(_ComputeReference(self))
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """As the Trainer's, which has all modules enter training mode at every micro-batch; here when they have to."""
+        # The first time it must: a wrapper begins in training mode, the model inside it in that of `from_pretrained`.
+        has_entered, self._has_entered = self._has_entered and model.training, True
+        with already_training(model) if has_entered else nullcontext():
+            return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Mean loss of a batch of pairs; with `return_outputs` also the (N, metrics) matrix, NaN where undefined.
@@ -172,7 +183,12 @@ class AttentionAwareDPOTrainer(Trainer):
         return super()._prepare_input(data)
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
-        """As the Trainer's, but DeepSpeed's state comes from our own files."""
+        """As the Trainer's, but DeepSpeed's state comes from our own files, and embeddings need no gradient.
+
+        transformers gives them one with checkpointing, for the way of re-entry, which we refuse: a backward pass
+        through the first layer's inputs for nothing.
+        """
+        self.model.disable_input_require_grads()
         if not self.is_deepspeed_enabled:
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
@@ -251,7 +267,7 @@ class AttentionAwareDPOTrainer(Trainer):
         """Pictures as the language model reads them, without gradient where nothing before it is trained."""
         for parameter in filter(is_partitioned, self._vectors):
             parameter.all_gather()  # ZeRO-3 does it when the module that holds them is called: here its parts alone are
-        with torch.no_grad() if is_frozen else nullcontext():
+        with without_gradient(self._layers) if is_frozen else nullcontext():
             return self.family.encode(self.model, pixels)
 
     def _reference(self, model, inputs, features: Any, dataset: PairDataset) -> Scores:
@@ -259,7 +275,8 @@ class AttentionAwareDPOTrainer(Trainer):
             pairs = [dataset.pairs[index] for index in inputs["index"].tolist()]
             found = self.reference.lookup(pairs)
             return Scores(*(logps.to(inputs["row"].labels.device, non_blocking=True) for logps in found))
-        with torch.no_grad(), self._as_reference():  # the two may see pictures through different projectors
+        # The two may see pictures through different projectors.
+        with without_gradient(self._layers), self._as_reference():
             return score(model, inputs["row"], features if self.shares_images else self._encode(inputs["pixels"]))
 
     def _as_reference(self):
@@ -299,28 +316,6 @@ class AttentionAwareDPOTrainer(Trainer):
             }
         absent = torch.full_like(ratio, math.nan)
         return torch.stack([found.get(name, absent).detach().float() for name in METRICS], dim=1)
-
-
-def switches(model) -> list[BaseTunerLayer | AuxiliaryTrainingWrapper]:
-    """What an adapter is switched off at: its layers, and modules that it has another copy of."""
-    return [module for module in model.modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]
-
-
-@contextmanager
-def adapter_off(parts: Sequence[BaseTunerLayer | AuxiliaryTrainingWrapper]) -> Iterator[None]:
-    """As `PeftModel.disable_adapter()`, which looks through all modules three times, for the `switches` of a model.
-
-    Set is the flag alone that their forwards ask: `enable_adapters` has every weight's `requires_grad` change as well.
-    """
-    before = [part.disable_adapters for part in parts]
-    try:
-        for part in parts:
-            part._disable_adapters = True
-        assert all(part.disable_adapters for part in parts), "peft has another flag now"
-        yield
-    finally:
-        for part, was_off in zip(parts, before, strict=True):
-            part._disable_adapters = was_off
 
 
 def is_partitioned(parameter: Tensor) -> bool:
