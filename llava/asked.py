@@ -38,12 +38,13 @@ def what_is_asked(raw: dict, asked: Sequence[str], num_images: int) -> tuple[str
         return image_type, _no_target(raw, num_images)
     if image_type != "sequence" and num_images != 1:
         raise ValueError(f"a {image_type} prompt has one image, this record lists {num_images}")
-    if target is None and len(named) > 1:
+    is_whole, elsewhere = image_type in ("pip", "single"), raw.get("points_elsewhere") is True
+    if target is None and len(named) > 1 and not (is_whole and elsewhere):
         raise ValueError(f"the prompt names {_names(named)}: which one is meant? Give `target` (1-based)")
-    if target is not None and named and target not in named and raw.get("points_elsewhere") is not True:
+    if target is not None and named and target not in named and not elsewhere:
         raise ValueError(f"`target` is {target!r}, but the prompt names {_names(named)}")
-    if image_type in ("pip", "single"):
-        if named - {1}:
+    if is_whole:
+        if named - {1} and not elsewhere:
             raise ValueError(f"the prompt names {_names(named)}, but a {image_type} prompt has one image and no cells")
         return image_type, 0
     target = min(named, default=None) if target is None else target

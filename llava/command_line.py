@@ -130,6 +130,19 @@ def command(argv: Sequence[str] | None, names: Sequence[str], description: str |
     raise ValueError(f"the first word must be one of {', '.join(names)}" + (f", not {argv[0]!r}" if argv else ""))
 
 
+def check_choices(settings: Any) -> None:
+    """Raises ValueError for a value of a dataclass that is none of its flag's choices: from Python, not the parser's.
+
+    True and False of a flag that takes them as words become those.
+    """
+    for field in dataclasses.fields(settings):
+        choices, value = field.metadata.get("choices"), getattr(settings, field.name)
+        if isinstance(value, bool) and choices and str(value) in choices:
+            setattr(settings, field.name, str(value))
+        elif choices and value is not None and value not in choices:
+            raise ValueError(f"--{field.name} {value!r}: must be one of {', '.join(map(str, choices))}")
+
+
 def check_numbers(settings: Any, **ranges: tuple[float | None, float | None]) -> None:
     """Raises ValueError for a number of a dataclass that is not finite, or outside of (least, most); None: no limit.
 

@@ -8,7 +8,7 @@ import torch
 
 from llava.checkpoints import Checkpoint, open_checkpoint
 from llava.checks import DEPTHS
-from llava.command_line import check_numbers, flag
+from llava.command_line import check_choices, check_numbers, flag
 from llava.heads import HeadSettings
 
 
@@ -53,6 +53,7 @@ class ModelSettings:
     )
 
     def __post_init__(self):
+        check_choices(self)
         check_numbers(self, batch_size=(1, None), num_workers=(0, 512), max_image_tokens=(1, None))
 
     def open(self) -> Checkpoint:

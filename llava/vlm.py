@@ -25,7 +25,8 @@ from llava.records import Question, parse_question
 from llava.regions import needs_sizes, target_box
 from llava.settings import AnswerSettings, ModelSettings
 
-GIVEN = ("image_type", "target", "target_box", "grid", "context")  # fields of a record that a call may have
+# Fields of a record that a call may have.
+GIVEN = ("image_type", "target", "target_box", "grid", "context", "points_elsewhere")
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,8 +72,8 @@ class VLM:
 
         A prompt without `<image>` gets its pictures before it, as our data has them. Which image it is about follows
         from its words ("In Image2, ..."), or is given as a record has it: `target` (from 1), `image_type`, `grid`,
-        `target_box`, `context`; with a list of prompts each of these is a list, too. Several pictures of which none is
-        named are a `multi` prompt: shares, but no ratio.
+        `target_box`, `context`, `points_elsewhere`; with a list of prompts each of these is a list, too. Several
+        pictures of which none is named are a `multi` prompt: shares, but no ratio.
 
         `steer` scales the attention by AdaptViz: "target", "all" or "balance" are the defaults of that scope, or give
         an `AdaptViz`. What else there is are the settings of inference: `max_new_tokens`, `temperature`, `num_beams`,

@@ -13,7 +13,8 @@ import torch
 
 from inference.llava_hound_dpo import run_inference
 from inference.llava_hound_dpo.evaluate import evaluate
-from inference.llava_hound_dpo.report import markdown, report
+from inference.llava_hound_dpo.findings import markdown
+from inference.llava_hound_dpo.report import report
 from inference_optimization.llava_hound_dpo import run_adaptive, tune
 from inference_optimization.llava_hound_dpo.grid import ANOTHER, PLAIN, Variant, another_part, answer_grid
 from inference_optimization.llava_hound_dpo.tune import Grid, best_bands, best_fixed, compare, describe

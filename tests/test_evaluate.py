@@ -6,7 +6,8 @@ import pytest
 
 from inference.llava_hound_dpo import evaluate as command
 from inference.llava_hound_dpo.evaluate import main
-from inference.llava_hound_dpo.report import markdown, report
+from inference.llava_hound_dpo.findings import markdown
+from inference.llava_hound_dpo.report import report
 from llava.records import DataError, read_answers
 
 SEQUENCE = "Image1:<image>\nImage2:<image>\nIn Image{}, what colour is the car?"
@@ -315,11 +316,11 @@ def test_the_command_writes_both_files(write, tmp_path):
     scores = json.loads((tmp_path / "new/out/scores.json").read_text())
     assert scores["answers"]["tuned"]["overall"]["missing"] == 3
     table = (tmp_path / "new/out/scores.md").read_text()
-    assert "| **overall** | 6 | 33.3 [" in table and "| sequence, Image2 | 3 |" in table
+    assert "| all | 6 | 33.3 [" in table and "| Image2 | 3 |" in table
     assert (
         "| missing | 1 | 3 |" in table
         and "| where it looked is unknown | 1 | 3 |" in table
-        and "| tuned - base | -16.7 [" in table
+        and "| tuned - base, all | 6 | -16.7 [" in table
     )
     rows = [line for line in table.splitlines() if line.startswith("|")]
     assert all(line.endswith("|") for line in rows)

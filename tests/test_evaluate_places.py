@@ -61,6 +61,10 @@ def test_scores_never_replace_what_they_are_made_of(refused, answers, tmp_path):
         check_outputs([tmp_path / "link"], [answers])
 
 
+def content_of(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def test_a_full_disk(refused, tmp_path, monkeypatch, answers):
     def full(path, content):
         with path.open("wb") as file:
@@ -68,11 +72,11 @@ def test_a_full_disk(refused, tmp_path, monkeypatch, answers):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     command.main(["--answers", str(answers), "--output", str(tmp_path / "out")])
-    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    before = content_of(tmp_path / "out")
     monkeypatch.setattr(Path, "write_bytes", full)
     assert "No space left on device; make room" in refused(tmp_path / "out")
     monkeypatch.undo()
-    assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir() if p.suffix != ".lock"} == before
+    assert content_of(tmp_path / "out") == before
     assert not list(tmp_path.rglob("*.tmp"))
 
 

@@ -86,7 +86,7 @@ def check_command(words: list[str], is_whole: bool) -> None:
             check_module(rest[1], rest[2:], is_whole)
     elif program in SCRIPTS:
         check_module(SCRIPTS[program].split(":")[0], rest, is_whole)
-    elif program in ("pip", "hf", "source", "transformers", "vllm"):
+    elif program in ("pip", "hf", "source", "transformers", "vllm", "lmms-eval"):
         files = [word for word in rest if word.endswith(".txt")]
         if [file for file in files if not (ROOT / file).is_file()]:
             raise WrongError(f"{files}: no such file")

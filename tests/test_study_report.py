@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from inference.llava_hound_dpo.summary import Asked, judge
+from llava import statistics
 from llava.records import Answer
-from scripts.study import statistics
 from scripts.study.report import arms_table, comparisons_table, draw_accuracy, draw_ratio, markdown, shown, write_report
 from scripts.study.results import BEGINS, Answered, difference, known_of, numbers
 
@@ -14,11 +14,11 @@ from scripts.study.results import BEGINS, Answered, difference, known_of, number
 
 def test_the_interval_over_seeds_is_students_and_ends_where_the_quantity_does():
     found = statistics.seed_interval([1.0, 2.0, 3.0], 0, 9)  # standard deviation 1, t of two degrees 4.3027
-    assert (found.mean, found.low, found.high) == pytest.approx((2, 0, 2 + 4.3027 / 3**0.5), abs=1e-4)
-    assert statistics.seed_interval([0.5]) == statistics.Interval(0.5, None, None, (0.5,))
+    assert (found["mean"], found["low"], found["high"]) == pytest.approx((2, 0, 2 + 4.3027 / 3**0.5), abs=1e-4)
+    assert statistics.seed_interval([0.5]) == {"mean": 0.5, "low": None, "high": None, "values": (0.5,)}
     found = statistics.seed_interval([0.75, 0.625])
-    assert (found.low, found.high) == (0.0, 1.0)  # 0.6875 +- 12.7062 * 0.0884 / 1.4142 = 0.794
-    assert statistics.seed_interval([-0.1, 0.1], -1).low == pytest.approx(-1)
+    assert (found["low"], found["high"]) == (0.0, 1.0)  # 0.6875 +- 12.7062 * 0.0884 / 1.4142 = 0.794
+    assert statistics.seed_interval([-0.1, 0.1], -1)["low"] == pytest.approx(-1)
     with pytest.raises(ValueError, match="at least one"):
         statistics.seed_interval([])
 
@@ -47,13 +47,13 @@ def test_comparisons_are_paired_by_question():
     first = (rng.random((3, 200)) < 0.5).astype(float)
     second = first.copy()
     second[:, :20] = 1.0  # gains on the same questions in every seed
-    found = statistics.compare(first, second, np.array(["collage"] * 200), 2000)
+    found = statistics.compare_sets(first, second, np.array(["collage"] * 200), 2000)
     gain = (second - first).mean()
-    assert found.over_seeds.mean == pytest.approx(gain)
-    assert 0 < found.low < gain < found.high < gain + 0.05 and found.p < 0.01
-    assert found.relative.mean == pytest.approx(second.mean() / first.mean() - 1)
-    same = statistics.compare(first, first, np.array(["collage"] * 200), 500)
-    assert (same.low, same.high, same.p) == (0, 0, 1)
+    assert found["over_seeds"]["mean"] == pytest.approx(gain)
+    assert 0 < found["low"] < gain < found["high"] < gain + 0.05 and found["p"] < 0.01
+    assert found["relative"]["mean"] == pytest.approx(second.mean() / first.mean() - 1)
+    same = statistics.compare_sets(first, first, np.array(["collage"] * 200), 500)
+    assert (same["low"], same["high"], same["p"]) == (0, 0, 1)
 
 
 # ---- results
@@ -164,6 +164,7 @@ def test_everything_is_written_with_two_figures(tmp_path):
     assert text == (tmp_path / "results.md").read_text() and text.count("](figures/") == 2
     for name in ("accuracy", "ratio"):
         assert (tmp_path / f"figures/{name}.png").read_bytes()[:4] == b"\x89PNG"
+        assert "SFT | &lt;b&gt;" in (tmp_path / f"figures/{name}.svg").read_text()
 
 
 def test_the_figures_show_every_arm_and_cross_what_has_no_end():

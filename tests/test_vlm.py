@@ -14,6 +14,7 @@ from inference.llava_hound_dpo import run_inference
 from inference_optimization.llava_hound_dpo import run_adaptive
 from llava import open_model
 from llava.adaptviz import AdaptViz, Bands
+from llava.settings import ModelSettings
 from scripts.miniature.make_data import question, save_pictures
 from scripts.miniature.prompts import sample_prompt
 from tests.conftest import BASE, picture
@@ -177,6 +178,9 @@ def test_what_cannot_be_asked_is_said_in_a_line(vlm, asked, more, message):
 
 
 def test_settings_that_there_are_not_are_refused(vlm):
+    with pytest.raises(ValueError, match="--dtype 'float': must be one of auto, float32"):
+        open_model(BASE, dtype="float")
+    assert ModelSettings(model_name_or_path="m", image_folder="", merge_adapter=True).merge_adapter == "True"
     with pytest.raises(TypeError, match="max_tokens"):
         vlm.ask(ONE, "What?", max_tokens=3)
     with pytest.raises(TypeError, match="dtypes"):

@@ -13,20 +13,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from inference.llava_hound_dpo.findings import GROUPINGS, latex_tables, markdown, markdown_tables
 from inference.llava_hound_dpo.llm_judge import LlmJudge, add_grades
-from inference.llava_hound_dpo.report import markdown, report
+from inference.llava_hound_dpo.report import draw_charts, report
 from inference.llava_hound_dpo.summary import Asked, Row, compare, judge, summarize
+from llava.charts import KINDS
 from llava.command_line import check_numbers, flag, parse
 from llava.endpoint import KEY_VARIABLE, Endpoint
 from llava.image import ImageStore
 from llava.records import Answer, DataError, Question, read_answers, read_questions, refuse_duplicates, texts
 from llava.run_folder import only_writer
-from llava.runtime import check_outputs, setup_logging, user_errors, write_text
+from llava.runtime import check_outputs, setup_logging, user_errors, write_bytes, write_text
 from llava.scorers import SCORERS
 
 log = logging.getLogger(__name__)
 
 WRITTEN = ("scores.json", "scores.md", "report.html")
+TABLES = {".tex": latex_tables, ".md": markdown_tables}
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -36,18 +39,22 @@ class Evaluation:
 
     _argument_group_name = "evaluation"
     answers: list[Path] = flag("answers.jsonl, one file a model")
-    output: Path = flag("folder for scores.json, scores.md, report.html")
+    output: Path = flag("folder for scores.json, scores.md, report.html and its figures")
     questions: Path | None = flag("the test set: what is not answered then counts as missing", None)
     scorer: str = flag(f"auto (choice where a question has choices, or exact), {', '.join(SCORERS)}", "auto")
     image_folder: Path | None = flag("pictures of --questions: report.html shows sample prompts", None)
     samples: int = flag("sample prompts in report.html at most", 12)
+    table: Path | None = flag("the tables alone too, for a paper: FILE.tex (by booktabs) or FILE.md", None)
 
     def check(self) -> None:
         """Raises ValueError, NotADirectoryError for what cannot be meant."""
         check_numbers(self, samples=(0, None))
         if self.output.exists() and not self.output.is_dir():
             raise NotADirectoryError(f"--output {self.output} is a file; give a folder")
-        check_outputs([self.output / name for name in WRITTEN], [*self.answers, self.questions])
+        written = [self.output / name for name in WRITTEN]
+        check_outputs(written + [self.table] * bool(self.table), [*self.answers, self.questions])
+        if self.table and (self.table.suffix not in TABLES or self.table.resolve() in map(Path.resolve, written)):
+            raise ValueError(f"--table {self.table}: a file of its own, whose name ends in .tex or .md")
         if self.scorer.startswith(("lmms_eval", "vlmevalkit")):
             harness = self.scorer.split("_eval")[0].replace("lmms", "lmms_eval")
             raise ValueError(
@@ -88,7 +95,7 @@ class JudgeFlags:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Reads, scores, writes scores.json, scores.md and report.html, and logs the table."""
+    """Reads, scores, writes scores.json, scores.md, report.html and figures, and logs the table."""
     setup_logging()
     with ExitStack() as stack, user_errors():
         settings, judge_flags = parse((Evaluation, JudgeFlags), __doc__, argv)
@@ -112,14 +119,19 @@ def write(settings: Evaluation, llm: LlmJudge | None) -> str:
     store = ImageStore(settings.image_folder) if settings.image_folder else None
     scores, rows = evaluate(settings.answers, settings.questions, settings.scorer, llm)
     questions = read_questions(settings.questions) if settings.questions and store else ()
-    text = markdown(scores)
-    made = (
-        json.dumps(scores, indent=2, ensure_ascii=False) + "\n",
-        text,
-        report(scores, rows, questions, store, settings.samples),
-    )
+    text, charts = markdown(scores), draw_charts(scores)
+    page = report(scores, rows, questions, store, settings.samples, charts)
+    made = json.dumps(scores, indent=2, ensure_ascii=False) + "\n", text, page
     for name, content in zip(WRITTEN, made, strict=True):
         write_text(settings.output / name, content)
+    if settings.table:
+        write_text(settings.table, TABLES[settings.table.suffix](scores))
+    for name, kind in itertools.product(GROUPINGS, KINDS):
+        path = settings.output / f"figures/{name}.{kind}"
+        if (name, kind) in charts:
+            write_bytes(path, charts[name, kind])
+        else:
+            path.unlink(missing_ok=True)  # of earlier answers
     return text
 
 
@@ -131,7 +143,7 @@ def evaluate(
     Raises DataError, ValueError, FileNotFoundError.
     """
     given, asked = read(paths, questions)
-    by_name = dict(zip(_names(paths), _judged(given, asked, scorer), strict=True))
+    by_name = dict(zip(_names(paths), judged(given, asked, scorer), strict=True))
     files = dict(zip(by_name, paths, strict=True))
     scores = {
         "scorer": scorer,
@@ -149,11 +161,6 @@ def evaluate(
     return scores, by_name
 
 
-def judged(paths: Sequence[Path], questions: Path | None, scorer: str) -> list[list[Row]]:
-    """For each file a row for every question that has a right answer, in one order. Raises as `read`."""
-    return _judged(*read(paths, questions), scorer)
-
-
 Given = list[dict[str, Answer]]  # of each file, by the question's id
 
 
@@ -163,7 +170,9 @@ def read(paths: Sequence[Path], questions: Path | None) -> tuple[Given, list[Ask
     Raises DataError, FileNotFoundError; ValueError where no question has a right answer.
     """
     files = [read_answers(path) for path in paths]
-    asked = _asked_of_test_set(questions) if questions else {}
+    found = read_questions(questions) if questions else []
+    refuse_duplicates([(question.id, question.where) for question in found])
+    asked = {question.id: _asked_of_question(question) for question in found}
     problems = []
     for answer in itertools.chain.from_iterable(files):
         if questions and answer.question_id not in asked:
@@ -186,7 +195,8 @@ def is_tuned_on(id: str, given: Given) -> bool:
     return any(id in own and own[id].extra.get("is_tuned_on") is True for own in given)
 
 
-def _judged(given: Given, asked: Sequence[Asked], scorer: str) -> list[list[Row]]:
+def judged(given: Given, asked: Sequence[Asked], scorer: str) -> list[list[Row]]:
+    """For each file a row for every question that has a right answer, in one order. Raises ValueError without any."""
     scored = [question for question in asked if question.answer and not is_tuned_on(question.id, given)]
     if not scored:
         raise ValueError("AdaptViz was tuned on every question that has a right answer: score it on others")
@@ -198,12 +208,6 @@ def _differences(answer: Answer, known: Asked) -> list[str]:
     pairs = [("answer", answer.answer, known.answer), ("image_type", answer.image_type, known.image_type)]
     pairs.append(("target", *(t if t is None else t + 1 for t in (answer.target, known.target))))  # from 1, as in files
     return [f"`{name}` is {here!r}, but {known.where} has {there!r}" for name, here, there in pairs if here != there]
-
-
-def _asked_of_test_set(path: Path) -> dict[str, Asked]:
-    found = read_questions(path)
-    refuse_duplicates([(question.id, question.where) for question in found])
-    return {question.id: _asked_of_question(question) for question in found}
 
 
 def _asked_of_question(question: Question) -> Asked:

@@ -1,39 +1,41 @@
-"""One self-contained HTML page of the scores: tables, plots and sample prompts, nothing loaded from elsewhere."""
+"""One HTML page of the scores, nothing loaded from elsewhere: chart, sentences, tables and sample prompts."""
 
 import io
 import logging
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import numpy as np
 from markupsafe import Markup, escape
+from matplotlib.figure import Figure
 from PIL import Image
 
-from inference.llava_hound_dpo.llm_judge import RUBRICS, WITHOUT
-from inference.llava_hound_dpo.summary import Row, groupings, is_confused
+from inference.llava_hound_dpo.findings import preamble, sentences, tables
+from inference.llava_hound_dpo.summary import Row, is_confused
+from llava.charts import COLOURS, GLYPHS, GREY, KINDS, MARKERS, chart_file, draw_interval, inline, percent_chart
 from llava.endpoint import data_url
 from llava.heatmap import draw_prompt
 from llava.image import ImageStore
-from llava.records import FORMATS, IMAGE, Answer, Question
+from llava.markdown import number
+from llava.records import FORMATS, IMAGE, Question
 from llava.regions import needs_sizes, target_box
 
 log = logging.getLogger(__name__)
 
 TEMPLATE = "report.html.j2"
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito: safe if colour-blind
-GLYPHS = "●■▲◆▼"
 PICTURE_HEIGHT, PICTURE_WIDTH = 240, 1000  # px of a prompt's pictures, and of all of them side by side
-LONGEST = 1000  # characters shown of a text
+LONGEST, LONGEST_LABEL = 1000, 36  # characters shown of a text, and of a name in a chart
 
 
 @dataclass(frozen=True)
 class Model:
-    """An answers file: its scores, its judged rows, and the sign that stands for it in plots and tables."""
+    """An answers file: its scores, its judged rows, and the sign that stands for it in charts and tables."""
 
     name: str
     scores: dict[str, Any]
@@ -48,70 +50,36 @@ def report(
     questions: Sequence[Question] = (),
     store: ImageStore | None = None,
     num_samples: int = 12,
+    charts: Mapping[tuple[str, str], bytes] | None = None,
 ) -> str:
     """The page. `rows` has the judged rows of each answers file of `scores`, by its name there.
 
     Sample prompts are drawn only with the test set's `questions` and the `store` of its pictures; without them the page
-    says how to get them.
+    says how to get them. `charts`, as `draw_charts` gives them, are drawn here if absent.
     """
-    models = [
-        Model(name, found, rows[name], COLOURS[number % len(COLOURS)], GLYPHS[number % len(GLYPHS)])
-        for number, (name, found) in enumerate(scores["answers"].items())
-    ]
-    return _template(TEMPLATE).render(
-        scores=scores,
-        models=models,
-        grades=_grades(models),
-        charts=groupings(scores["answers"]),
-        samples=_samples(models, questions, store, num_samples) if questions and store else None,
-    )
-
-
-def markdown(scores: dict[str, Any]) -> str:
-    """The scores as Markdown: accuracy by group, counts, comparisons, and what a judge said."""
-    names = {"rubrics": RUBRICS, "verdicts": ("judged", *WITHOUT)}
-    return _template("scores.md.j2").render(scores=scores, groupings=groupings(scores["answers"]), **names)
-
-
-def _template(name: str) -> jinja2.Template:
-    is_page = name == TEMPLATE
+    models = {
+        name: Model(name, found, rows[name], COLOURS[n % len(COLOURS)], GLYPHS[n % len(GLYPHS)])
+        for n, (name, found) in enumerate(scores["answers"].items())
+    }
+    charts = charts or draw_charts(scores, ["svg"])
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=is_page,  # questions and answers may hold anything
-        undefined=jinja2.StrictUndefined if is_page else jinja2.ChainableUndefined,  # "-": not in every file
-        trim_blocks=True,
-        lstrip_blocks=True,
+        autoescape=True,  # questions and answers may hold anything
+        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters |= {"number": number, "shorten": _shorten, "breakable": _breakable, "marked": _marked}
+    return environment.get_template(TEMPLATE).render(
+        models=models,
+        preamble=preamble(scores),
+        sentences=sentences(scores),
+        tables=tables(scores),
+        charts={name: Markup(inline(file)) for (name, kind), file in charts.items() if kind == "svg"},
+        samples=_samples(list(models.values()), questions, store, num_samples) if questions and store else None,
     )
-    environment.filters |= {
-        "percent": _percent,
-        "number": _number,
-        "interval": _interval,
-        "cell": lambda text: text.replace("|", "\\|"),
-        "extract": lambda name, found: found[name],
-        "shorten": _shorten,
-        "breakable": _breakable,
-    }
-    return environment.get_template(name)
 
 
-def _percent(value: Any, form: str = ".1f", unit: str = "") -> str:
-    return format(100 * value, form) + unit if isinstance(value, int | float) else "-"
-
-
-def _number(value: Any, form: str = ".3f") -> str:
-    return format(value, form) if isinstance(value, int | float) else "-"
-
-
-def _interval(found: dict[str, float] | None, name: str, form: str, factor: float = 1) -> str:
-    """A number with its 95 % interval."""
-    if not found:
-        return "-"
-    value, low, high = (format(factor * found[key], form) for key in (name, "low", "high"))
-    return f"{value} [{low}, {high}]"
-
-
-def _shorten(text: str) -> str:
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]} … ({len(text) - LONGEST} more characters)"
+def _shorten(text: str, longest: int = LONGEST) -> str:
+    return text if len(text) <= longest else f"{text[:longest]} … ({len(text) - longest} more characters)"
 
 
 def _breakable(name: str) -> Markup:
@@ -119,13 +87,43 @@ def _breakable(name: str) -> Markup:
     return Markup(re.sub(r"([_\-./\\])(?=\w)", r"\1<wbr>", str(escape(name))))
 
 
-def _grades(models: Sequence[Model]) -> dict[str, Any] | None:
-    """What a judge said: rubrics, and by model its grades and counts; None where no answers file was judged."""
-    said = {model.name: model.scores["judge"]["overall"] for model in models if "judge" in model.scores}
-    grades = {name: {k: v for k, v in own.items() if isinstance(v, dict)} for name, own in said.items()}
-    counts = {name: {k: v for k, v in own.items() if isinstance(v, int)} for name, own in said.items()}
-    rubrics = list(dict.fromkeys(rubric for own in grades.values() for rubric in own))
-    return {"rubrics": rubrics, "of": grades, "counts": counts} if said else None
+def _marked(text: str) -> Markup:
+    """A text with its intervals set apart."""
+    return Markup(re.sub(r"(\[[^]]*\])", r'<span class="ci">\1</span>', str(escape(text))))
+
+
+# ---- charts
+
+
+def draw_charts(scores: dict[str, Any], kinds: Sequence[str] = KINDS) -> dict[tuple[str, str], bytes]:
+    """The file of every chart, by the name of its table and its kind."""
+    names = list(scores["answers"])
+    drawn = [(own, draw_accuracy(own.groups, names)) for own in tables(scores) if own.groups]
+    return {(own.name, kind): chart_file(figure, kind, own.title) for own, figure in drawn for kind in kinds}
+
+
+def draw_accuracy(groups: Mapping[str, Sequence[Mapping[str, Any]]], names: Sequence[str]) -> Figure:
+    """A line for each group with the points of all files, one below the other; dashed, 1/images where it is known."""
+    labels = [f"{_cut(label)} ({own[0]['questions']})" for label, own in groups.items()]
+    figure, axis = percent_chart(labels, "accuracy (%)", 3.2 + 0.075 * max(map(len, labels)), 0.16 + 0.16 * len(names))
+    step = 0.7 / len(names)
+    for place, own in enumerate(groups.values()):
+        if (chance := own[0]["chance"]) is not None:
+            axis.plot([100 * chance] * 2, [place - 0.45, place + 0.45], "--", color=GREY, linewidth=1)
+        for n, found in enumerate(own):
+            style = {"fmt": MARKERS[n % len(MARKERS)], "color": COLOURS[n % len(COLOURS)]}
+            draw_interval(axis, place + step * (n - (len(own) - 1) / 2), found, "accuracy", **style)
+    if len(names) > 1:
+        columns = max(1, 44 // (4 + max(len(_cut(name)) for name in names)))
+        legend = figure.legend(axis.containers[: len(names)], [" "] * len(names), loc="outside upper left",
+                               ncols=columns, frameon=False, handletextpad=0.2)  # fmt: skip
+        for text, name in zip(legend.get_texts(), names, strict=True):  # a legend leaves out names with "_" in front
+            text.set(text=_cut(name), parse_math=False)
+    return figure
+
+
+def _cut(name: str) -> str:
+    return name if len(name) <= LONGEST_LABEL else name[: LONGEST_LABEL - 1] + "…"
 
 
 # ---- sample prompts
@@ -149,10 +147,7 @@ def choose(rows: Sequence[Sequence[Row]], num_samples: int) -> list[int]:
     Questions that a file has no answer to come last. The same rows give the same choice, in order of outcome
     (confusions, then disagreements, first) and format.
     """
-    kinds = [_kind(own) for own in zip(*rows, strict=True)]
-    waiting: dict[tuple, list[int]] = {}
-    for place, kind in enumerate(kinds):
-        waiting.setdefault(kind, []).append(place)
+    kinds = {place: _kind(own) for place, own in enumerate(zip(*rows, strict=True))}
     seen: Counter = Counter()  # outcomes are tuples and formats are numbers, so that one counter holds both
 
     def rank(kind: tuple) -> tuple:
@@ -160,13 +155,11 @@ def choose(rows: Sequence[Sequence[Row]], num_samples: int) -> list[int]:
         is_covered = min(seen[outcome], seen[image_type]) > 0
         return is_unanswered, is_covered, has_no_map, seen[outcome] + seen[image_type], outcome, image_type
 
-    chosen = []
-    while waiting and len(chosen) < num_samples:
-        kind = min(waiting, key=rank)
+    chosen, waiting = [], {kind: [place for place in kinds if kinds[place] == kind] for kind in set(kinds.values())}
+    while any(waiting.values()) and len(chosen) < num_samples:
+        kind = min((kind for kind in waiting if waiting[kind]), key=rank)
         chosen.append(waiting[kind].pop(0))
         seen.update(kind[2:])
-        if not waiting[kind]:
-            del waiting[kind]
     return sorted(chosen, key=lambda place: (kinds[place][2:], place))
 
 
@@ -175,12 +168,8 @@ def _kind(own: Sequence[Row]) -> tuple[bool, bool, tuple[bool, ...], int]:
     two files, then what the first has wrong."""
     first, second = own[0].is_right, own[min(1, len(own) - 1)].is_right
     outcome = not any(map(is_confused, own)), first == second, first, second
-    is_unanswered, has_no_map = any(row.given is None for row in own), not any(_map_of(row.given) for row in own)
-    return is_unanswered, has_no_map, outcome, FORMATS.index(own[0].asked.image_type)
-
-
-def _map_of(given: Answer | None) -> Any:
-    return given.extra.get("attention_map") if given else None
+    has_no_map = not any(row.given and row.given.extra.get("attention_map") for row in own)
+    return any(row.given is None for row in own), has_no_map, outcome, FORMATS.index(own[0].asked.image_type)
 
 
 def _sample(models: Sequence[Model], place: int, question: Question, store: ImageStore) -> dict[str, Any]:
@@ -190,36 +179,30 @@ def _sample(models: Sequence[Model], place: int, question: Question, store: Imag
         pictures = [store.open(name) for name in question.images]
         box = target_box(question, pictures[0].size) if needs_sizes(question) else None
     except (ValueError, FileNotFoundError) as error:
-        problem = str(error)
-    drawn = None if problem else _drawn(pictures, None, question, box)
+        pictures, problem = [], str(error)
+    draw = partial(_drawn, pictures, question.target, box)
     return {
         "question": question,
         "asked": models[0].rows[place].asked,
         "text": re.sub(rf"(?:Image\d+:)?\s*{IMAGE}\s*", "", question.prompt) or question.prompt,
-        "picture": drawn,
+        "picture": draw(None) if pictures else None,
         "problem": problem,
-        "answers": [_answered(model, model.rows[place], question, pictures if drawn else [], box) for model in models],
+        "answers": [_answered(model, model.rows[place], pictures, draw) for model in models],
     }
 
 
-def _answered(
-    model: Model, row: Row, question: Question, pictures: Sequence[Image.Image], box: Sequence[float] | None
-) -> dict[str, Any]:
+def _answered(model: Model, row: Row, pictures: Sequence[Image.Image], draw: Callable[[Any], str]) -> dict[str, Any]:
     """One model's answer; `map` is its attention drawn on the pictures, `problem` why its map could not be."""
-    drawn = problem = None
-    if pictures and (maps := _map_of(row.given)):
-        problem = _bad_map(maps, [picture.size for picture in pictures])
-        drawn = None if problem else _drawn(pictures, maps, question, box)
+    maps = row.given.extra.get("attention_map") if row.given and pictures else None
+    problem = _bad_map(maps, [picture.size for picture in pictures]) if maps else None
+    drawn = draw(maps) if maps and not problem else None
     return {"model": model, "row": row, "is_confused": is_confused(row), "map": drawn, "problem": problem}
 
 
-def _drawn(
-    pictures: Sequence[Image.Image], maps: Sequence[dict] | None, question: Question, box: Sequence[float] | None
-) -> str:
-    widths = sum(picture.width / picture.height for picture in pictures)
-    height = max(1, min(PICTURE_HEIGHT, int(PICTURE_WIDTH / widths)))
+def _drawn(pictures: Sequence[Image.Image], target: int | None, box: Sequence[float] | None, maps: Any) -> str:
+    height = int(PICTURE_WIDTH / sum(picture.width / picture.height for picture in pictures))
     file = io.BytesIO()
-    draw_prompt(pictures, maps, question.target, box, height).save(file, "jpeg", quality=85)
+    draw_prompt(pictures, maps, target, box, max(1, min(PICTURE_HEIGHT, height))).save(file, "jpeg", quality=85)
     return data_url(file.getvalue(), "jpeg")
 
 
@@ -227,14 +210,14 @@ def _bad_map(maps: Any, sizes: Sequence[tuple[int, int]]) -> str | None:
     """What keeps an `attention_map` from being drawn, None if nothing does."""
     if not isinstance(maps, list) or len(maps) != len(sizes):
         return f"`attention_map` must be a list with one map for each of the {len(sizes)} images"
-    for number, (one, size) in enumerate(zip(maps, sizes, strict=True), 1):
+    for n, (one, (width, height)) in enumerate(zip(maps, sizes, strict=True), 1):
         try:
-            area, mass = np.asarray(one["area"], dtype=float), np.asarray(one["mass"], dtype=float)
+            area, mass = np.array(one["area"], dtype=float).reshape(2, 2), np.array(one["mass"], dtype=float)
+            is_drawable = mass.ndim == 2 and np.isfinite(mass).all() and mass.min() >= 0
+            is_drawable &= ((area[1] > area[0]) & (area[1] - area[0] <= 2 * max(width, height))).all()
         except (KeyError, TypeError, ValueError):
-            return f"`attention_map` of image {number} must have `area` and `mass` in rows of equal length"
-        if mass.ndim != 2 or not mass.size or not np.isfinite(mass).all() or mass.min() < 0:
-            return f"`mass` of image {number} must be rows of numbers from 0"
-        sides = area[2:] - area[:2] if area.shape == (4,) else np.array([np.nan])
-        if not np.isfinite(sides).all() or sides.min() <= 0 or sides.max() > 2 * max(size):
-            return f"`area` of image {number} must be [x0, y0, x1, y1] in px of the picture of {size[0]} x {size[1]} px"
+            is_drawable = False
+        if not is_drawable:
+            box = f"`area`, [x0, y0, x1, y1] in px of the picture of {width} x {height} px"
+            return f"`attention_map` of image {n} must have {box}, and `mass`, rows of equal length of numbers from 0"
     return None

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,26 +74,6 @@ def summarize(rows: Sequence[Row]) -> dict[str, Any]:
         "looked_answered": looked_answered(rows),
         "ratio_auc": ratio_auc(rows),
     }
-
-
-def groupings(files: Mapping[str, dict]) -> list[dict[str, Any]]:
-    """Ways to group the questions, which all files share: by format, number of images and position.
-
-    Each has a `title`, the `label` of a row of a table ({} for the group's name), and `group` of each file by name.
-    """
-    every = list(files.values())
-    found = [
-        ("format", "{}", [file["by_format"] for file in every]),
-        ("number of images or cells", "{} images or cells", [file["by_num_images"] for file in every]),
-    ]
-    for t in every[0]["by_position"]:
-        found.append((f"position of the target, {t}", f"{t}, {{}}", [file["by_position"][t] for file in every]))
-    found.append(("category", "{}", [file["by_category"] for file in every]))
-    return [
-        {"title": title, "label": label, "groups": {name: [own[name] for own in groups] for name in groups[0]}}
-        for title, label, groups in found
-        if groups[0]
-    ]
 
 
 def by(rows: Sequence[Row], key: Callable[[Row], Any], order: Sequence[str] = ()) -> dict[str, dict]:
@@ -222,14 +202,10 @@ def looked_right(row: Row) -> tuple[bool | None, str]:
 def looked_answered(rows: Sequence[Row]) -> dict[str, Any]:
     """The four quadrants of attention and correctness, and by which rule the attention was judged."""
     found = [(*looked_right(row), row.is_right) for row in rows]
-    count = Counter((looked, right) for looked, _, right in found)
-    return {
-        "looked_right_answered_right": count[True, True],
-        "looked_right_answered_wrong": count[True, False],
-        "looked_wrong_answered_right": count[False, True],
-        "looked_wrong_answered_wrong": count[False, False],
-        "judged_by": {rule: sum(how == rule for _, how, _ in found) for rule in ("argmax", "ratio", "unknown")},
-    }
+    count, sides = Counter((looked, right) for looked, _, right in found), {"right": True, "wrong": False}
+    judged_by = {rule: sum(how == rule for _, how, _ in found) for rule in ("argmax", "ratio", "unknown")}
+    quadrants = {f"looked_{a}_answered_{b}": count[sides[a], sides[b]] for a in sides for b in sides}
+    return quadrants | {"judged_by": judged_by}
 
 
 def ratio_auc(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
@@ -274,12 +250,23 @@ def _stratified_auc(rows: Sequence[Row], ratios: Sequence[float]) -> float | Non
 
 
 def compare(first: Sequence[Row], second: Sequence[Row]) -> dict[str, Any]:
-    """Second - first over the same questions in the same order: difference with interval, and McNemar's exact test."""
+    """Second - first over the same questions in the same order: difference with interval, and McNemar's exact test.
+
+    `changed`: questions whose scores differ. The same `by_format`.
+    """
     assert [row.asked.id for row in first] == [row.asked.id for row in second]
-    difference, low, high = paired_difference([r.result.score for r in first], [r.result.score for r in second])
-    right = Counter((a.is_right, b.is_right) for a, b in zip(first, second, strict=True))
+    pairs = list(zip(first, second, strict=True))
+    by_format = {t: [pair for pair in pairs if pair[0].asked.image_type == t] for t in FORMATS}
+    return _compared(pairs) | {"by_format": {t: _compared(own) for t, own in by_format.items() if own}}
+
+
+def _compared(pairs: Sequence[tuple[Row, Row]]) -> dict[str, Any]:
+    scores = [[row.result.score for row in own] for own in zip(*pairs, strict=True)]
+    difference, low, high = paired_difference(*scores)
+    right = Counter((a.is_right, b.is_right) for a, b in pairs)
     return {
-        "questions": len(first),
+        "questions": len(pairs),
+        "changed": sum(a != b for a, b in zip(*scores, strict=True)),
         "difference": difference,
         "low": low,
         "high": high,

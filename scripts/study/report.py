@@ -1,4 +1,4 @@
-"""results.json, results.md with one table of arms and one of comparisons, and two figures."""
+"""results.json, results.md with one table of arms and one of comparisons, and two figures as PNG and SVG."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -8,16 +8,15 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from llava.charts import COLOURS, GREY, KINDS, MARKERS, chart_file, draw_interval, percent_chart
+from llava.markdown import interval, number
 from llava.markdown import table as markdown_table
 from llava.run_folder import as_json
-from llava.runtime import short_commit, write_text
+from llava.runtime import short_commit, write_bytes, write_text
 from scripts.study.config import BASE, PLAIN
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#555555", "#000000")
-MARKERS = "os^Dv<>P"
 FEW = 6  # of fewer seeds an interval says little: their values stand beside it
 NO_END = 0.02  # so many more answers begin right than are right: many have no end
-ABSENT = "-"
 SEVERAL = (
     "Units of several commits: they are paired by seed only where these train the same weights, for with another order "
     "of the pairs the same seed is another draw."
@@ -45,9 +44,9 @@ def write_report(results: Mapping[str, Any], output: Path) -> str:
     results = as_json(results)
     figures = {"accuracy": draw_accuracy(results["arms"]), "ratio": draw_ratio(results["arms"])}
     figures = {name: figure for name, figure in figures.items() if figure}
-    (output / "figures").mkdir(exist_ok=True)
     for name, figure in figures.items():
-        figure.savefig(output / "figures" / f"{name}.png", dpi=160, metadata={"Software": None})
+        for kind in KINDS:
+            write_bytes(output / f"figures/{name}.{kind}", chart_file(figure, kind, CAPTIONS[name]))
     text = markdown(results) + "".join(f"\n![{CAPTIONS[name]}](figures/{name}.png)\n" for name in figures)
     write_text(output / "results.json", json.dumps(results, indent=1) + "\n")
     write_text(output / "results.md", text)
@@ -92,36 +91,23 @@ def comparisons_table(comparisons: Sequence[Mapping[str, Any]]) -> str:
 
 def shown(found: Mapping[str, Any] | None, form: str = ".1f", scale: float = 100, brief: bool = False) -> str:
     """An interval as "84.7 [84.4, 84.9] (84.6 84.8)"; without the values of the seeds if `brief` or not few."""
-    if found is None:
-        return ABSENT
-
-    def text(value: float) -> str:
-        return format(round(scale * value, 9) + 0.0, form)  # never -0.0
-
-    if found["low"] is None:
-        return text(found["mean"])
-    values = f" ({' '.join(map(text, found['values']))})" if 0 < len(found["values"]) < FEW and not brief else ""
-    return f"{text(found['mean'])} [{text(found['low'])}, {text(found['high'])}]{values}"
+    text = interval(found, "mean", form, scale)
+    if brief or not found or found["low"] is None or not 0 < len(found["values"]) < FEW:
+        return text
+    return f"{text} ({' '.join(number(value, form, scale) for value in found['values'])})"
 
 
 def draw_accuracy(arms: Sequence[Mapping[str, Any]]) -> Figure:
     """Every arm on its own line."""
-    figure = Figure(figsize=(7.5, 0.8 + 0.26 * len(arms)), layout="constrained")
-    axis = figure.subplots()
+    figure, axis = percent_chart([arm["label"] for arm in arms], "mean accuracy (%)", 7.5, 0.26)
     for place, arm in enumerate(arms):
         own, begins = arm["numbers"]["mean"], arm["numbers"]["begins"]["mean"]
-        axis.plot(100 * np.array(own["values"]), [place] * len(own["values"]), "o", color="#999999", markersize=3)
-        ends = [own["mean"] if own[end] is None else own[end] for end in ("low", "high")]
-        bar = 100 * np.abs(np.array(ends)[:, None] - own["mean"])
-        colour = COLOURS[arm["way"] != PLAIN]
-        axis.errorbar(100 * own["mean"], place, xerr=bar, fmt="o", color=colour, markersize=5, capsize=2.5)
+        axis.plot(100 * np.array(own["values"]), [place] * len(own["values"]), "o", color=GREY, markersize=3)
+        draw_interval(axis, place, own, "mean", fmt="o", color=COLOURS[arm["way"] != PLAIN])
         if begins > own["mean"] + NO_END:
             axis.plot(100 * begins, place, "x", color="#000000", markersize=7)
         if (arm["arm"], arm["way"]) == (BASE, PLAIN):
-            axis.axvline(100 * own["mean"], color="#555555", linestyle="dashed", linewidth=1)
-    axis.set_yticks(range(len(arms)), [arm["label"] for arm in arms], parse_math=False)
-    axis.set(ylim=(len(arms) - 0.5, -0.5), xlim=(-2, 102), xlabel="mean accuracy (%)")
-    axis.grid(axis="x", color="#e4e4e4")
+            axis.axvline(100 * own["mean"], color=GREY, linestyle="dashed", linewidth=1)
     return figure
 
 
@@ -142,6 +128,6 @@ def draw_ratio(arms: Sequence[Mapping[str, Any]]) -> Figure | None:
             markerfacecolor=colour if place < len(COLOURS) else "none",
         )  # fmt: skip
     axis.set(xlabel="attention ratio", ylabel="mean accuracy (%)")
-    axis.grid(color="#e4e4e4")
+    axis.grid(color=GREY, alpha=0.3)
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=7)
     return figure

@@ -1,17 +1,17 @@
 """What the finished units say, as results.json holds it: numbers of each arm over its seeds, paired comparisons."""
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from inference.llava_hound_dpo.evaluate import judged
+from inference.llava_hound_dpo.evaluate import judged, read
 from inference.llava_hound_dpo.summary import Row
+from llava.statistics import compare_sets, mean_of_groups, seed_interval
 from scripts.study.config import BASE, PLAIN, Arm, Config
 from scripts.study.running import commits, finished, progress
-from scripts.study.statistics import compare, mean_of_groups, seed_interval
 from scripts.study.units import Unit, answer_name
 
 SCORE, BEGINS, CUT_OFF, RATIO = range(4)  # what is known of an answer
@@ -73,7 +73,8 @@ def answered(config: Config, output: Path, arm: Arm, way: str) -> Answered | Non
     if not seeds:
         return None
     questions = Path(config.test.file.replace("{output}", str(output)))
-    rows = judged([output / answer_name(arm, seed, way) / "answers.jsonl" for seed in seeds], questions, "auto")
+    paths = [output / answer_name(arm, seed, way) / "answers.jsonl" for seed in seeds]
+    rows = judged(*read(paths, questions), "auto")
     known = np.array([[known_of(row) for row in own] for own in rows], dtype=float)
     return Answered(tuple(seeds), known.transpose(2, 0, 1), np.array([row.asked.image_type for row in rows[0]]))
 
@@ -98,7 +99,7 @@ def numbers(found: Answered) -> dict[str, dict[str, Any]]:
         by_seed["ratio"] = np.nanmean(part.known[RATIO], axis=1)
     for name in dict.fromkeys(found.formats.tolist()):
         by_seed[f"format/{name}"] = found.known[SCORE][:, found.formats == name].mean(axis=1)
-    return {name: asdict(seed_interval(values)) for name, values in by_seed.items()}
+    return {name: seed_interval(values) for name, values in by_seed.items()}
 
 
 def compared(config: Config, keys: Collection[Key]) -> Iterator[tuple[Key, Key]]:
@@ -117,5 +118,5 @@ def difference(control: Answered, arm: Answered, is_base: bool) -> dict[str, Any
         return None
     one, other = (own.of(seeds).averaged() for own in (control, arm))
     begins = seed_interval(other.by_seed(BEGINS) - one.by_seed(BEGINS), -1)
-    scores = compare(one.known[SCORE], other.known[SCORE], one.formats)
-    return {"seeds": seeds, **asdict(scores), "begins": asdict(begins)}
+    scores = compare_sets(one.known[SCORE], other.known[SCORE], one.formats)
+    return {"seeds": seeds, **scores, "begins": begins}
