@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 from PIL import Image
@@ -68,6 +68,8 @@ class Job:
     alter: Callable[[Question, list[Image.Image]], list[Image.Image]] | None = None  # what is shown for the pictures
     heads: Heads | None = None  # those of `layers` whose attention is measured; None: all
     lengths: Sequence[int] = ()  # tokens of each expanded prompt
+    # (text, token ids) of answers that are given, one for each question; a batch is then of one prompt.
+    given: Sequence[tuple[str, list[int]]] = ()
 
     @property
     def family(self) -> Family:
@@ -187,6 +189,7 @@ def identify(job: Job) -> dict[str, Any]:
         "weights": job.checkpoint.digest[:16],
         "attention_layers": job.layers,
         "attention_heads": job.heads and job.heads.to_json(),
+        "given": _digest(job.given) if job.given else None,
     }
 
 
@@ -218,16 +221,21 @@ class Answers:
             self._done = set() if self.is_finished else self.store.begin()
         if self.is_finished:
             logger.info("%s is finished: nothing to do", output)
-        elif self.world > 1:  # processes only wait for each other, for however long the slowest takes
+        elif self.world > 1 and not torch.distributed.is_initialized():
+            # Processes only wait for each other, for however long the slowest takes.
             torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
 
-    def __iter__(self) -> Iterator[tuple[Any, list[int], PromptBatch]]:
-        """(model, numbers of the questions, their batch) of this process's share."""
+    @property
+    def left(self) -> list[int]:
+        """Numbers of the batches of this process's share that were not on disk at the start."""
         if self.is_finished:
-            return
+            return []
         numbers = range(self.rank, len(self.job.batches), self.world)
-        own = [number for number in numbers if not set(self.job.batches[number]) <= self._done]
-        yield from batches_of(self.job, own)
+        return [number for number in numbers if not set(self.job.batches[number]) <= self._done]
+
+    def __iter__(self) -> Iterator[tuple[Any, list[int], PromptBatch]]:
+        """(model, numbers of the questions, their batch) of what is left."""
+        yield from batches_of(self.job, self.left)
 
     def append(self, records: Sequence[dict[str, Any]]) -> None:
         """Put the records of a batch on disk, each with the `number` of its question."""
@@ -235,13 +243,22 @@ class Answers:
             self.store.append(self.rank, [record for record in records if record["number"] not in self._done])
 
     def finish(self) -> None:
-        """Wait for all processes, and write the answers file."""
+        """Wait for all processes, and write the answers file, which is there for all of them afterwards."""
         if not self.is_finished:
-            if self.world > 1:
-                torch.distributed.barrier()
+            self._wait()
             if is_main_process():
                 self._merge()
+            self._wait()
         self._lock.close()
+
+    def stop(self, message: str) -> NoReturn:
+        """End the process with one line; what was appended stays."""
+        self._lock.close()
+        stop(message, from_any_process=True)
+
+    def _wait(self) -> None:
+        if self.world > 1:
+            torch.distributed.barrier()
 
     def _merge(self) -> None:
         with self._writing():
@@ -260,11 +277,10 @@ class Answers:
         try:
             yield
         except OSError as error:
-            self._lock.close()
-            stop(
+            self.stop(
                 f"{self.store.output}: cannot be written ({error}); the answers so far are in {self.store.parts}: "
-                "make room and start the same command again", from_any_process=True,
-            )  # fmt: skip
+                "make room and start the same command again"
+            )
 
 
 def answer(job: Job, output: Path, identity: dict[str, Any], steer: Steer | None = None) -> None:
@@ -323,8 +339,9 @@ class Batches(Dataset):
 
     def __getitem__(self, index: int) -> tuple[int, PromptBatch | str]:
         number = self.numbers[index]
+        asked = self.job.batches[number]
         try:
-            return number, make_batch(self.job, self.job.batches[number])
+            return number, make_batch(self.job, asked[:1] if self.job.given else asked)
         except (OSError, ValueError) as error:  # an exception of a worker would arrive as a traceback
             return number, str(error)
 

@@ -7,9 +7,10 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -18,6 +19,7 @@ import openai
 from PIL import Image
 
 from llava.records import IMAGE
+from llava.runtime import Progress
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +27,7 @@ KEY_VARIABLE = "OPENAI_API_KEY"
 TRIES = 6  # of one request, while the endpoint is busy or out of reach
 TIMEOUT_S = 120.0  # from the first byte sent to the last one read
 LARGEST_REPLY = 1 << 20  # bytes that are read of a reply
+FAILED_IN_A_ROW = 20  # questions without a reply, after which the endpoint counts as gone
 
 
 class EndpointError(ValueError):
@@ -32,7 +35,7 @@ class EndpointError(ValueError):
 
 
 class Failed(Exception):
-    """No reply, for a reason that may pass: what happened."""
+    """No reply, for a reason that may pass: about what, and what happened."""
 
 
 @dataclass(frozen=True)
@@ -149,13 +152,14 @@ def _innermost(error: BaseException) -> str:
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
-def _content(body: bytes, request: httpx.Request) -> str:
-    """The message of a chat completion, "" where it is null. Raises httpx.DecodingError if it is none."""
+def _content(body: bytes, request: httpx.Request) -> tuple[str, bool]:
+    """(message of a chat completion, "" where it is null; whether it ended by itself). Raises httpx.DecodingError."""
     try:
-        content = json.loads(body)["choices"][0]["message"]["content"]
-    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        choice = json.loads(body)["choices"][0]
+        content, is_complete = choice["message"]["content"], choice.get("finish_reason") != "length"
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise httpx.DecodingError("the reply is no chat completion", request=request) from error
-    return content if isinstance(content, str) else ""
+    return content if isinstance(content, str) else "", is_complete
 
 
 class Endpoint:
@@ -182,8 +186,11 @@ class Endpoint:
         """Whether it has not refused one yet."""
         return "temperature" in self.optional
 
-    async def chat(self, messages: Sequence[dict], about: str) -> str:
-        """Text of the reply, "" where it has none. Raises Failed, or EndpointError where asking again is no use."""
+    async def reply(self, messages: Sequence[dict], about: str) -> tuple[str, bool]:
+        """(text of the reply, "" where it has none; whether it ended by itself and not at its longest).
+
+        Raises Failed, or EndpointError where asking again is no use.
+        """
         create = self.client.chat.completions.with_raw_response.create
         sent = dict(self.optional)
         headers = None if self._key else {"Authorization": openai.Omit()}
@@ -198,22 +205,25 @@ class Endpoint:
             for name in refused:
                 if self.optional.pop(name, None) is not None:
                     log.info("%s refuses %s %s: asked without it", self.words.name, name, sent[name])
-            return await self.chat(messages, about)
+            return await self.reply(messages, about)
         except (openai.APIConnectionError, TimeoutError) as error:
             is_late = isinstance(error, TimeoutError)
             reason = f"no whole reply in {TIMEOUT_S:.0f} s" if is_late else self.hide(_innermost(error))
             if self._http.is_reached:
-                raise Failed(reason) from error
+                raise self._failed(reason, about) from error
             tries = "one try" if is_late else f"{TRIES} tries"
             what = f"{self.url}: no reply from {self.words.name} in {tries} ({reason})"
             raise EndpointError(f"{what}. Check {self.words.url}") from error
         return _content(reply.http_response.content, reply.http_request)
 
+    def _failed(self, reason: str, about: str) -> Failed:
+        return Failed(f"{about}: {self.words.name} did not reply ({reason})")
+
     def _refusal(self, error: openai.APIStatusError, about: str) -> Exception:
         """What an HTTP error means."""
         code, words = error.status_code, self.words
         if code in (408, 409, 429) or code >= 500:
-            return Failed(f"HTTP {code}")
+            return self._failed(f"HTTP {code}", about)
         said = " ".join(self.hide(error.response.text[:20_000]).split())[:200]
         said = f": {said}" if said else ""
         if code in (401, 403):  # its text is not quoted: some endpoints repeat a part of the key
@@ -230,3 +240,43 @@ class Endpoint:
     def hide(self, text: str) -> str:
         """The text without the key."""
         return text.replace(self._key, "***") if self._key else text
+
+
+async def ask_all(
+    endpoint: Endpoint, tasks: Sequence[Any], ask: Callable[[Any], Awaitable[Any]], keep: Callable[[Any, Any], None],
+    workers: int,
+) -> None:  # fmt: skip
+    """`ask` about every task, so many at a time, and `keep` each task and what came of it as soon as it is there.
+
+    The first is asked alone: a wrong URL, key or model ends here, after one request and with nothing kept. Of a task
+    whose `ask` raises Failed nothing is kept but a line in the log. Raises EndpointError, also after FAILED_IN_A_ROW.
+    """
+    waiting, failed = iter(tasks), 0
+
+    async def work(count: int | None = None) -> None:
+        nonlocal failed
+        for task in islice(waiting, count):
+            try:
+                found = await ask(task)
+            except Failed as error:
+                log.warning("%s", error)
+                failed += 1
+            else:
+                failed = 0
+                keep(task, found)
+            if failed == FAILED_IN_A_ROW:
+                what = f"{endpoint.url}: no reply about {failed} answers in a row"
+                raise EndpointError(f"{what}. Look at the endpoint, then start the same command again")
+            if bar is not None:
+                bar.update()
+
+    bar = None
+    async with endpoint.client:
+        await work(1)
+        with Progress(total=len(tasks), initial=1, desc=endpoint.words.name, unit="answer") as bar:
+            try:
+                async with asyncio.TaskGroup() as group:  # where one fails, the others are cancelled
+                    for _ in range(workers):
+                        group.create_task(work())
+            except ExceptionGroup as errors:
+                raise errors.exceptions[0] from None

@@ -22,13 +22,13 @@ from llava.scaling import Scale
 
 @dataclass(frozen=True)
 class Generated:
-    """One generated answer."""
+    """One answer, generated or given, and what was noted on it."""
 
     text: str
     tokens: list[int]  # with the end token
     is_complete: bool  # it ended by itself, before the limit of new tokens
-    confidence: float  # largest probability of the first answer token, at temperature 1, before any scaling
-    perplexity: float | None  # of a greedy answer, its end token included; else None
+    confidence: float | None  # largest probability of the first token, at temperature 1, before scaling; None: unknown
+    perplexity: float | None  # of a greedy or a given answer, its end token included; else None
     factor: float  # of the attention on the scaled tokens; 1.0: plain
     masses: Tensor  # (L, R) attention mass on each region, mean over answer tokens and heads, per probed layer
     heads: Tensor | None = None  # (L, H) 1 for the heads that `masses` is a mean over, else 0; None: all

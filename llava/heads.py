@@ -23,7 +23,6 @@ from llava.checkpoints import Checkpoint
 from llava.command_line import flag
 from llava.run_folder import read_object
 from llava.runtime import is_main_process, write_text
-from llava.statistics import auc
 
 logger = logging.getLogger(__name__)
 
@@ -149,6 +148,8 @@ def rank(shares: Sequence[Tensor], targets: Sequence[int], layers: Sequence[int]
     `shares`: for each prompt (L, H, P), what share of a head's image mass each part has; `targets`: the part that is
     referred to; `layers`: what the L are.
     """
+    from llava.statistics import auc  # scipy takes a second to import, and every training and answering would wait
+
     is_target = torch.cat([torch.arange(own.shape[-1]) == part for own, part in zip(shares, targets, strict=True)])
     scores = torch.cat(list(shares), dim=-1)
     right = torch.stack([own.argmax(dim=-1) == part for own, part in zip(shares, targets, strict=True)])

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llava.attention import Plan, Probe, Tree, mean_masses, mean_over_layers
+from llava.attention import Plan, Probe, Tree, mean_over_heads, mean_over_layers
 from llava.families import Family, model_inputs
 from llava.generation import Generated, PromptBatch
 
@@ -45,13 +45,12 @@ def measure(
         output_attentions=bool(layers),
         plan=Plan((tree.map(lambda mask: mask.to(model.device)),), _probe(family, batch, len(said), layers)),
     )
-    masses = torch.zeros(0, len(answers), batch.regions.shape[2])
+    rows = torch.zeros(0, len(said), batch.regions.shape[2])  # (L, T, R)
     if layers:
-        owner = torch.arange(len(answers)).repeat_interleave(torch.tensor(lengths)).to(model.device)
         found = torch.stack([mass[0] for mass in out.attentions])  # (L, H, T, R)
-        masses = mean_masses(found, owner, len(answers), None if heads is None else heads.to(found)[..., None]).cpu()
-    logits = out.logits[0].split(lengths)
-    return [_noted(family, batch, *own, heads) for own in zip(answers, logits, masses.unbind(dim=1), strict=True)]
+        rows = mean_over_heads(found, None if heads is None else heads.to(found)[..., None])
+    parts = zip(answers, out.logits[0].split(lengths), rows.split(lengths, dim=1), strict=True)
+    return [_noted(family, batch, *part, heads) for part in parts]
 
 
 def _probe(family: Family, batch: PromptBatch, num_said: int, layers: Sequence[int]) -> Probe | None:
@@ -66,10 +65,11 @@ def _probe(family: Family, batch: PromptBatch, num_said: int, layers: Sequence[i
 
 
 def _noted(
-    family: Family, batch: PromptBatch, answer: Sequence[int], logits: Tensor, masses: Tensor, heads: Tensor | None
+    family: Family, batch: PromptBatch, answer: Sequence[int], logits: Tensor, rows: Tensor, heads: Tensor | None
 ) -> Generated:
-    """An answer's notes, from its (T, V) logits and (L, R) masses."""
+    """An answer's notes, from its (T, V) logits and (L, T, R) masses."""
     logs, width, tokens = logits.float().log_softmax(dim=-1), batch.regions.shape[2], list(answer)
+    masses = rows.mean(dim=1).cpu()
     own = logs.gather(-1, torch.tensor(tokens, device=logs.device)[:, None])
     return Generated(
         text=family.tokenizer.decode(tokens, skip_special_tokens=True).strip(),

@@ -42,7 +42,8 @@ class Reply:
     perplexity: float | None  # of the answer's tokens, its end token included; None: sampled, or of several beams
     scale: float  # factor that the attention was steered by; 1: not steered
     is_complete: bool  # it ended by itself, before `max_new_tokens`
-    maps: list[dict[str, Any]] | None  # for each picture the `area` in px that its tokens cover, and the `mass` on it
+    # For each picture the `area` in px that its tokens cover, and the `mass` on it, row by row.
+    maps: list[dict[str, Any]] | None = field(repr=False)
     pictures: list[Image.Image] = field(repr=False)  # upright RGB, as the model saw them
     question: Question = field(repr=False)
     record: dict[str, Any] = field(repr=False)  # the line of answers.jsonl

@@ -5,15 +5,13 @@ through a running OpenAI-compatible server of that folder. Exit code 0 if all an
 errors.
 """
 
-import asyncio
 import json
 import logging
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, LogitsProcessor
@@ -22,34 +20,30 @@ from transformers.utils import is_torchvision_available
 from llava.answering import Job, batches_of, prepare, spread
 from llava.checkpoints import WHOLE
 from llava.command_line import check_numbers, flag, parse
-from llava.endpoint import KEY_VARIABLE, Endpoint, Failed, Words, messages_of, url_part
+from llava.elsewhere import Said, ServerSettings, ask_server
+from llava.endpoint import Endpoint
 from llava.generation import generate
 from llava.machine import own_device
 from llava.records import read_prompts
-from llava.run_folder import read_object
 from llava.runtime import Progress, setup_logging, user_errors, write_text
 from llava.settings import AnswerSettings, ModelSettings
-from scripts.export import DTYPES, Asked, asked_of, export, next_logits, plain_inputs, plain_processor, turns_of
+from scripts.export import DTYPES, Asked, asked_of, export, next_logits, plain_inputs, plain_processor
 
 logger = logging.getLogger("scripts.prove")
 
-SERVER = Words("the server", "--endpoint", "--endpoint_model", "--endpoint_key_env")
 FEW = 8  # prompts that a new export is compared on, before all of them are
 PLAIN, PILLOW = "plain transformers", "plain transformers, pictures resampled by pillow as here"
-GREEDY = {"top_p": 1.0, "repetition_penalty": 1.0}  # whatever the folder's generation_config says, as here
 
 
 @dataclass(kw_only=True)
-class ProveSettings:
+class ProveSettings(ServerSettings):
     """Which model is proved, on what, against which server."""
+
+    _argument_group_name, _inherited_group_name = "proof", "server"
 
     model: str = flag("adapter or checkpoint of any dialect, or an exported folder")
     questions: Path = flag("prompts: a test set or pairs")
     image_folder: str = flag("folder, .zip or .tar of their pictures")
-    endpoint: str | None = flag("URL of a running server of the exported folder, as http://localhost:8000/v1", None)
-    endpoint_model: str | None = flag("its name for the model; default: MODEL as given", None)
-    endpoint_key_env: str = flag("environment variable with its key, if it wants one", KEY_VARIABLE)
-    workers: int = flag("requests at a time", 4)
     base_model: str | None = flag("what an adapter stands on, instead of the base it names", None)
     image_tower: str | None = flag("vision tower of an original checkpoint", None)
     num: int = flag("prompts, taken in turn from every format", 100)
@@ -59,7 +53,8 @@ class ProveSettings:
     output: Path | None = flag("file to write all answers to, as JSON lines", None)
 
     def __post_init__(self):
-        check_numbers(self, num=(1, None), workers=(1, None), batch_size=(1, None), max_new_tokens=(1, None))
+        super().__post_init__()
+        check_numbers(self, num=(1, None), batch_size=(1, None), max_new_tokens=(1, None))
 
     def job(self) -> Job:
         """The prompts, checked. Raises like `prepare`."""
@@ -106,9 +101,9 @@ def main() -> int:
     with user_errors(), tempfile.TemporaryDirectory() as temporary:
         (own,) = parse((ProveSettings,), __doc__)
         job = own.job()
-        endpoint = open_endpoint(own)
+        endpoint = own.open(own.model, job.settings)
         asked = [asked_of(job.family, q, [job.store.open(name) for name in q.images]) for q in job.questions]
-        served = ask_server(endpoint, job, own.workers) if endpoint else None
+        served = ask_there(endpoint, job, own.endpoint_workers) if endpoint else None
         folder = exported(own, job, asked, Path(temporary) / "exported")
         given = {"this repository": ask_here(job), PLAIN: ask_plain(folder, asked, own)}
         differs = any(a.text != b.text for a, b in zip(*given.values(), strict=True))
@@ -167,62 +162,18 @@ def ask_plain(folder: Path | str, asked: Sequence[Asked], own: ProveSettings, by
     return found
 
 
-def open_endpoint(own: ProveSettings) -> Endpoint | None:
-    """The server to ask, if there is one. Raises ValueError."""
-    if own.endpoint is None:
-        return None
-    return Endpoint(
-        own.endpoint, own.endpoint_model or own.model, own.endpoint_key_env, SERVER, greedy(Path(own.model)),
-        max_tokens=own.max_new_tokens,
-    )  # fmt: skip
+def ask_there(endpoint: Endpoint, job: Job, workers: int) -> list[Given]:
+    """A server. Raises EndpointError; ValueError where it gives no answer."""
+    found: dict[int, Given] = {}
 
+    def keep(number: int, said: Said) -> None:
+        found[number] = Given(said[0])
 
-def greedy(folder: Path) -> dict[str, Any]:
-    """What a server is asked for; of a folder that penalises repetition also as `transformers serve` takes it."""
-    file = folder / "generation_config.json"
-    settings = read_object(file) if file.is_file() else {}
-    if settings.get("repetition_penalty") in (None, 1.0):
-        return GREEDY
-    return GREEDY | {"generation_config": json.dumps(settings | GREEDY | {"do_sample": False})}
-
-
-def ask_server(endpoint: Endpoint, job: Job, workers: int) -> list[Given]:
-    """A server, pictures as PNG in the message. Raises EndpointError; ValueError where it gives no answer."""
-
-    def messages(number: int) -> list[dict[str, Any]]:
-        question = job.questions[number]
-        return messages_of(turns_of(question), question.images, lambda name: url_part(job.store.open(name), "png"))
-
-    async def ask(number: int) -> Given:
-        about = job.questions[number].where
-        try:
-            text = await endpoint.chat(await asyncio.to_thread(messages, number), about)
-            return Given(job.family.without_specials(text).strip())
-        except Failed as error:
-            raise ValueError(f"{endpoint.url}: no answer to {about} ({error}); is the server well?") from error
-
-    return asyncio.run(_all(endpoint, ask, len(job.questions), workers))
-
-
-async def _all(endpoint: Endpoint, ask: Callable, count: int, workers: int) -> list[Given]:
-    """The first alone: what the server refuses, and whether it is there, is found out once."""
-    room = asyncio.Semaphore(workers)
-
-    async def in_turn(number: int) -> Given:
-        async with room:
-            given = await ask(number)
-            bar.update()
-            return given
-
-    with Progress(total=count, desc="the server", unit="answer") as bar:
-        async with endpoint.client:
-            first = await in_turn(0)
-            try:
-                async with asyncio.TaskGroup() as group:
-                    others = [group.create_task(in_turn(number)) for number in range(1, count)]
-            except ExceptionGroup as errors:
-                raise errors.exceptions[0] from None
-    return [first, *(task.result() for task in others)]
+    numbers = range(len(job.questions))
+    ask_server(endpoint, job, numbers, workers, keep)
+    if missing := [job.questions[number].where for number in numbers if number not in found]:
+        raise ValueError(f"{endpoint.url}: no answer to {len(missing)} prompts, {missing[0]} first: is it well?")
+    return [found[number] for number in numbers]
 
 
 def exported(own: ProveSettings, job: Job, asked: Sequence[Asked], folder: Path) -> str:

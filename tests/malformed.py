@@ -14,7 +14,7 @@ import pytest
 from data_gen.gen_chosen_rejected.__main__ import main as pairs_main
 from data_gen.gen_instruction.__main__ import main as generate_main
 from data_gen.mix.__main__ import main as mix_main
-from inference.llava_hound_dpo import evaluate, run_inference
+from inference.llava_hound_dpo import evaluate, measure, run_inference
 from inference_optimization.llava_hound_dpo import run_adaptive, tune
 from scripts import discover_heads, doctor, export
 from scripts.study.__main__ import main as study_main
@@ -26,6 +26,7 @@ MAINS = {
     "train": run_dpo.main, "answer": run_inference.main, "steer": run_adaptive.main, "tune": tune.main,
     "evaluate": evaluate.main, "generate": generate_main, "pairs": pairs_main, "mix": mix_main, "study": study_main,
     "export": export.main, "doctor": doctor.main, "heads": discover_heads.main,
+    "measure": measure.main,
 }  # fmt: skip
 MARKER = "this code ran"  # a file that appears if code of a checkpoint does
 
@@ -72,6 +73,8 @@ class World:
         flags = {
             "train": model | training,
             "answer": asked | {"output": "@out/answers.jsonl"},
+            "measure": {name: value for name, value in asked.items() if name != "max_new_tokens"}
+            | {"answers": "@answers.jsonl", "output": "@out/measured.jsonl"},
             "steer": asked | {"output": "@out/steered.jsonl"},
             "tune": asked | {"output": "@out/tuned", "share": 0.5},
             "evaluate": {"answers": "@answers.jsonl", "questions": "@test.json", "output": "@out/scores"},

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llava.families.llava15 import Llava15
-from scripts.bench import common, generation, training
+from scripts.bench import common, generation, measuring, training
 from scripts.bench.common import Shape, add_lora, build_pairs
 from scripts.bench.steps import NAMES, build_steps, difference, lacks_trl
 from tests.conftest import tiny_model
@@ -119,6 +119,16 @@ def test_ways_to_answer_are_compared(tmp_path, monkeypatch):
     text = common.RESULTS.read_text()
     assert f"`python -m scripts.bench.generation {flags}`" in text
     assert text.count("2 of 2") == len(generation.PAIRS)
+
+
+def test_measuring_is_compared_with_generating(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = "--family qwen --size tiny --prompts 2 --images 1 --new_tokens 3 --repeats 1"
+    monkeypatch.setattr("sys.argv", ["measuring", *flags.split()])
+    measuring.main()
+    text = common.RESULTS.read_text()
+    assert f"`python -m scripts.bench.measuring {flags}`" in text
+    assert float(text.split("largest difference of ratio and confidence | ")[1].split()[0]) < 1e-5
 
 
 @pytest.mark.parametrize("flag", ["--repeats", "--images"])

@@ -251,5 +251,5 @@ def test_an_adapter_trained_under_a_cap_keeps_it_when_exported(tiny, world, tmp_
 def test_a_server_answers_alike(exported, world, capsys, module, kind):
     folder = exported(module, kind)
     with running_server(folder) as url:
-        code, output = proved(folder, world(*exact(module)), capsys, "--endpoint", url, "--workers", 1)
+        code, output = proved(folder, world(*exact(module)), capsys, "--endpoint", url, "--endpoint_workers", 1)
     assert code == 0 and f"the server at {url}: 20 of 20 answers are the same" in output

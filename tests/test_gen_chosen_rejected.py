@@ -21,6 +21,7 @@ from llava.records import read_instructions, read_preferences
 from scripts.miniature import make_source
 from tests.conftest import kill_with_workers
 from tests.single_images import generate
+from tests.test_elsewhere import key_of, said_to, server  # noqa: F401  a fixture
 from train.llava_hound_dpo import run_dpo
 
 ROOT = Path(__file__).parent.parent
@@ -176,6 +177,33 @@ def test_noisy_pictures_are_for_the_model_only(make, made, tmp_path):
     assert all(clean[id] != noisy[id] for id in clean if clean[id]["image_type"] != "sequence")
 
 
+def test_a_server_answers_and_the_model_measures(make, world, made, tmp_path, server):  # noqa: F811
+    """The same pairs as of the model's own answers, also if the server went away on the way; noise is shown to it."""
+    lines = [json.loads(line) for line in (made / "answers.jsonl").read_text().splitlines()]
+    images = {question.id: question.images for question in read_instructions(world / "made/instructions.jsonl")}
+    answers = said_to(world / "made/images", [images[line["question_id"]] for line in lines], lines)
+    more = ("--endpoint", server.url, "--batch_size", 1)
+    server.answers = dict(list(answers.items())[:-2])
+    with pytest.raises(SystemExit):
+        make("served", *more)
+    assert not (tmp_path / "served/answers.jsonl").exists()
+    server.answers, server.requests = answers, []
+    pairs, wanted = make("served", *more), json.loads((made / "pairs.json").read_text())
+    assert len(server.requests) == 2
+    for pair, other in zip(pairs, wanted, strict=True):
+        for name in ("attention_ratio", "perplexity"):
+            assert pair.pop(name) == pytest.approx(other.pop(name), abs=1e-5)
+    assert pairs == wanted
+    make("served", *more, "--min_perplexity", 1.5)  # selects again without the server
+    assert len(server.requests) == 2
+    with pytest.raises(SystemExit):
+        make("served")  # not the model's own
+    server.answers = {}
+    with pytest.raises(SystemExit):
+        make("noisy", *more, "--degrade", "whole")
+    assert key_of(server.requests[-1])[0] in {key[0] for key in answers} and key_of(server.requests[-1]) not in answers
+
+
 def test_pairs_without_a_model(make, world, monkeypatch):
     monkeypatch.setattr(Checkpoint, "load", None)
     known = known_answers(world)
@@ -215,7 +243,7 @@ def test_the_launch_script_hands_on_its_knobs_and_flags(tmp_path):
     module = words.index("-m")
     assert folder == "/" and "--nproc_per_node=3" in words[:module]
     assert words[module + 1] == "data_gen.gen_chosen_rejected" and len(SCRIPT.read_text().splitlines()) <= 40
-    own, model, _, _ = parse(gen_chosen_rejected.GROUPS, None, words[module + 2 :])
+    own, model, *_ = parse(gen_chosen_rejected.GROUPS, None, words[module + 2 :])
     assert (model.model_name_or_path, model.image_folder, own.seed, model.batch_size) == ("my model", "i.zip", 7, 8)
 
 
@@ -299,6 +327,7 @@ class TestRefused:
         [
             (("--noise_std", 3), "--noise_std"),
             (("--rejected", "other_image", "--degrade", "whole"), "--degrade"),
+            (("--rejected", "other_image", "--endpoint", "http://127.0.0.1:9/v1"), "--endpoint"),
             (("--thresholds", "{"), "--thresholds"),
             (("--attention_layers", "9"), "layers 0 to 3"),
             (("--attention_layers", "none"), 'write "auto"'),

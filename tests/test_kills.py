@@ -25,6 +25,7 @@ TRAINING = ("--dry_run", "False", "--num_train_epochs", 2, "--per_device_train_b
 STAGES = {
     "train": (TRAINING, "trained", ("adapter_model.safetensors", "adapter_config.json", "checkpoint-8/*.safetensors")),
     "answer": (("--batch_size", 1), "out", ("answers.jsonl",)),
+    "measure": (("--batch_size", 1), "out", ("measured.jsonl",)),
     "generate": (("--format", "pip"), "out/made", ("instructions.jsonl", "dropped.jsonl", "images/**/*")),
     "pairs": (("--batch_size", 1), "out/pairs", ("pairs.json", "dropped.jsonl", "summary.md", "answers.jsonl")),
     "evaluate": (("--image_folder", "@images"), "out/scores", ("scores.json", "scores.md", "report.html")),
@@ -118,8 +119,8 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("killed") / "world"
 
 
-FAST = [("answer", 0.6, signal.SIGKILL), ("generate", 0.5, signal.SIGTERM), ("pairs", 0.8, signal.SIGINT),
-        ("evaluate", 0.7, signal.SIGKILL), ("train", 0.5, signal.SIGINT)]  # fmt: skip
+FAST = [("answer", 0.6, signal.SIGKILL), ("measure", 0.5, signal.SIGKILL), ("generate", 0.5, signal.SIGTERM),
+        ("pairs", 0.8, signal.SIGINT), ("evaluate", 0.7, signal.SIGKILL), ("train", 0.5, signal.SIGINT)]  # fmt: skip
 
 
 @pytest.mark.parametrize(("command", "share", "signum"), FAST)
@@ -137,9 +138,10 @@ def test_forty_kills(healthy, whole, folder, command, number):  # noqa: F811
 # ---- two at once
 
 LOCKED = {  # what the other process writes
-    "train": "trained/training", "answer": "out/answers.jsonl", "steer": "out/steered.jsonl",
-    "tune": "out/tuned/grid.jsonl", "evaluate": "out/scores", "generate": "out/made/unfinished",
-    "pairs": "out/pairs/pairs", "mix": "out/set/mix", "study": "out/study/study", "export": "out/merged",
+    "train": "trained/training", "answer": "out/answers.jsonl", "measure": "out/measured.jsonl",
+    "steer": "out/steered.jsonl", "tune": "out/tuned/grid.jsonl", "evaluate": "out/scores",
+    "generate": "out/made/unfinished", "pairs": "out/pairs/pairs", "mix": "out/set/mix",
+    "study": "out/study/study", "export": "out/merged",
 }  # fmt: skip
 
 

@@ -292,7 +292,7 @@ def test_trouble_that_does_not_pass_is_counted(judge, ask, capsys):
 
 
 def test_an_endpoint_that_is_gone_ends_the_run(judge, refused, tmp_path, monkeypatch):
-    monkeypatch.setattr(llm_judge, "FAILED_IN_A_ROW", 3)
+    monkeypatch.setattr(endpoint, "FAILED_IN_A_ROW", 3)
     judge.script, judge.rest = [GOOD], (503, {}, "")
     assert "no reply about 3 answers in a row" in refused(answers(30), more=["--judge_workers", "1"])
     assert len(judge.requests) < 10 * TRIES and len(judgements(tmp_path)) == 1

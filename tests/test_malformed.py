@@ -60,6 +60,7 @@ FILES = [
     ("instructions.jsonl", "pairs", ()),
     ("source.json", "generate", ()),
     ("answers.jsonl", "evaluate", ()),
+    ("answers.jsonl", "measure", ()),
     ("study.json", "study", ()),
     ("trained/complete.json", "train", ()),
     ("trained/checkpoint-3/complete.json", "train", ()),

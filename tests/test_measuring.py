@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from transformers import SuppressTokensLogitsProcessor
 
-from llava.generation import generate
+from llava.generation import batch_prompts, generate
 from llava.heads import Heads
 from llava.measuring import measure
 from tests.conftest import tiny_model
+from tests.test_family_contract import SIZES, each_family, tiny  # noqa: F401  a fixture
 from tests.test_generation import batch_of, prompts_of
 
 HEADS = {"all heads": None, "some heads": Heads({1: (0, 3), 2: (1,)}).selected(4)}
@@ -63,3 +65,18 @@ def test_every_branch_equals_eager_attention_on_its_answer_alone(model, processo
         assert found.perplexity == pytest.approx((-own.mean()).exp().item(), rel=1e-5)
         assert found.confidence == pytest.approx(logs[0].max().exp().item(), rel=1e-5)
         assert found.is_complete == (answer[-1] == family.end_id)
+
+
+@each_family
+def test_every_family_measures_as_it_generates(tiny, module, kind):  # noqa: F811
+    """Also where positions have three axes, and a picture several tiles."""
+    family, model = tiny(module, kind).family, tiny(module, kind).model()
+    ids, images, _, pixels, _ = tiny(module, kind).prompt(SIZES[:2])
+    target = torch.rand(ids.count(family.image_id))
+    batch = batch_prompts(family, [ids], [images], [torch.stack([target, torch.ones_like(target)])], pixels)
+    trained = [SuppressTokensLogitsProcessor([family.image_id])]  # random weights may say a picture's placeholder
+    (wanted,) = generate(model, family, batch, [1, 2], max_new_tokens=5, logits_processor=trained)
+    other = family.encode_answer("Image1:<image>\nwhat?", "red")
+    for found in measure(model, family, batch, [wanted.tokens, other, wanted.tokens], [1, 2])[::2]:
+        torch.testing.assert_close(found.masses, wanted.masses, **TOLERANCE)
+        assert found.confidence == pytest.approx(wanted.confidence, abs=1e-6)

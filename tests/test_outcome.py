@@ -3,6 +3,7 @@
 import math
 import os
 
+import matplotlib.figure
 import pytest
 import torch
 from huggingface_hub import ModelCard
@@ -29,12 +30,12 @@ def drawn(monkeypatch, tmp_path):
     """A function that draws a history and returns {title: {label: points}}."""
     figures = []
 
-    class Figure(outcome.Figure):
+    class Figure(matplotlib.figure.Figure):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             figures.append(self)
 
-    monkeypatch.setattr(outcome, "Figure", Figure)
+    monkeypatch.setattr(matplotlib.figure, "Figure", Figure)
 
     def draw(history):
         draw_curves(history, tmp_path / "curves.png")

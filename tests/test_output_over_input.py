@@ -15,6 +15,7 @@ CASES = {  # command: the file that is read, put under the name that the command
     "test set": ("source.json", "own/pip_test_images.json", ("--source", "@own/pip_test_images.json",
                  "--image_folder", "@images", "--output", "@own")),
     "answer": ("test.json", "own.json", ("--data_path", "@own.json", "--output", "@own.json")),
+    "measure": ("answers.jsonl", "own.jsonl", ("--answers", "@own.jsonl", "--output", "@own.jsonl")),
     "steer": ("test.json", "own.json", ("--data_path", "@own.json", "--output", "@own.json")),
     "tune": ("test.json", "own/tuned.json", ("--data_path", "@own/tuned.json", "--output", "@own")),
     "evaluate": ("answers.jsonl", "own/scores.json", ("--answers", "@own/scores.json", "--output", "@own")),

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import scripts.prove
+from inference.llava_hound_dpo import measure, run_inference
 from llava.checkpoints import open_checkpoint
 from scripts.export import export
 from scripts.miniature.make_data import main as make_data
@@ -110,6 +111,27 @@ def test_a_server_and_plain_transformers_answer_as_we_do(prove, exported, server
     assert len({line["answers"]["plain transformers"] for line in lines}) > 1 and not any(
         line["differences"] for line in lines
     )
+
+
+@NEEDS_SERVER
+def test_its_answers_measured_are_those_of_our_inference(exported, server, asked, tmp_path, monkeypatch):
+    """Texts, tokens and ends the same, and so all that is measured."""
+    found = {}
+    for name, module, more in (
+        ("ours", run_inference, ()), ("served", run_inference, ("--endpoint", server)),
+        ("measured", measure, ("--answers", tmp_path / "served.jsonl")),
+    ):  # fmt: skip
+        words = ["--model_name_or_path", exported, "--data_path", asked[0], "--image_folder", asked[1]]
+        words += ["--num_workers", 0, "--output", tmp_path / f"{name}.jsonl", *more]
+        monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
+        module.main()
+        found[name] = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+    for ours, served, measured in zip(*found.values(), strict=True):
+        assert served["attention_ratio"] is served["confidence"] is served["perplexity"] is None
+        for name in ("question_id", "text", "num_tokens", "is_complete"):
+            assert ours[name] == served[name] == measured[name]
+        for name in ("attention_ratio", "attention_ratio_by_layer", "attention_by_image", "confidence", "perplexity"):
+            assert measured[name] == pytest.approx(ours[name], abs=1e-5)
 
 
 @NEEDS_SERVER

@@ -18,6 +18,7 @@ from llava.settings import ModelSettings
 from scripts.miniature.make_data import question, save_pictures
 from scripts.miniature.prompts import sample_prompt
 from tests.conftest import BASE, picture
+from tests.test_family_contract import each_family, tiny  # noqa: F401  a fixture
 
 TYPES = ("sequence", "collage", "pip", "single")
 MEASURED = ("attention_ratio", "attention_ratio_by_layer", "attention_by_image", "confidence", "perplexity", "scale")
@@ -206,3 +207,19 @@ def test_the_tour_says_what_the_command_says(tmp_path, monkeypatch, capsys):
     assert [r.text for r in said["replies"]] == [line["text"] for line in plain]
     assert f"R {plain[0]['attention_ratio']:.3f}" in capsys.readouterr().out
     assert Image.open(tmp_path / "tour/plain.png").height > 200
+
+
+@each_family
+def test_every_family_is_asked_steered_and_looked_at(tiny, module, kind):  # noqa: F811
+    """Pictures of two sizes. What `look` measures in every family is compared with eager attention by test_measuring."""
+    own = open_model(tiny(module, kind).folder, dtype="float32")
+    asked = [picture("red", (90, 60)), picture("blue", (64, 130))], "In Image2, what colour is the picture?"
+    plain = own.ask(*asked, max_new_tokens=4)
+    steered = own.ask(*asked, steer=AdaptViz(rule="add", bands=Bands.fixed(3.0)), max_new_tokens=4)
+    assert plain.target == 2 and plain.ratio == pytest.approx(plain.shares[1]) and sum(plain.shares) == pytest.approx(1)
+    assert plain.scale == 1 and steered.scale == 3 and steered.ratio > plain.ratio
+    assert len(plain.maps) == 2 and plain.heatmap(60).height >= 60
+    looked = own.look(*asked, ["red", "blue"])
+    assert [one.text for one in looked] == ["red", "blue"]
+    assert all(0 < one.ratio < 1 and one.confidence == looked[0].confidence for one in looked)
+    assert looked[0].confidence == pytest.approx(plain.confidence, abs=1e-5)

@@ -1,7 +1,8 @@
 """Preference pairs from instructions: `python -m data_gen.gen_chosen_rejected --help`, or by torchrun.
 
 A model answers the first question of every instruction, greedily. Its answer becomes the rejected one of a pair if it
-is wrong, was not looked up in the right image, and passes the limits below; the true answer is the chosen one.
+is wrong, was not looked up in the right image, and passes the limits below; the true answer is the chosen one. With
+--endpoint a server answers (served.jsonl), and the model here measures its answers.
 Writes OUTPUT/pairs.json, dropped.jsonl (every answer that was not used, and why), summary.md, run.json, and the model's
 answers.jsonl. Started again, a killed run goes on; with other limits, a finished one selects again without the model.
 """
@@ -23,6 +24,8 @@ from llava.answering import Job, answer, identify, prepare
 from llava.attention import layer_range
 from llava.checks import check_pictures
 from llava.command_line import ABOVE_0, BELOW_1, check_numbers, flag, parse
+from llava.elsewhere import ServerSettings, answer_by_server, measure_answers, read_given, with_answers
+from llava.endpoint import Endpoint
 from llava.heads import HeadSettings
 from llava.image import ImageStore
 from llava.records import Question, read_instructions, read_json, refuse_duplicates
@@ -33,7 +36,7 @@ from llava.settings import AnswerSettings, ModelSettings
 logger = logging.getLogger("data_gen.gen_chosen_rejected")
 MODEL, OTHER_IMAGE = "model", "other_image"
 SELECTION_LAYER = (16, 16)  # of LLaVA-1.5-7B's 32: the layer that MIA-DPO selects by
-WRITTEN = ("pairs.json", "dropped.jsonl", "summary.md", "answers.jsonl", "run.json")
+WRITTEN = ("pairs.json", "dropped.jsonl", "summary.md", "served.jsonl", "answers.jsonl", "run.json")
 OF_THE_PAIRS = ("instructions", "rejected")  # what a folder of pairs must agree in to be written again
 
 
@@ -126,7 +129,7 @@ class RuleSettings:
         return Rules(**asdict(self) | {"thresholds": read_thresholds(self.thresholds)})
 
 
-GROUPS = (PairSettings, AskedModel, AskSettings, RuleSettings)
+GROUPS = (PairSettings, AskedModel, AskSettings, ServerSettings, RuleSettings)
 
 
 def main() -> None:
@@ -134,8 +137,8 @@ def main() -> None:
     setup_logging()
     with ExitStack() as stack:
         with user_errors():
-            own, model, asking, limits = parse(GROUPS, __doc__)
-            check(own, model, asking)
+            own, model, asking, server, limits = groups = parse(GROUPS, __doc__)
+            check(own, model, asking, server)
             check_outputs([own.output / name for name in WRITTEN], [own.instructions, *own.source])
             rules, noise = limits.rules(), Noise(asking.degrade, asking.noise_std, own.seed)
             questions = read_instructions(own.instructions)
@@ -147,31 +150,43 @@ def main() -> None:
             known = read_source_answers(own.source, questions)
             if own.rejected == MODEL:
                 job = asking.job(model, noise, fit)
+                endpoint = server.open(model.model_name_or_path, job.settings)
             else:
                 check_pictures(fit, ImageStore(model.image_folder), None, "exists")
             if is_main_process():
                 stack.enter_context(only_writer(own.output / "pairs"))
         if own.rejected == MODEL:
-            answer(job, own.output / "answers.jsonl", identify(job) | {"noise": asdict(noise)})
+            ask(job, endpoint, server.endpoint_workers, own.output, asdict(noise))
         if is_main_process():
             selection = make(own, noise, rules, questions, fit, known)
-            groups = (own, model, asking, limits)
             arguments = {name: value for group in groups for name, value in asdict(group).items()}
             finish(own.output, arguments, rules, selection)
     leave()
 
 
-def check(own: PairSettings, model: AskedModel, asking: AskSettings) -> None:
+def check(own: PairSettings, model: AskedModel, asking: AskSettings, server: ServerSettings) -> None:
     """Raise ValueError for flags that do not go together, and for a folder of other pairs."""
     if own.rejected == MODEL and not model.model_name_or_path:
         raise ValueError("--model_name_or_path is missing: name the model to ask, or take --rejected other_image")
-    if own.rejected == OTHER_IMAGE and asking.degrade != "none":
-        raise ValueError("--degrade is for a model's answers: it does nothing with --rejected other_image")
+    for name, is_given in (("degrade", asking.degrade != "none"), ("endpoint", server.endpoint)):
+        if own.rejected == OTHER_IMAGE and is_given:
+            raise ValueError(f"--{name} is for a model's answers: it does nothing with --rejected other_image")
     run_json = own.output / "run.json"
     if run_json.is_file():
         found = read_object(run_json).get("arguments") or {}
         there, here = ({name: given.get(name) for name in OF_THE_PAIRS} for given in (found, asdict(own)))
         refuse_another(f"the finished run in {own.output}", there, here, ANOTHER_FOLDER)
+
+
+def ask(job: Job, endpoint: Endpoint | None, workers: int, folder: Path, noise: dict[str, Any]) -> None:
+    """Write answers.jsonl: the model's own answers, or a server's as the model sees them."""
+    if endpoint:
+        answer_by_server(job, endpoint, workers, folder / "served.jsonl", noise=noise)
+        with user_errors():
+            job = with_answers(job, read_given(folder / "served.jsonl"))
+        measure_answers(job, folder / "answers.jsonl", identify(job) | {"noise": noise})
+    else:
+        answer(job, folder / "answers.jsonl", identify(job) | {"noise": noise})
 
 
 def make(

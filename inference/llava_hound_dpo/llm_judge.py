@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,10 @@ from typing import Any
 import numpy as np
 
 from inference.llava_hound_dpo.summary import Row
-from llava.endpoint import Endpoint, EndpointError, Failed, messages_of, url_part
+from llava.endpoint import Endpoint, ask_all, messages_of, url_part
 from llava.image import ImageStore
 from llava.records import FORMATS, IMAGE, DataError, Question, context_of, read_questions, transcript
 from llava.run_folder import Log, only_writer
-from llava.runtime import Progress
 from llava.statistics import bootstrap_interval, paired_difference
 
 log = logging.getLogger(__name__)
@@ -27,7 +27,6 @@ log = logging.getLogger(__name__)
 RUBRICS = ("relevance", "accuracy", "clarity", "completeness")
 WITHOUT = UNPARSED, FAILED, MISSING, EMPTY = "unparsed", "failed", "missing", "empty"  # why there are no grades
 READ_TRIES = 3  # replies to one answer, until one can be read
-FAILED_IN_A_ROW = 20  # answers without a reply, after which the endpoint counts as gone
 BRACES = 100  # that are tried as the beginning of the grades
 NO_TEMPERATURE = " without temperature"  # at the end of the digest of a judgement made so
 
@@ -167,53 +166,31 @@ class LlmJudge:
         found: dict[str, Verdict] = {digest: known[digest] for digest in different if digest in known}
         log.info("judge %s: %d of %d answers judged before", self.endpoint.model, len(found), len(different))
         waiting = [task for digest, task in different.items() if digest not in found]
-        return found | asyncio.run(self._ask_of(waiting)) if waiting else found
+        return found | self._ask_of(waiting) if waiting else found
 
-    async def _ask_of(self, tasks: Sequence[Task]) -> dict[str, Verdict]:
-        """The first is asked alone: a wrong URL, key or model ends here, after one request and with nothing written."""
+    def _ask_of(self, tasks: Sequence[Task]) -> dict[str, Verdict]:
         found: dict[str, Verdict] = {}
         cache = Log(self.cache)
-        waiting, failed = iter(tasks), 0
-
-        async def work() -> None:
-            for task in waiting:
-                keep(task, await self._ask(task))
 
         def keep(task: Task, verdict: Verdict) -> None:
-            nonlocal failed
+            if not found:  # until now nothing was written
+                held.enter_context(only_writer(self.cache))
             found[task.digest] = verdict
-            bar.update()
             if isinstance(verdict, dict):
                 digest = task.digest + ("" if self.endpoint.takes_temperature else NO_TEMPERATURE)
                 cache.append([{"digest": digest, "question_id": task.id, "grades": verdict}])
-            failed = failed + 1 if verdict == FAILED else 0
-            if failed == FAILED_IN_A_ROW:
-                what = f"{self.endpoint.url}: no reply about {failed} answers in a row"
-                raise EndpointError(f"{what}. Look at the endpoint, then start the same command again")
 
-        async with self.endpoint.client:
-            first = next(waiting)
-            verdict = await self._ask(first)
-            with Progress(total=len(tasks), desc="judge") as bar, only_writer(self.cache):
-                keep(first, verdict)
-                try:
-                    async with asyncio.TaskGroup() as group:  # where one fails, the others are cancelled
-                        for _ in range(self.workers):
-                            group.create_task(work())
-                except ExceptionGroup as errors:
-                    raise errors.exceptions[0] from None
-        return found
+        with ExitStack() as held:
+            asyncio.run(ask_all(self.endpoint, tasks, self._ask, keep, self.workers))
+        return {task.digest: found.get(task.digest, FAILED) for task in tasks}
 
     async def _ask(self, task: Task) -> Verdict:
-        try:
-            for attempt in range(READ_TRIES):
-                messages = await asyncio.to_thread(question_to, task, self.store, REMINDER if attempt else "")
-                reply = await self.endpoint.chat(messages, task.about)
-                if grades := parse_grades(reply):
-                    return grades
-        except Failed as error:
-            log.warning("%s: the judge did not reply (%s)", task.about, error)
-            return FAILED
+        """Raises Failed."""
+        for attempt in range(READ_TRIES):
+            messages = await asyncio.to_thread(question_to, task, self.store, REMINDER if attempt else "")
+            reply, _ = await self.endpoint.reply(messages, task.about)
+            if grades := parse_grades(reply):
+                return grades
         log.warning("%s: the judge's reply is not four grades: %r", task.about, self.endpoint.hide(reply)[:100])
         return UNPARSED
 

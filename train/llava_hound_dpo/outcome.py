@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
-from matplotlib.figure import Figure
 from yaml import YAMLError
 
 from llava.markdown import table
@@ -47,6 +46,8 @@ def check_place(folder: Path, models: Mapping[str, str | None], data: Mapping[st
 
 def draw_curves(history: Sequence[Mapping[str, float]], path: Path) -> None:
     """One picture of a trainer's log: loss, margin, attention ratio and chosen log-prob by step; dots: held out."""
+    from matplotlib.figure import Figure  # half a second that no other command should wait for
+
     figure = Figure(figsize=(9, 6), layout="constrained")
     for axes, (name, title) in zip(figure.subplots(2, 2).flat, CURVES.items(), strict=True):
         for key, style, label in ((name, "-", "training"), (f"eval_{name}", "o", "held out")):
