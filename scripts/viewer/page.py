@@ -13,6 +13,7 @@ import gradio as gr
 
 from llava.adaptviz import SCOPES, AdaptViz, Bands
 from llava.attention import layer_range
+from llava.image import LARGEST
 from llava.messages import one_line
 from llava.scaling import RULES
 from llava.vlm import VLM
@@ -200,7 +201,7 @@ def serve(page: gr.Blocks, host: str, port: int | None) -> str:
     """Start to serve a page, and give its address. Raises OSError where the port is taken."""
     _, url, _ = page.queue(api_open=False).launch(
         server_name=host, server_port=port, share=False, prevent_thread_lock=True, quiet=True, inbrowser=False,
-        footer_links=[], run_history=False, ssr_mode=False, mcp_server=False, pwa=False, theme=THEME,
+        max_file_size=LARGEST, footer_links=[], run_history=False, ssr_mode=False, mcp_server=False, pwa=False, theme=THEME,
         css_paths=[Path(__file__).parent / "style.css"],
     )  # fmt: skip
     return url
