@@ -263,7 +263,7 @@ def scene(vlm, tmp_path_factory):
 
 
 @needs_browser
-def test_the_page_in_chromium(vlm, answered, book, scene, monkeypatch):
+def test_the_page_in_chromium(vlm, answered, book, scene, monkeypatch, capsys):
     """One server and one browser for all that a person does; neither speaks to anybody else."""
     reached, look_up, connect = set(), socket.getaddrinfo, socket.socket.connect
 
@@ -280,6 +280,9 @@ def test_the_page_in_chromium(vlm, answered, book, scene, monkeypatch):
     monkeypatch.setattr(viewer, "setup_logging", lambda: None)
     page = viewer.start(["--model_name_or_path", BASE, "--max_new_tokens", "8", *flags_of(answered)])
     try:
+        with pytest.raises(SystemExit) as ended:
+            viewer.start(["--model_name_or_path", BASE, "--port", str(page.server_port)])
+        assert ended.value.code == 2 and f"--port {page.server_port} on 127.0.0.1: taken" in capsys.readouterr().err
         with chromium() as browser:
             hand = Hand(browser, page.local_url)
             asks(hand, vlm, *scene)

@@ -199,9 +199,15 @@ def _error(message: str) -> gr.Error:
 
 def serve(page: gr.Blocks, host: str, port: int | None) -> str:
     """Start to serve a page, and give its address. Raises OSError where the port is taken."""
-    _, url, _ = page.queue(api_open=False).launch(
-        server_name=host, server_port=port, share=False, prevent_thread_lock=True, quiet=True, inbrowser=False,
-        max_file_size=LARGEST, footer_links=[], run_history=False, ssr_mode=False, mcp_server=False, pwa=False, theme=THEME,
-        css_paths=[Path(__file__).parent / "style.css"],
-    )  # fmt: skip
+    nobody_else = {"share": False, "run_history": False, "ssr_mode": False, "mcp_server": False, "pwa": False}
+    looks = {"theme": THEME, "css_paths": [Path(__file__).parent / "style.css"], "footer_links": []}
+    page.queue(api_open=False)
+    try:
+        _, url, _ = page.launch(
+            server_name=host, server_port=port, prevent_thread_lock=True, quiet=True, max_file_size=LARGEST,
+            **nobody_else, **looks,
+        )  # fmt: skip
+    except OSError as error:
+        taken = f"--port {port}" if port else "ports from 7860"
+        raise OSError(f"{taken} on {host}: taken, or not for us to open; give another --port or --host") from error
     return url
