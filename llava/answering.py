@@ -66,6 +66,7 @@ class Job:
     layers: list[int]  # those whose attention is measured
     mapped: frozenset[int]  # questions whose attention map is kept
     alter: Callable[[Question, list[Image.Image]], list[Image.Image]] | None = None  # what is shown for the pictures
+    hides_target: bool = False  # as of `PromptBatch.without_target`
     heads: Heads | None = None  # those of `layers` whose attention is measured; None: all
     lengths: Sequence[int] = ()  # tokens of each expanded prompt
     # (text, token ids) of answers that are given, one for each question; a batch is then of one prompt.
@@ -353,13 +354,13 @@ def make_batch(job: Job, numbers: Sequence[int]) -> PromptBatch:
         question = job.questions[number]
         pictures = [job.store.open(name) for name in question.images]
         pixels.append(job.family.pixels(job.alter(question, pictures) if job.alter else pictures))
-        images = job.family.images([picture.size for picture in pictures])
-        tokens.append(images)
+        tokens.append(images := job.family.images([picture.size for picture in pictures]))
         prompts.append(job.family.expand(job.prompts[number], images))
         regions.append(prompt_regions(question, images))
     types = [job.questions[number].image_type for number in numbers]
     is_mapped = [number in job.mapped for number in numbers]
-    return batch_prompts(job.family, prompts, tokens, regions, job.family.join(pixels), types, is_mapped)
+    batch = batch_prompts(job.family, prompts, tokens, regions, job.family.join(pixels), types, is_mapped)
+    return batch.without_target() if job.hides_target else batch
 
 
 def record(job: Job, number: int, given: Generated) -> dict[str, Any]:

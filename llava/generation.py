@@ -61,7 +61,7 @@ class PromptBatch:
     """Prompts of different length in one left-padded batch."""
 
     input_ids: Tensor  # (B, S), image tokens expanded
-    attention_mask: Tensor  # (B, S)
+    attention_mask: Tensor  # (B, S) 0 where padded or hidden: no token looks there, in no layer
     positions: Tensor  # (axes, B, S), 0 where padded
     pixels: dict[str, Tensor]  # of all images of all prompts in order, as the family's model takes them
     regions: Tensor  # (B, S, R) weight of each token in each region; 0 for a region that a prompt does not have
@@ -76,6 +76,13 @@ class PromptBatch:
     def pin_memory(self) -> "PromptBatch":
         """The same batch in page-locked memory, from where it reaches a GPU while that is computing."""
         return self._map(Tensor.pin_memory)
+
+    def without_target(self) -> "PromptBatch":
+        """The same batch, every token that shows any of the target hidden as padding is, from prompt and answer.
+
+        Positions stay, so that the rest of the prompt stands where it did. Only `generate` looks at what is hidden.
+        """
+        return replace(self, attention_mask=self.attention_mask * (self.regions[..., 0] == 0))
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "PromptBatch":
         names = ("input_ids", "attention_mask", "positions", "regions")

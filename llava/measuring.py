@@ -26,6 +26,7 @@ def measure(
     likeliest, that of `generate`; of a sampled one, for which `generate` gives none, what it costs to say it.
     """
     assert len(batch.input_ids) == 1 and all(answers), "one prompt, and answers of a token or more"
+    assert batch.attention_mask.all(), "a packed row hides nothing"
     batch = batch.to(model.device)
     prompt, lengths = batch.input_ids[0].tolist(), [len(answer) for answer in answers]
     # The last prompt token opens every answer's branch: its row predicts the first token.

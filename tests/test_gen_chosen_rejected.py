@@ -326,6 +326,8 @@ class TestRefused:
         ("more", "said"),
         [
             (("--noise_std", 3), "--noise_std"),
+            (("--noise_std", 3, "--degrade", "hidden"), "--noise_std"),
+            (("--degrade", "hidden", "--endpoint", "http://127.0.0.1:9/v1"), "a server sees every picture"),
             (("--rejected", "other_image", "--degrade", "whole"), "--degrade"),
             (("--rejected", "other_image", "--endpoint", "http://127.0.0.1:9/v1"), "--endpoint"),
             (("--thresholds", "{"), "--thresholds"),

@@ -198,6 +198,8 @@ def test_published_noise_and_its_names():
     assert names == {"sequence": "clean", "collage": "noise_target_225", "pip": "noise_whole_49"}
     assert Noise("target", 12.5, 0).name(question()) == "noise_target_12.5"
     assert Noise("published", None, 0)(question(), [PICTURE])[0] is PICTURE
+    hidden = Noise("hidden", None, 0)
+    assert hidden.name(question("pip")) == "hidden" and hidden(question("pip"), [PICTURE])[0] is PICTURE
 
 
 # ---- what is true of other images

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from data_gen.gen_chosen_rejected.noise import KINDS, Noise
+from data_gen.gen_chosen_rejected.noise import HIDDEN, KINDS, Noise
 from data_gen.gen_chosen_rejected.others import Answers, modelled, other_image, read_source_answers, repointed, truths
 from data_gen.gen_chosen_rejected.output import Selection, select, table, write
 from data_gen.gen_chosen_rejected.rules import THRESHOLDS, Rules, check_questions, read_thresholds, unfit
@@ -29,6 +29,7 @@ from llava.endpoint import Endpoint
 from llava.heads import HeadSettings
 from llava.image import ImageStore
 from llava.records import Question, read_instructions, read_json, refuse_duplicates
+from llava.regions import needs_sizes
 from llava.run_folder import ANOTHER_FOLDER, only_writer, read_object, refuse_another
 from llava.runtime import check_outputs, is_main_process, leave, setup_logging, user_errors, write_run_json
 from llava.settings import AnswerSettings, ModelSettings
@@ -84,13 +85,14 @@ class AskSettings(HeadSettings):
     max_new_tokens: int = flag("tokens of an answer at most", 512)
     degrade: str = flag(
         "noise on the pictures while the model answers: on the target, on the whole, or as published (collage: target, "
-        "pip: whole); the pair has the clean pictures", "none", choices=KINDS,
+        "pip: whole); hidden: no token sees the target, and no threshold applies; the pair has the clean pictures",
+        "none", choices=KINDS,
     )  # fmt: skip
     noise_std: float | None = flag("of 255; default as published: collage 225, pip 49, sequence 64", None)
 
     def __post_init__(self):
         check_numbers(self, max_new_tokens=(1, None), noise_std=(ABOVE_0, None), top_heads=(1, None))
-        if self.noise_std is not None and self.degrade == "none":
+        if self.noise_std is not None and self.degrade in ("none", HIDDEN):
             raise ValueError("--noise_std needs --degrade target, whole or published")
 
     def job(self, model: AskedModel, noise: Noise, questions: list[Question]) -> Job:
@@ -101,7 +103,14 @@ class AskSettings(HeadSettings):
         if not job.heads:
             layers = layer_range(job.checkpoint.num_layers, self.attention_layers, SELECTION_LAYER)
             job = replace(job, layers=sorted(layers))
-        return replace(job, alter=None if noise.kind == "none" else noise)
+        is_hidden = noise.kind == HIDDEN
+        mixed = sum(needs_sizes(question) for question in questions) if is_hidden else 0
+        if mixed:
+            logger.warning(
+                "--degrade hidden: in %d of %d prompts the target is a part of a picture; the tokens beside it are not "
+                "hidden and saw it in the vision tower (docs/data.md)", mixed, len(questions),
+            )  # fmt: skip
+        return replace(job, alter=None if noise.kind in ("none", HIDDEN) else noise, hides_target=is_hidden)
 
 
 @dataclass(kw_only=True)
@@ -146,7 +155,7 @@ def main() -> None:
             fit = [question for question in questions if not unfit(question, rules)]
             if not fit:
                 raise ValueError(f"{own.instructions}: no pair can be made of any of its {len(questions)} records")
-            check_questions(questions, rules, by_attention=own.rejected == MODEL)
+            check_questions(questions, rules, by_attention=own.rejected == MODEL and noise.kind != HIDDEN)
             known = read_source_answers(own.source, questions)
             if own.rejected == MODEL:
                 job = asking.job(model, noise, fit)
@@ -171,6 +180,8 @@ def check(own: PairSettings, model: AskedModel, asking: AskSettings, server: Ser
     for name, is_given in (("degrade", asking.degrade != "none"), ("endpoint", server.endpoint)):
         if own.rejected == OTHER_IMAGE and is_given:
             raise ValueError(f"--{name} is for a model's answers: it does nothing with --rejected other_image")
+    if asking.degrade == HIDDEN and server.endpoint:
+        raise ValueError("--degrade hidden: a server sees every picture; drop --endpoint and the model here answers")
     run_json = own.output / "run.json"
     if run_json.is_file():
         found = read_object(run_json).get("arguments") or {}

@@ -1,4 +1,4 @@
-"""Pictures that are made hard to see before a model is asked: its mistakes then stand beside the clean picture.
+"""Pictures that are made hard to see, or hidden, when a model is asked: its mistakes stand beside the clean picture.
 
 The default is not to: such a mistake shows what noise does, not what another image in the prompt does.
 """
@@ -12,7 +12,8 @@ from data_gen.sources import rng_of
 from llava.records import Question
 from llava.regions import target_box
 
-KINDS = ("none", "target", "whole", "published")
+HIDDEN = "hidden"  # no noise: no token of prompt and answer sees the target (`Job.hides_target`)
+KINDS = ("none", "target", "whole", "published", HIDDEN)
 PUBLISHED = {"collage": "target", "pip": "whole"}  # what MIA-DPO's data was made with; its sequences were clean
 STDS = {"sequence": 64.0, "collage": 225.0, "pip": 49.0}  # of 255; that of sequences is in its code, switched off
 
@@ -28,12 +29,14 @@ class Noise:
     def name(self, question: Question) -> str:
         """What `rejected_from` says of an answer to pictures with this noise."""
         region = self._region(question)
-        return "clean" if region == "none" else f"noise_{region}_{self._std(question):g}"
+        if region in ("none", HIDDEN):
+            return {"none": "clean"}.get(region, region)
+        return f"noise_{region}_{self._std(question):g}"
 
     def __call__(self, question: Question, pictures: list[Image.Image]) -> list[Image.Image]:
         """The pictures with noise; a question always gets the same."""
         region = self._region(question)
-        if region == "none":
+        if region in ("none", HIDDEN):
             return pictures
         noisy, rng = list(pictures), rng_of(self.seed, question.id)
         is_sequence = question.image_type == "sequence"

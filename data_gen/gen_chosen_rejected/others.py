@@ -7,7 +7,7 @@ from typing import Any
 
 from data_gen.drops import Unusable
 from data_gen.gen_chosen_rejected.correctness import is_right
-from data_gen.gen_chosen_rejected.noise import Noise
+from data_gen.gen_chosen_rejected.noise import HIDDEN, Noise
 from data_gen.gen_chosen_rejected.rules import Candidate, num_pictures
 from data_gen.sources import parse_source, rng_of, source_paths
 from data_gen.tables import Table
@@ -63,9 +63,10 @@ def bare_question(prompt: str) -> str:
 
 def modelled(question: Question, given: dict[str, Any], noise: Noise, known: Answers) -> Candidate:
     """What a model answered, a line of its answers.jsonl."""
+    ratio = None if noise.kind == HIDDEN else given["attention_ratio"]  # 0 whatever the answer
     return Candidate(
-        question, given["text"], noise.name(question), given["is_complete"], given["attention_ratio"],
-        given["perplexity"], tuple(truth.text for truth in truths(question, known)),
+        question, given["text"], noise.name(question), given["is_complete"], ratio, given["perplexity"],
+        tuple(truth.text for truth in truths(question, known)),
     )  # fmt: skip
 
 

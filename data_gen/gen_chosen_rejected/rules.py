@@ -40,9 +40,9 @@ class Candidate:
 
     question: Question
     text: str
-    rejected_from: str  # clean, noise_target_225, ..., other_image, repointed
+    rejected_from: str  # clean, noise_target_225, ..., hidden, other_image, repointed
     is_complete: bool = True  # it ended by itself
-    attention_ratio: float | None = None  # None where no model was asked
+    attention_ratio: float | None = None  # None where no model was asked, or the target was hidden from it
     perplexity: float | None = None
     others: tuple[str, ...] = ()  # what is true of the other images, as far as that is known
 
