@@ -174,7 +174,8 @@ def _question(raw: dict[str, Any], store: InMemory, where: str) -> Question:
     is_named = TARGET.search(prompt) or raw.get("target") is not None
     if len(names) > 1 and not is_named:
         raw.setdefault("image_type", "multi")
-    if prompt.strip() and IMAGE not in prompt:
+    said = [prompt, *(str(message.get("content")) for message in raw.get("context") or () if isinstance(message, dict))]
+    if prompt.strip() and not any(IMAGE in text for text in said):  # of an earlier turn the pictures stand there
         raw["prompt"] = placeholders("sequence" if len(names) > 1 else "single", len(names)) + prompt
     try:
         return parse_question({"id": where, "image": names, **raw}, where)

@@ -57,7 +57,7 @@ def run(installed, folder, *words, **environment):
 
 def test_everything_that_runs_is_there(installed):
     """Also what is no Python: launch scripts, settings, templates, the small checkpoint; and nothing of the tests."""
-    wanted = [path for path in FILES if path.suffix in (".py", ".sh", ".json", ".j2") and path.parent != ROOT]
+    wanted = [path for path in FILES if path.suffix in (".py", ".sh", ".json", ".j2", ".css") and path.parent != ROOT]
     wanted += (ROOT / "scripts/miniature/base").iterdir()
     missing = {name(path) for path in wanted if not (installed / name(path)).is_file()}
     assert {path for path in missing if not path.startswith(("tests/", "docs/", "scripts/miniature/results/"))} == set()

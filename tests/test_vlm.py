@@ -124,6 +124,17 @@ def test_files_are_pictures_and_a_prompt_gets_its_images(vlm, world, tmp_path):
     assert vlm.ask(Image.new("L", (30, 30), 7), "What is it?", max_new_tokens=2).target == 1
 
 
+def test_pictures_of_an_earlier_turn_stand_there(vlm):
+    before = [
+        {"role": "user", "content": "Image1:<image>\nImage2:<image>\nWhat is it?"},
+        {"role": "assistant", "content": "two pictures"},
+    ]
+    reply = vlm.ask(
+        [picture("red"), picture("blue")], "In Image2, what is the colour?", context=before, max_new_tokens=2
+    )
+    assert reply.target == 2 and "<image>" not in reply.question.prompt and len(reply.shares) == 2
+
+
 def test_several_pictures_of_which_none_is_named_have_shares_and_no_ratio(vlm):
     reply = vlm.ask([picture("red"), picture("blue")], "What differs?", max_new_tokens=2)
     assert reply.ratio is None and reply.target is None and sum(reply.shares) == pytest.approx(1)
