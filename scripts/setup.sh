@@ -1,7 +1,7 @@
 # Sourced by demo.sh and test.sh, from the repository root: a virtual environment in .venv with all requirements.
 # Installs again only when a requirements file has changed. PYTHON chooses the interpreter.
 
-wanted=$(cat requirements.txt requirements-dev.txt | cksum)
+wanted=$(cat requirements-dev.txt requirements.txt | cksum)
 if [[ ! -x .venv/bin/python || "$(cat .venv/installed 2>/dev/null)" != "$wanted" ]]; then
   echo "installing into .venv (some minutes on the first run) ..."
   "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed" >&2; exit 2; }
