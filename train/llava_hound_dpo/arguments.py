@@ -140,6 +140,9 @@ class DataArguments:
         choices=["error", "drop"],
     )  # fmt: skip
     leave_out: str | None = flag("Ids of records to leave out, as scripts.doctor --fix_list writes them.", None)
+    permute_images: bool = flag(
+        "Show the pictures of a training sequence in another order each epoch, numbers and target rewritten.", False
+    )
     check_images: str = flag(
         "Before training: decode every picture, read its header, or only see that it is there.", "full",
         choices=["full", "header", "exists"],

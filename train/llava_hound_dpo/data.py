@@ -15,6 +15,7 @@ from llava.asked import FORMATS
 from llava.checks import check_pictures
 from llava.families import Family
 from llava.image import ImageStore
+from llava.order import of_epoch
 from llava.records import DataError, Preference, parse_preference, parse_records, read_json
 from llava.regions import target_weights
 from llava.runtime import Progress, is_main_process
@@ -149,6 +150,12 @@ def tokenize_one(record: Preference, family: Family, store: ImageStore | None) -
     return Pair(record, prompt, chosen, rejected, image_tokens, tuple(patches))
 
 
+def in_epoch(pair: Pair, epoch: int, seed: int, family: Family, store: ImageStore | None) -> Pair:
+    """The pair with its pictures in an epoch's order; itself where that is as it is. Raises like `tokenize_one`."""
+    record = of_epoch(pair.record, epoch, seed)
+    return pair if record is pair.record else tokenize_one(record, family, store)
+
+
 def within_length(pairs: Sequence[Pair], max_length: int, overlong: str) -> tuple[list[Pair], list[Pair]]:
     """(fitting, dropped) pairs; none is cut. Raises DataError listing the overlong ones unless they may go."""
     fitting = [pair for pair in pairs if pair.num_tokens <= max_length]
@@ -188,16 +195,28 @@ def describe(pairs: Sequence[Pair]) -> dict[str, Any]:
 
 
 class PairDataset(Dataset):
-    """Pairs with their pictures and target weights. An item is a dict of tensors of one pair."""
+    """Pairs with their pictures and target weights. An item is a dict of tensors of one pair.
 
-    def __init__(self, pairs: Sequence[Pair], store: ImageStore, family: Family):
-        self.pairs, self.store, self.family = list(pairs), store, family
+    With `order_seed`, `item` gives the pictures of a pair in another order each epoch.
+    """
+
+    def __init__(self, pairs: Sequence[Pair], store: ImageStore, family: Family, order_seed: int | None = None):
+        self.pairs, self.store, self.family, self.order_seed = list(pairs), store, family, order_seed
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        return self._item(index, self.pairs[index])
+
+    def item(self, index: int, epoch: int) -> dict[str, Any]:
+        """As it is shown in an epoch of training."""
         pair = self.pairs[index]
+        if self.order_seed is not None:
+            pair = in_epoch(pair, epoch, self.order_seed, self.family, self.store)
+        return self._item(index, pair)
+
+    def _item(self, index: int, pair: Pair) -> dict[str, Any]:
         try:
             pictures = [self.store.open(name) for name in pair.record.images]
         except (OSError, ValueError) as error:

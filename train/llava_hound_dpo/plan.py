@@ -26,6 +26,7 @@ from train.llava_hound_dpo.data import Pair, PairDataset, describe
 from train.llava_hound_dpo.fitting import Needs, describe_room
 from train.llava_hound_dpo.memory import GIB, OVERHEAD, Memory
 from train.llava_hound_dpo.model import build_on_meta, parameter_table
+from train.llava_hound_dpo.orders import describe_order
 from train.llava_hound_dpo.reference import ReferenceCache
 
 TERA = 1e12
@@ -48,10 +49,12 @@ class Inputs:
     batches: BatchPlan  # of the training pairs
     reference: ReferenceCache | None = None  # None: computed at every step, or not needed
     chosen: Mapping[str, str] = field(default_factory=dict)  # rows of the plan, of `fitting.choose`
+    longest: Sequence[Pair] = ()  # the training pairs, each in the longest of its epochs' orders; (): all have one
 
     def dataset(self, pairs: Sequence[Pair]) -> PairDataset:
         """The pairs with their pictures."""
-        return PairDataset(pairs, self.store, self.checkpoint.family)
+        order_seed = self.batches.seed if self.longest else None
+        return PairDataset(pairs, self.store, self.checkpoint.family, order_seed)
 
 
 def world_size() -> int:
@@ -69,11 +72,16 @@ def shape_of(pair: Pair, with_rejected: bool) -> PairShape:
     return PairShape(pair.prompt_tokens - 1, len(pair.chosen), rejected, pair.image_tokens, pair.patches)
 
 
+def row_tokens(pair: Pair, with_rejected: bool) -> int:
+    """Tokens of a pair's row: prompt, images and answers."""
+    return shape_of(pair, with_rejected).tokens
+
+
 def plan(model: ModelArguments, loss: LossArguments, args: TrainArguments, inputs: Inputs) -> str:
     """The text of the plan."""
     config, batches = inputs.checkpoint.config, inputs.batches
     policy, costs = build_on_meta(config, model).to(args.dtype), count(config)
-    shapes = [shape_of(pair, loss.dpo_alpha > 0) for pair in inputs.train]
+    shapes = [shape_of(pair, loss.dpo_alpha > 0) for pair in inputs.longest or inputs.train]
     needs, most = Needs.of(config, model, args, inputs.layers, shapes, policy), args.tokens_per_batch
     row = needs.of_tokens(most) if most else needs.longest(args.per_device_train_batch_size)
     memory, own = partial(needs.memory, row), needs.memory(row, batches.world_size)
@@ -122,6 +130,7 @@ def describe_training(
         + (f"; {counts['several_rejected']:,} with several rejected answers" if counts["several_rejected"] else ""),
         "formats": f"{_counts(counts['by_format'])} ({counts['derived_formats']:,} derived from prompts)",
         "images": f"{_counts(counts['by_images'])} (images: pairs), {_per_image(inputs.train)} tokens each",
+        **({"order": describe_order(inputs.train)} if inputs.longest else {}),
         "tokens/pair": f"{lengths['min']:,} to {lengths['max']:,}, median {lengths['median']:,} (longer answer)",
         "loss": f"{loss.dpo_alpha:g} x (dpo + {weight}) + {loss.gamma:g} x (sft + {weight})",
         "batch": f"{batches.step_sizes} = {args.per_device_train_batch_size} x {args.gradient_accumulation_steps} "
