@@ -144,6 +144,7 @@ def permutation_of(extra: Mapping[str, Any], num_images: int) -> tuple[str, Orde
     if found is None:
         return None
     order = found.get("order") if isinstance(found, dict) else None
-    if not isinstance(order, list) or sorted(map(repr, order)) != sorted(map(repr, range(1, num_images + 1))):
-        raise ValueError(f"`permutation` must have `of`, a question's id, and `order`: 1 to {num_images}, each once")
+    places = sorted(map(repr, range(1, num_images + 1)))
+    if not places or not isinstance(order, list) or sorted(map(repr, order)) != places:
+        raise ValueError("`permutation` is of a sequence: a question's id `of`, and the `order` of its image numbers")
     return str(found.get("of")), tuple(place - 1 for place in order)

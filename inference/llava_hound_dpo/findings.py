@@ -102,7 +102,8 @@ def tables(scores: Scores) -> list[Table]:
     """All that have rows; accuracy by format is the first."""
     files = scores["answers"]
     by_format, *by_group = (_accuracy(files, name, *grouping) for name, grouping in GROUPINGS.items())
-    found = [by_format, _counts(files), _compared(scores), *by_group, _attention(files), _confused(files)]
+    of_files = (_flips(files), _attention(files), _confused(files))
+    found = [by_format, _counts(files), _compared(scores), *by_group, *of_files]
     return [own for own in (*found, *_graded(scores)) if own.rows]
 
 
@@ -154,6 +155,21 @@ def _compared(scores: Scores) -> Table:
     ]  # fmt: skip
     head = ["second - first", "questions", "difference", "only first right", "only second right", "McNemar p"]
     return Table("comparisons", "Accuracy, second - first, points [95 % interval], paired by question", head, rows)
+
+
+def _flips(files: Mapping[str, Scores]) -> Table:
+    found = [file.get("order") or {} for file in files.values()]
+    positions = dict.fromkeys(place for own in found for place in own.get("by_position", ()))
+    counted = {"questions": "questions", "right in every order": "always_right", "right in none": "never_right"}
+    rows = [["flip rate", *(interval(own, "rate") for own in found)]] if any(found) else []
+    rows += [[label, *(_shown(own.get(name)) for own in found)] for label, name in counted.items() if rows]
+    rows += [[f"accuracy, target at {p}", *(interval(at(own, f"by_position.{p}"), "accuracy") for own in found)]
+             for p in positions]  # fmt: skip
+    note = (
+        "Of questions that were answered with their pictures in several orders: the share that is right in one order "
+        "and not in another, and the accuracy of all answers by where the target stood."
+    )
+    return Table("order", "The same question in other orders, % [95 % interval]", ["", *files], rows, note)
 
 
 def _attention(files: Mapping[str, Scores]) -> Table:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from llava.choices import NUM_LETTERS, parse_choice
+from llava.order import Order
 from llava.records import FORMATS, Answer
 from llava.scorers import MISSING, RIGHT, UNPARSED, WRONG, Result, exact, resolve, score
 from llava.statistics import auc, mcnemar, paired_difference, score_interval
@@ -29,6 +30,12 @@ class Asked:
     choices: tuple[str, ...]
     others: tuple[str, ...] | None
     category: str | None = None  # the part of the test set that it belongs to
+    permutation: tuple[str, Order] | None = None  # id and order, where its pictures stand in another than given
+
+    @property
+    def base(self) -> str:
+        """The id of the question as it is given."""
+        return self.permutation[0] if self.permutation else self.id
 
 
 @dataclass(frozen=True)
@@ -244,6 +251,38 @@ def _stratified_auc(rows: Sequence[Row], ratios: Sequence[float]) -> float | Non
         if count := sum(is_right) * (len(is_right) - sum(is_right)):
             wins, pairs = wins + count * auc(scores, is_right), pairs + count
     return wins / pairs if pairs else None
+
+
+# ---- the same question, its pictures in another order
+
+
+def flips(rows: Sequence[Row]) -> dict[str, Any] | None:
+    """How often the order of the pictures decides; None where no question is answered in two orders.
+
+    `rate`: the share of questions so answered that are right in one order and not in another, with its 95 % interval
+    over questions; `by_position`: of all these answers. `missing`: orders without an answer, which count nowhere here.
+    """
+    answered: dict[str, list[Row]] = {row.asked.base: [] for row in rows if row.asked.permutation}
+    asked = [row for row in rows if row.asked.base in answered]
+    for row in asked:
+        answered[row.asked.base] += [row] * (row.given is not None)
+    several = [own for own in answered.values() if len(own) > 1]
+    if not several:
+        return None
+    right = [sum(row.is_right for row in own) / len(own) for own in several]
+    flipped, every = [0 < share < 1 for share in right], [row for own in several for row in own]
+    low, high = score_interval(flipped)
+    return {
+        "questions": len(several),
+        "answers": len(every),
+        "missing": sum(row.given is None for row in asked),
+        "rate": float(np.mean(flipped)),
+        "low": low,
+        "high": high,
+        "always_right": right.count(1),
+        "never_right": right.count(0),
+        "by_position": by(every, lambda row: f"Image{row.asked.target + 1}"),
+    }
 
 
 # ---- two models on the same questions
