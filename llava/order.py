@@ -3,6 +3,7 @@
 An order has for each place the picture that comes there, both from 0. One that changes nothing gives the record itself.
 """
 
+import logging
 import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +14,8 @@ from typing import Any, TypeVar
 
 from llava.asked import IMAGE
 from llava.records import Prompt, Question
+
+logger = logging.getLogger(__name__)
 
 Order = tuple[int, ...]
 Record = TypeVar("Record", bound=Prompt)
@@ -30,7 +33,7 @@ _WORDS = "one|two|three|four|five|six|seven|eight|nine|ten"
 BY_PLACE = re.compile(  # what follows no number, "the last image", "Images 1 to 3", or may be none, "the image 2 men"
     rf"\b(?:(?:{_COUNTED}|\d+(?:st|nd|rd|th))(?:\s+(?!to\b)\w+){{0,2}}?\s+(?:{PICTURE}s?|ones?)"
     rf"|{PICTURE}s?\s+(?:{_WORDS})|{PICTURE}s?\s*\d+\s*(?:to|through|[-–—/])\s*(?:{PICTURE}\s*)?\d+"
-    rf"|{PICTURE}\s*\d+\s*(?:and|or|&)\s*\d+|(?:the|this|that|an|each|every|same)\s+{PICTURE}\s+\d+)\b",
+    rf"|{PICTURE}\s*\d+(?:\s*,\s*\d+)*\s*,?\s*(?:and|or|&)\s*\d+|(?:the|this|that|an|each|every|same)\s+{PICTURE}\s+\d+)\b",
     re.IGNORECASE,
 )
 
@@ -39,7 +42,7 @@ def why_fixed(record: Prompt) -> str | None:
     """Why the pictures of a record cannot change places without changing what is asked; None if they can."""
     if record.image_type != "sequence" or len(record.images) < 2:
         return "no sequence"
-    before, options = [text for _, text in record.context], _texts(record.extra.get("choices"))
+    before, options = [text for _, text in record.context], [str(text) for text in _listed(record, "choices")]
     asked, answers = [*before, record.prompt], [text for name in TRUE if (text := getattr(record, name, ""))]
     if any(map(BY_PLACE.search, (*asked, *answers, *getattr(record, "rejected", ()), *options))):
         return "speaks of an order"
@@ -59,8 +62,8 @@ def _labels(asked: Sequence[str]) -> Iterator[tuple[int, re.Match]]:
         yield text.count(IMAGE, 0, label.end()), label
 
 
-def _texts(found: Any) -> list[str]:
-    return [text for text in found if isinstance(text, str)] if isinstance(found, list) else []
+def _listed(record: Prompt, name: str) -> list[Any]:
+    return found if isinstance(found := record.extra.get(name), list) else []
 
 
 def permuted(record: Record, order: Sequence[int]) -> Record:
@@ -68,6 +71,10 @@ def permuted(record: Record, order: Sequence[int]) -> Record:
     if list(order) == sorted(order):
         return record
     is_which, new = WHICH.search(record.prompt) is not None, {old + 1: place + 1 for place, old in enumerate(order)}
+    extra = {
+        name: [_renumbered(text, new, is_which) if isinstance(text, str) else text for text in own]
+        for name in ("choices", "others") if (own := _listed(record, name))
+    }  # fmt: skip
     answers: dict[str, Any] = {n: _renumbered(getattr(record, n), new, is_which) for n in TRUE if hasattr(record, n)}
     if hasattr(record, "rejected"):
         answers["rejected"] = tuple(_renumbered(text, new, is_which) for text in record.rejected)
@@ -77,7 +84,7 @@ def permuted(record: Record, order: Sequence[int]) -> Record:
         prompt=_renumbered(record.prompt, new),
         context=tuple((role, _renumbered(text, new)) for role, text in record.context),
         target=None if record.target is None else order.index(record.target),
-        extra=_extra(record, order, new, is_which),
+        extra=record.extra | extra,
         **answers,
     )
 
@@ -91,19 +98,6 @@ def _renumbered(text: str, new: Mapping[int, int], answers_which: bool = False) 
     if answers_which and BARE.fullmatch(text):
         return digits(text)
     return MENTION.sub(lambda match: digits(match[0]) if match["named"] else match[0], text)
-
-
-def _extra(record: Prompt, order: Sequence[int], new: Mapping[int, int], is_which: bool) -> dict[str, Any]:
-    """The further fields, with those that go by image in the new order."""
-    extra, every = dict(record.extra), list(range(len(order)))
-    rest = [place for place in every if place != record.target]
-    for name, places in (("others", rest), ("sources", every)):
-        if isinstance(extra.get(name), list) and len(extra[name]) == len(places):
-            extra[name] = [extra[name][places.index(old)] for old in order if old in places]
-    for name in ("choices", "others"):
-        if isinstance(extra.get(name), list):
-            extra[name] = [_renumbered(v, new, is_which) if isinstance(v, str) else v for v in extra[name]]
-    return extra
 
 
 def orders(num_images: int, key: str) -> Iterator[Order]:
@@ -128,13 +122,20 @@ def of_epoch(record: Record, epoch: int, seed: int) -> Record:
 
 
 def in_other_orders(questions: Sequence[Question], number: int) -> list[Question]:
-    """Those of the questions that can, each in up to `number` - 1 other orders, which follow from its id; new ids."""
-    made = []
-    for question in questions:
-        found = () if why_fixed(question) else orders(len(question.images), question.id)
+    """Those of the questions that can, each in up to `number` - 1 other orders, which follow from its id; new ids.
+
+    Raises ValueError where there is none.
+    """
+    made, moved = [], [question for question in questions if number > 1 and not why_fixed(question)]
+    if number > 1 and not moved:
+        raise ValueError(f"--permutations {number}: no question is a sequence that tells its images by number alone")
+    for question in moved:
+        found = orders(len(question.images), question.id)
         for place, order in enumerate(islice((o for o in found if list(o) != sorted(o)), number - 1), 1):
             own, said = permuted(question, order), {"of": question.id, "order": [old + 1 for old in order]}
             made.append(replace(own, id=f"{question.id}#{place}", extra=own.extra | {"permutation": said}))
+    if made:
+        logger.info("%d of %d questions in other orders too: %d more prompts", len(moved), len(questions), len(made))
     return made
 
 

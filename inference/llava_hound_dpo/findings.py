@@ -158,18 +158,12 @@ def _compared(scores: Scores) -> Table:
 
 
 def _flips(files: Mapping[str, Scores]) -> Table:
-    found = [file.get("order") or {} for file in files.values()]
-    positions = dict.fromkeys(place for own in found for place in own.get("by_position", ()))
-    counted = {"questions": "questions", "right in every order": "always_right", "right in none": "never_right"}
-    rows = [["flip rate", *(interval(own, "rate") for own in found)]] if any(found) else []
-    rows += [[label, *(_shown(own.get(name)) for own in found)] for label, name in counted.items() if rows]
-    rows += [[f"accuracy, target at {p}", *(interval(at(own, f"by_position.{p}"), "accuracy") for own in found)]
-             for p in positions]  # fmt: skip
-    note = (
-        "Of questions that were answered with their pictures in several orders: the share that is right in one order "
-        "and not in another, and the accuracy of all answers by where the target stood."
-    )
-    return Table("order", "The same question in other orders, % [95 % interval]", ["", *files], rows, note)
+    names = dict.fromkeys(place for file in files.values() for place in at(file, "order.by_position") or ())
+    lines = {"right in one and wrong in another": "order.flipped", "questions": "order.questions"}
+    lines |= {"right in every order": "order.always_right", "right in none": "order.never_right"}
+    lines |= {f"accuracy, target at {name}": f"order.by_position.{name}" for name in names}
+    note = "Of questions answered in several orders of their pictures: shares [95 % interval], and counts."
+    return _by_file(files, "order", "The same questions in other orders", lines if names else {}, note)
 
 
 def _attention(files: Mapping[str, Scores]) -> Table:

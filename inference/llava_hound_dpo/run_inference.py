@@ -4,7 +4,6 @@ Every answer comes with its attention ratio and confidence, and is on disk as so
 server answers; its answers get them by `python -m inference.llava_hound_dpo.measure`.
 """
 
-import logging
 import sys
 from dataclasses import dataclass
 
@@ -12,11 +11,9 @@ from llava.answering import answer, identify, prepare
 from llava.command_line import check_numbers, flag, parse
 from llava.elsewhere import ServerSettings, answer_by_server
 from llava.order import in_other_orders
-from llava.records import Question, read_questions
+from llava.records import read_questions
 from llava.runtime import leave, setup_logging, user_errors
 from llava.settings import AnswerSettings, ModelSettings, QuestionFiles
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -30,18 +27,6 @@ class OrderSettings:
     def __post_init__(self):
         check_numbers(self, permutations=(1, 1000))
 
-    def ask(self, questions: list[Question]) -> list[Question]:
-        """The questions, and behind them those in other orders. Raises ValueError where none has another."""
-        more = in_other_orders(questions, self.permutations)
-        if self.permutations > 1 and not more:
-            raise ValueError(
-                f"--permutations {self.permutations}: no question is a sequence that tells its images by number"
-            )
-        if more:
-            moved = len({question.extra["permutation"]["of"] for question in more})
-            logger.info("%d of %d questions are asked in other orders too: %d more", moved, len(questions), len(more))
-        return questions + more
-
 
 def main() -> None:
     """Check, answer what is not answered yet, merge."""
@@ -52,7 +37,8 @@ def main() -> None:
         if server.endpoint and (settings.attention_layers != "auto" or settings.attention_heads):
             raise ValueError("--endpoint measures nothing: give --attention_layers and --attention_heads to `measure`")
         endpoint = server.open(model.model_name_or_path, settings)
-        job = prepare(model, settings, orders.ask(read_questions(files.data_path)))
+        questions = read_questions(files.data_path)
+        job = prepare(model, settings, questions + in_other_orders(questions, orders.permutations))
     if endpoint:
         answer_by_server(job, endpoint, server.endpoint_workers, files.output)
     else:

@@ -259,30 +259,33 @@ def _stratified_auc(rows: Sequence[Row], ratios: Sequence[float]) -> float | Non
 def flips(rows: Sequence[Row]) -> dict[str, Any] | None:
     """How often the order of the pictures decides; None where no question is answered in two orders.
 
-    `rate`: the share of questions so answered that are right in one order and not in another, with its 95 % interval
-    over questions; `by_position`: of all these answers. `missing`: orders without an answer, which count nowhere here.
+    `flipped`: the share of questions so answered that are right in one order and not in another; `by_position`: the
+    share right of all these answers. `missing`: orders without an answer, which count nowhere here.
     """
     answered: dict[str, list[Row]] = {row.asked.base: [] for row in rows if row.asked.permutation}
     asked = [row for row in rows if row.asked.base in answered]
     for row in asked:
         answered[row.asked.base] += [row] * (row.given is not None)
     several = [own for own in answered.values() if len(own) > 1]
+    right = [sum(row.is_right for row in own) / len(own) for own in several]
+    by_position: dict[int, list[bool]] = {}
+    for row in (row for own in several for row in own):
+        by_position.setdefault(row.asked.target + 1, []).append(row.is_right)
     if not several:
         return None
-    right = [sum(row.is_right for row in own) / len(own) for own in several]
-    flipped, every = [0 < share < 1 for share in right], [row for own in several for row in own]
-    low, high = score_interval(flipped)
     return {
         "questions": len(several),
-        "answers": len(every),
-        "missing": sum(row.given is None for row in asked),
-        "rate": float(np.mean(flipped)),
-        "low": low,
-        "high": high,
+        "flipped": _share([0 < share < 1 for share in right]),
         "always_right": right.count(1),
         "never_right": right.count(0),
-        "by_position": by(every, lambda row: f"Image{row.asked.target + 1}"),
+        "by_position": {f"Image{place}": _share(by_position[place]) for place in sorted(by_position)},
+        "missing": sum(row.given is None for row in asked),
     }
+
+
+def _share(found: Sequence[bool]) -> dict[str, float]:
+    low, high = score_interval(found)
+    return {"mean": float(np.mean(found)), "low": low, "high": high}
 
 
 # ---- two models on the same questions

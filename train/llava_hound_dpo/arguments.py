@@ -275,6 +275,11 @@ class TrainArguments(TrainingArguments):
         """What the model computes in."""
         return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else torch.float32
 
+    @property
+    def order_seed(self) -> int:
+        """Of the order of pairs in an epoch, and of pictures in a pair."""
+        return self.seed if self.data_seed is None else self.data_seed
+
     def accumulate(self, rows: int) -> None:
         """Make so many passes per process and step, also in DeepSpeed's config, which was made from the flags."""
         self.gradient_accumulation_steps = rows

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from math import factorial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from llava.asked import FORMATS
 from llava.checks import check_pictures
 from llava.families import Family
 from llava.image import ImageStore
-from llava.order import of_epoch
+from llava.order import of_epoch, why_fixed
 from llava.records import DataError, Preference, parse_preference, parse_records, read_json
 from llava.regions import target_weights
 from llava.runtime import Progress, is_main_process
@@ -169,6 +170,21 @@ def within_length(pairs: Sequence[Pair], max_length: int, overlong: str) -> tupl
     for pair in dropped:
         logger.info("dropped: %s, %d tokens above %d", pair.record.where, pair.num_tokens, max_length)
     return fitting, dropped
+
+
+def longest_orders(
+    pairs: Sequence[Pair], epochs: int, shown_in: Callable[[Pair, int], Pair], max_length: int,
+    tokens_of: Callable[[Pair], int],
+) -> list[Pair]:  # fmt: skip
+    """Each pair in the order of its epochs that has the most tokens. Raises DataError, ValueError if all have one."""
+    if all(why_fixed(pair.record) for pair in pairs):
+        raise ValueError("--permute_images: no pair to train on is a sequence that tells its images by number alone")
+    longest = []
+    for pair in Progress(pairs, desc="orders", disable=not is_main_process() or len(pairs) < 1000):
+        shown = [shown_in(pair, epoch) for epoch in range(min(epochs, factorial(len(pair.record.images))))]
+        within_length(shown, max_length, "error")
+        longest.append(max(shown, key=tokens_of))
+    return longest
 
 
 def split(pairs: Sequence[Pair], share: float, seed: int) -> tuple[list[Pair], list[Pair]]:

@@ -1,6 +1,7 @@
 """What `--dry_run` prints: a run's size in tokens, parameters, steps, memory, FLOPs and hours, without any weight."""
 
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -10,6 +11,7 @@ import torch
 from llava.checkpoints import Checkpoint
 from llava.heads import Heads
 from llava.image import ImageStore
+from llava.order import why_fixed
 from train.llava_hound_dpo.arguments import LossArguments, ModelArguments, TrainArguments
 from train.llava_hound_dpo.batches import BatchPlan, num_steps
 from train.llava_hound_dpo.costs import (
@@ -26,7 +28,6 @@ from train.llava_hound_dpo.data import Pair, PairDataset, describe
 from train.llava_hound_dpo.fitting import Needs, describe_room
 from train.llava_hound_dpo.memory import GIB, OVERHEAD, Memory
 from train.llava_hound_dpo.model import build_on_meta, parameter_table
-from train.llava_hound_dpo.orders import describe_order
 from train.llava_hound_dpo.reference import ReferenceCache
 
 TERA = 1e12
@@ -130,7 +131,7 @@ def describe_training(
         + (f"; {counts['several_rejected']:,} with several rejected answers" if counts["several_rejected"] else ""),
         "formats": f"{_counts(counts['by_format'])} ({counts['derived_formats']:,} derived from prompts)",
         "images": f"{_counts(counts['by_images'])} (images: pairs), {_per_image(inputs.train)} tokens each",
-        **({"order": describe_order(inputs.train)} if inputs.longest else {}),
+        **({"order": _orders(inputs.train)} if inputs.longest else {}),
         "tokens/pair": f"{lengths['min']:,} to {lengths['max']:,}, median {lengths['median']:,} (longer answer)",
         "loss": f"{loss.dpo_alpha:g} x (dpo + {weight}) + {loss.gamma:g} x (sft + {weight})",
         "batch": f"{batches.step_sizes} = {args.per_device_train_batch_size} x {args.gradient_accumulation_steps} "
@@ -139,6 +140,12 @@ def describe_training(
         "steps": f"{batches.steps_per_epoch:,} per epoch, {batches.total_steps:,} in all",
         "rate": f"{args.learning_rate:g}, {args.lr_scheduler_type.value}, warm-up {args.warmup_steps:g}",
     }
+
+
+def _orders(pairs: Sequence[Pair]) -> str:
+    """How many pairs are shown in other orders, and why the others are not."""
+    reasons = Counter(why_fixed(pair.record) or "another each epoch" for pair in pairs)
+    return f"pictures of a pair by seed, id and epoch ({_counts(reasons)})"
 
 
 def _per_image(pairs: Sequence[Pair]) -> str:

@@ -24,9 +24,7 @@ from llava.image import ImageStore
 from llava.records import DataError
 from llava.run_folder import Log, as_json, differences, read_object
 from llava.runtime import write_text
-from train.llava_hound_dpo.arguments import LossArguments, ModelArguments, TrainArguments
 from train.llava_hound_dpo.data import Pair
-from train.llava_hound_dpo.memory import Zero
 
 logger = logging.getLogger(__name__)
 
@@ -141,13 +139,6 @@ class ReferenceCache:
             return "never computed"
         is_same_text = entry["text"] == self._identify(pair)["text"]
         return "whose pictures have changed since" if is_same_text else "whose prompt or answers have changed since"
-
-
-def stores_reference(model: ModelArguments, loss: LossArguments, args: TrainArguments) -> bool:
-    """Whether reference log-probs come from disk."""
-    # Under ZeRO-3 reference and policy in turn would make DeepSpeed forget, each time, what to fetch ahead.
-    is_stored = model.moves_reference or args.reference_cache or Zero.read(args.deepspeed_file).stage == 3
-    return loss.dpo_alpha > 0 and bool(is_stored)
 
 
 def describe_reference(checkpoint: Checkpoint, precision: str) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from train.llava_hound_dpo.checkpoints import (
     mark_complete,
     whole_or_nothing,
 )  # fmt: skip
-from train.llava_hound_dpo.data import Pair, PairReader, describe, in_epoch, read_leave_out, split
+from train.llava_hound_dpo.data import Pair, PairReader, describe, in_epoch, longest_orders, read_leave_out, split
 from train.llava_hound_dpo.fitting import Needs, choose, gpu_memory, precision
 from train.llava_hound_dpo.memory import Zero
 from train.llava_hound_dpo.model import (
@@ -43,10 +43,9 @@ from train.llava_hound_dpo.model import (
     refuse_fused,
     refuse_quantised,
 )
-from train.llava_hound_dpo.orders import longest_orders, refuse_stored
 from train.llava_hound_dpo.outcome import check_place, draw_curves, licence_of
 from train.llava_hound_dpo.plan import Inputs, describe_training, plan, row_tokens, shape_of, world_size
-from train.llava_hound_dpo.reference import ReferenceCache, describe_reference, stores_reference
+from train.llava_hound_dpo.reference import ReferenceCache, describe_reference
 from train.llava_hound_dpo.stopping import one_line_errors
 from train.llava_hound_dpo.tracking import check_trackers, prepare_wandb
 from train.llava_hound_dpo.trainer import AttentionAwareDPOTrainer
@@ -80,8 +79,6 @@ def run() -> int:
         refuse_quantised(model_args, Zero.read(args.deepspeed_file).stage)
         check_trackers(args.report_to)
         check_schedule(args)
-        if data_args.permute_images:
-            refuse_stored(stores_reference(model_args, loss_args, args))
         claim(model_args, data_args, args)
         inputs = read_inputs(model_args, data_args, loss_args, args)
         identity = describe_run(model_args, data_args, loss_args, args, inputs)
@@ -192,13 +189,18 @@ def read_inputs(model: ModelArguments, data: DataArguments, loss: LossArguments,
         train, evaluation = split(pairs, data.eval_split, args.seed)
     if args.eval_strategy != "no" and not evaluation:
         raise ValueError("--eval_strategy needs something to evaluate on: give --eval_split or --eval_data_path")
-    shown, longest = partial(in_epoch, seed=order_seed(args), family=family, store=store), ()
+    shown, longest = partial(in_epoch, seed=args.order_seed, family=family, store=store), ()
     if data.permute_images:
         tokens_of = partial(row_tokens, with_rejected=loss.dpo_alpha > 0)
         longest = longest_orders(train, num_epochs(len(train), args), shown, data.model_max_length, tokens_of)
     chosen = choose_by_memory(checkpoint, layers, longest or train, model, loss, args)
     batches = plan_batches(longest or train, loss, args)
     reference = open_reference(adapter if model.reference == "adapter" else checkpoint, model, loss, args, store)
+    if longest and reference:
+        raise ValueError(
+            "--permute_images: stored reference log-probs are of one order; do without --reference_cache, --reference "
+            "adapter, full fine-tuning and ZeRO-3, which store them, or without DPO (--dpo_alpha 0)"
+        )
     return Inputs(
         checkpoint, store, layers, heads, train, evaluation, dropped, reader.leave_out, batches, reference, chosen,
         longest,
@@ -250,11 +252,6 @@ def num_epochs(num_pairs: int, args: TrainArguments) -> int:
     return math.ceil(steps / per_epoch)
 
 
-def order_seed(args: TrainArguments) -> int:
-    """Of the order of pairs in an epoch, and of pictures in a pair."""
-    return args.seed if args.data_seed is None else args.data_seed
-
-
 def plan_batches(pairs: Sequence[Pair], loss: LossArguments, args: TrainArguments) -> BatchPlan:
     """Steps and rows of the run. Raises ValueError for a pair longer than --tokens_per_batch, or too many steps."""
     lengths = [row_tokens(pair, loss.dpo_alpha > 0) for pair in pairs]
@@ -268,7 +265,7 @@ def plan_batches(pairs: Sequence[Pair], loss: LossArguments, args: TrainArgument
     num_epochs(len(pairs), args)
     return make_plan(
         lengths, args.per_device_train_batch_size, args.gradient_accumulation_steps, processes,
-        order_seed(args), args.num_train_epochs, args.max_steps, limit,
+        args.order_seed, args.num_train_epochs, args.max_steps, limit,
     )  # fmt: skip
 
 
@@ -277,9 +274,12 @@ def open_reference(checkpoint: Checkpoint, model, loss, args, store: ImageStore)
 
     Raises ValueError if it was made from something else, or is damaged.
     """
-    if loss.dpo_alpha == 0 and args.reference_cache:
-        logger.info("--reference_cache %s is not used: without DPO there is no reference", args.reference_cache)
-    if not stores_reference(model, loss, args):
+    if loss.dpo_alpha == 0:
+        if args.reference_cache:
+            logger.info("--reference_cache %s is not used: without DPO there is no reference", args.reference_cache)
+        return None
+    # Under ZeRO-3 reference and policy in turn would make DeepSpeed forget, each time, what to fetch ahead.
+    if not (model.moves_reference or args.reference_cache or Zero.read(args.deepspeed_file).stage == 3):
         return None
     dtypes = " computed in ".join(str(dtype).removeprefix("torch.") for dtype in precision(model, args))
     exact = dtypes if model.bits == 16 else f"{model.bits} bits and {dtypes}"
