@@ -151,7 +151,7 @@ def evaluate(
         "scorer": scorer,
         "questions": str(questions) if questions else None,
         "without_answer": [question.id for question in asked if not (question.answer or question.permutation)],
-        "tuned_on": [question.id for question in asked if is_tuned_on(question.id, given)],
+        "tuned_on": [question.id for question in asked if not question.permutation and is_tuned_on(question.id, given)],
         "answers": {
             name: {"file": str(files[name]), **summarize(rows), "order": flips(every[name])}
             for name, rows in by_name.items()
@@ -203,8 +203,11 @@ def is_tuned_on(id: str, given: Given) -> bool:
 
 
 def judged(given: Given, asked: Sequence[Asked], scorer: str) -> list[list[Row]]:
-    """For each file a row for every question that has a right answer, in one order. Raises ValueError without any."""
-    scored = [question for question in asked if question.answer and not is_tuned_on(question.id, given)]
+    """For each file a row for every question that has a right answer, in one order; those in other orders too.
+
+    Raises ValueError without any.
+    """
+    scored = [question for question in asked if question.answer and not is_tuned_on(question.base, given)]
     if not scored:
         raise ValueError("AdaptViz was tuned on every question that has a right answer: score it on others")
     return [[judge(question, found.get(question.id), scorer) for question in scored] for found in given]
