@@ -10,6 +10,8 @@ from llava.checkpoints import Checkpoint, open_checkpoint
 from llava.checks import DEPTHS
 from llava.command_line import check_choices, check_numbers, flag
 from llava.heads import HeadSettings
+from llava.order import in_other_orders
+from llava.records import Question, read_questions
 
 
 @dataclass(kw_only=True)
@@ -20,6 +22,15 @@ class QuestionFiles:
 
     data_path: str = flag("test set: JSON array or JSONL")
     output: Path = flag("answers file to write (answers.jsonl)")
+    permutations: int = flag("orders of its pictures in which a sequence is asked, the given one first", 1)
+
+    def __post_init__(self):
+        check_numbers(self, permutations=(1, 1000))
+
+    def read(self) -> list[Question]:
+        """The questions, those in other orders last. Raises DataError, FileNotFoundError, ValueError."""
+        questions = read_questions(self.data_path)
+        return questions + in_other_orders(questions, self.permutations)
 
 
 @dataclass(kw_only=True)

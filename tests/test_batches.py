@@ -4,6 +4,7 @@ import itertools
 import os
 import random
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -125,13 +126,14 @@ class TestPlan:
 def test_the_processes_together_load_the_plan_also_after_a_skip(size):
     """What the Trainer does at a resume: skip, then tell the sampler below the skipping one the epoch."""
     plan = plan_of(size)
-    indices = [{"index": n} for n in range(size[0])]
+    indices = SimpleNamespace(item=lambda index, epoch: {"index": index, "epoch": epoch})
     expected = [[slot for row in plan.slots(step) for slot in row] for step in plan.steps(1)]
     shares = []
     for rank in range(plan.world_size):
         loader = RowLoader(indices, plan, rank, collate_fn=lambda items: items)
         loader.set_epoch(1)
         whole = list(loader)
+        assert {item["epoch"] for row in whole for item in row} == {1}
         assert len(whole) == len(loader) == plan.steps_per_epoch * plan.accumulation
         skipping = skip_first_batches(RowLoader(indices, plan, rank, collate_fn=lambda items: items), 1)
         skipping.batch_sampler.batch_sampler.set_epoch(1)

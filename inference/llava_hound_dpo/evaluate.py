@@ -7,7 +7,7 @@ import errno
 import itertools
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,11 +16,12 @@ from typing import Any
 from inference.llava_hound_dpo.findings import GROUPINGS, latex_tables, markdown, markdown_tables
 from inference.llava_hound_dpo.llm_judge import LlmJudge, add_grades
 from inference.llava_hound_dpo.report import draw_charts, report
-from inference.llava_hound_dpo.summary import Asked, Row, compare, judge, summarize
+from inference.llava_hound_dpo.summary import Asked, Row, compare, flips, judge, summarize
 from llava.charts import KINDS
 from llava.command_line import check_numbers, flag, parse
 from llava.endpoint import KEY_VARIABLE, Endpoint
 from llava.image import ImageStore
+from llava.order import permutation_of, permuted, why_fixed
 from llava.records import Answer, DataError, Question, read_answers, read_questions, refuse_duplicates, texts
 from llava.run_folder import only_writer
 from llava.runtime import check_outputs, setup_logging, user_errors, write_bytes, write_text
@@ -143,14 +144,18 @@ def evaluate(
     Raises DataError, ValueError, FileNotFoundError.
     """
     given, asked = read(paths, questions)
-    by_name = dict(zip(_names(paths), judged(given, asked, scorer), strict=True))
+    every = dict(zip(_names(paths), judged(given, asked, scorer), strict=True))
+    by_name = {name: [row for row in rows if not row.asked.permutation] for name, rows in every.items()}
     files = dict(zip(by_name, paths, strict=True))
     scores = {
         "scorer": scorer,
         "questions": str(questions) if questions else None,
-        "without_answer": [question.id for question in asked if not question.answer],
-        "tuned_on": [question.id for question in asked if is_tuned_on(question.id, given)],
-        "answers": {name: {"file": str(files[name]), **summarize(rows)} for name, rows in by_name.items()},
+        "without_answer": [question.id for question in asked if not (question.answer or question.permutation)],
+        "tuned_on": [question.id for question in asked if not question.permutation and is_tuned_on(question.id, given)],
+        "answers": {
+            name: {"file": str(files[name]), **summarize(rows), "order": flips(every[name])}
+            for name, rows in by_name.items()
+        },
         "comparisons": [
             {"first": first, "second": second, **compare(by_name[first], by_name[second])}
             for first, second in itertools.combinations(by_name, 2)
@@ -172,15 +177,17 @@ def read(paths: Sequence[Path], questions: Path | None) -> tuple[Given, list[Ask
     files = [read_answers(path) for path in paths]
     found = read_questions(questions) if questions else []
     refuse_duplicates([(question.id, question.where) for question in found])
+    by_id = {question.id: question for question in found}
     asked = {question.id: _asked_of_question(question) for question in found}
     problems = []
     for answer in itertools.chain.from_iterable(files):
-        if questions and answer.question_id not in asked:
-            problems.append(f"{answer.where}: the question {answer.question_id} is not in {questions}")
+        try:
+            own = _asked_of_answer(answer)
+            known = asked[own.id] = asked.get(own.id) or _known(own, by_id, questions)
+        except ValueError as error:
+            problems.append(f"{answer.where}: {error}")
             continue
-        own = _asked_of_answer(answer)
-        known = asked.setdefault(answer.question_id, own)
-        problems += [f"{answer.where}: {difference}" for difference in _differences(answer, known)]
+        problems += [f"{answer.where}: {difference}" for difference in _differences(own, known)]
         if known.num_regions is None:  # a collage without its grid, which was read off the picture
             asked[answer.question_id] = replace(known, num_regions=own.num_regions)
     if problems:
@@ -196,17 +203,32 @@ def is_tuned_on(id: str, given: Given) -> bool:
 
 
 def judged(given: Given, asked: Sequence[Asked], scorer: str) -> list[list[Row]]:
-    """For each file a row for every question that has a right answer, in one order. Raises ValueError without any."""
-    scored = [question for question in asked if question.answer and not is_tuned_on(question.id, given)]
+    """For each file a row for every question that has a right answer, in one order; those in other orders too.
+
+    Raises ValueError without any.
+    """
+    scored = [question for question in asked if question.answer and not is_tuned_on(question.base, given)]
     if not scored:
         raise ValueError("AdaptViz was tuned on every question that has a right answer: score it on others")
     return [[judge(question, found.get(question.id), scorer) for question in scored] for found in given]
 
 
-def _differences(answer: Answer, known: Asked) -> list[str]:
+def _known(own: Asked, by_id: Mapping[str, Question], questions: Path | None) -> Asked:
+    """What was asked, by the answer itself, or by the test set in another order. Raises ValueError."""
+    if not questions and not own.permutation:
+        return own
+    if own.base not in by_id:
+        raise ValueError(f"the question {own.base} is not in {questions or '--questions, which other orders need'}")
+    question, order = by_id[own.base], own.permutation[1]
+    if len(order) != len(question.images) or why_fixed(question):
+        raise ValueError(f"`permutation`: {question.where} cannot have its pictures in this order")
+    return replace(_asked_of_question(permuted(question, order)), id=own.id, permutation=own.permutation)
+
+
+def _differences(own: Asked, known: Asked) -> list[str]:
     """Where an answer was given to another version of the question."""
-    pairs = [("answer", answer.answer, known.answer), ("image_type", answer.image_type, known.image_type)]
-    pairs.append(("target", *(t if t is None else t + 1 for t in (answer.target, known.target))))  # from 1, as in files
+    pairs = [(name, getattr(own, name), getattr(known, name)) for name in ("answer", "image_type", "permutation")]
+    pairs.append(("target", *(t if t is None else t + 1 for t in (own.target, known.target))))  # from 1, as in files
     return [f"`{name}` is {here!r}, but {known.where} has {there!r}" for name, here, there in pairs if here != there]
 
 
@@ -221,7 +243,8 @@ def _asked_of_question(question: Question) -> Asked:
 
 def _asked_of_answer(answer: Answer) -> Asked:
     counted = max(answer.num_images, len(answer.attention_by_image or ()))
-    return _asked(answer, answer.question_id, counted, answer.choices, answer.others)
+    own = _asked(answer, answer.question_id, counted, answer.choices, answer.others)
+    return replace(own, permutation=permutation_of(answer.extra, answer.num_images * (answer.image_type == "sequence")))
 
 
 def _asked(record: Question | Answer, id: str, counted: int, *options: tuple[str, ...] | None) -> Asked:

@@ -102,7 +102,8 @@ def tables(scores: Scores) -> list[Table]:
     """All that have rows; accuracy by format is the first."""
     files = scores["answers"]
     by_format, *by_group = (_accuracy(files, name, *grouping) for name, grouping in GROUPINGS.items())
-    found = [by_format, _counts(files), _compared(scores), *by_group, _attention(files), _confused(files)]
+    of_files = (_flips(files), _attention(files), _confused(files))
+    found = [by_format, _counts(files), _compared(scores), *by_group, *of_files]
     return [own for own in (*found, *_graded(scores)) if own.rows]
 
 
@@ -154,6 +155,15 @@ def _compared(scores: Scores) -> Table:
     ]  # fmt: skip
     head = ["second - first", "questions", "difference", "only first right", "only second right", "McNemar p"]
     return Table("comparisons", "Accuracy, second - first, points [95 % interval], paired by question", head, rows)
+
+
+def _flips(files: Mapping[str, Scores]) -> Table:
+    names = dict.fromkeys(place for file in files.values() for place in at(file, "order.by_position") or ())
+    lines = {"right in one and wrong in another": "order.flipped", "questions": "order.questions"}
+    lines |= {"right in every order": "order.always_right", "right in none": "order.never_right"}
+    lines |= {f"accuracy, target at {name}": f"order.by_position.{name}" for name in names}
+    note = "Of questions answered in several orders of their pictures: shares [95 % interval], and counts."
+    return _by_file(files, "order", "The same questions in other orders", lines if names else {}, note)
 
 
 def _attention(files: Mapping[str, Scores]) -> Table:

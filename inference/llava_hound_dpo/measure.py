@@ -13,7 +13,6 @@ from llava.answering import identify, prepare
 from llava.command_line import check_numbers, flag, parse
 from llava.elsewhere import answered, measure_answers, read_given, with_answers
 from llava.heads import HeadSettings
-from llava.records import read_questions
 from llava.runtime import check_outputs, leave, setup_logging, user_errors
 from llava.settings import AnswerSettings, ModelSettings, QuestionFiles
 
@@ -47,7 +46,7 @@ def main() -> None:
         files, own, model = parse((QuestionFiles, MeasureSettings, ModelSettings), __doc__)
         check_outputs([files.output], [files.data_path, own.answers])
         answers = read_given(own.answers)
-        job = prepare(model, own.answering(), answered(read_questions(files.data_path), answers))
+        job = prepare(model, own.answering(), answered(files.read(), answers))
         job = with_answers(job, answers)
         identity = identify(job)
     measure_answers(job, files.output, identity)

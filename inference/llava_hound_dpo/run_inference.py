@@ -21,7 +21,7 @@ def main() -> None:
         if server.endpoint and (settings.attention_layers != "auto" or settings.attention_heads):
             raise ValueError("--endpoint measures nothing: give --attention_layers and --attention_heads to `measure`")
         endpoint = server.open(model.model_name_or_path, settings)
-        job = prepare(model, settings, files.data_path)
+        job = prepare(model, settings, files.read())
     if endpoint:
         answer_by_server(job, endpoint, server.endpoint_workers, files.output)
     else:

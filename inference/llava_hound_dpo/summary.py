@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from llava.choices import NUM_LETTERS, parse_choice
+from llava.order import Order
 from llava.records import FORMATS, Answer
 from llava.scorers import MISSING, RIGHT, UNPARSED, WRONG, Result, exact, resolve, score
 from llava.statistics import auc, mcnemar, paired_difference, score_interval
@@ -29,6 +30,12 @@ class Asked:
     choices: tuple[str, ...]
     others: tuple[str, ...] | None
     category: str | None = None  # the part of the test set that it belongs to
+    permutation: tuple[str, Order] | None = None  # id and order, where its pictures stand in another than given
+
+    @property
+    def base(self) -> str:
+        """The id of the question as it is given."""
+        return self.permutation[0] if self.permutation else self.id
 
 
 @dataclass(frozen=True)
@@ -244,6 +251,41 @@ def _stratified_auc(rows: Sequence[Row], ratios: Sequence[float]) -> float | Non
         if count := sum(is_right) * (len(is_right) - sum(is_right)):
             wins, pairs = wins + count * auc(scores, is_right), pairs + count
     return wins / pairs if pairs else None
+
+
+# ---- the same question, its pictures in another order
+
+
+def flips(rows: Sequence[Row]) -> dict[str, Any] | None:
+    """How often the order of the pictures decides; None where no question is answered in two orders.
+
+    `flipped`: the share of questions so answered that are right in one order and not in another; `by_position`: the
+    share right of all these answers. `missing`: orders without an answer, which count nowhere here.
+    """
+    answered: dict[str, list[Row]] = {row.asked.base: [] for row in rows if row.asked.permutation}
+    asked = [row for row in rows if row.asked.base in answered]
+    for row in asked:
+        answered[row.asked.base] += [row] * (row.given is not None)
+    several = [own for own in answered.values() if len(own) > 1]
+    right = [sum(row.is_right for row in own) / len(own) for own in several]
+    by_position: dict[int, list[bool]] = {}
+    for row in (row for own in several for row in own):
+        by_position.setdefault(row.asked.target + 1, []).append(row.is_right)
+    if not several:
+        return None
+    return {
+        "questions": len(several),
+        "flipped": _share([0 < share < 1 for share in right]),
+        "always_right": right.count(1),
+        "never_right": right.count(0),
+        "by_position": {f"Image{place}": _share(by_position[place]) for place in sorted(by_position)},
+        "missing": sum(row.given is None for row in asked),
+    }
+
+
+def _share(found: Sequence[bool]) -> dict[str, float]:
+    low, high = score_interval(found)
+    return {"mean": float(np.mean(found)), "low": low, "high": high}
 
 
 # ---- two models on the same questions

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from inference.llava_hound_dpo.evaluate import judged, read
-from inference.llava_hound_dpo.summary import Row
+from inference.llava_hound_dpo.summary import Row, flips
 from llava.statistics import compare_sets, mean_of_groups, seed_interval
 from scripts.study.config import BASE, PLAIN, Arm, Config
 from scripts.study.running import commits, finished, progress
@@ -26,6 +26,7 @@ class Answered:
     seeds: tuple[int, ...]
     known: np.ndarray  # (K, S, Q), NaN where there is no attention ratio
     formats: np.ndarray  # (Q,)
+    flipped: tuple[float, ...] = ()  # share of questions that the order of the pictures decides, of each seed
 
     def averaged(self) -> "Answered":
         """The questions whose formats make the mean."""
@@ -74,9 +75,12 @@ def answered(config: Config, output: Path, arm: Arm, way: str) -> Answered | Non
         return None
     questions = Path(config.test.file.replace("{output}", str(output)))
     paths = [output / answer_name(arm, seed, way) / "answers.jsonl" for seed in seeds]
-    rows = judged(*read(paths, questions), "auto")
+    every = judged(*read(paths, questions), "auto")
+    rows = [[row for row in own if not row.asked.permutation] for own in every]
     known = np.array([[known_of(row) for row in own] for own in rows], dtype=float)
-    return Answered(tuple(seeds), known.transpose(2, 0, 1), np.array([row.asked.image_type for row in rows[0]]))
+    formats, flipped = np.array([row.asked.image_type for row in rows[0]]), [flips(own) for own in every]
+    shares = tuple(found["flipped"]["mean"] for found in flipped) if all(flipped) else ()
+    return Answered(tuple(seeds), known.transpose(2, 0, 1), formats, shares)
 
 
 def known_of(row: Row) -> tuple[float, float, float, float]:
@@ -97,6 +101,8 @@ def numbers(found: Answered) -> dict[str, dict[str, Any]]:
     by_seed = {"mean": part.by_seed(SCORE), "begins": part.by_seed(BEGINS), "cut_off": part.by_seed(CUT_OFF)}
     if not np.isnan(part.known[RATIO]).all():
         by_seed["ratio"] = np.nanmean(part.known[RATIO], axis=1)
+    if found.flipped:
+        by_seed["flipped"] = found.flipped
     for name in dict.fromkeys(found.formats.tolist()):
         by_seed[f"format/{name}"] = found.known[SCORE][:, found.formats == name].mean(axis=1)
     return {name: seed_interval(values) for name, values in by_seed.items()}

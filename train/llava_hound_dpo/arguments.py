@@ -140,6 +140,9 @@ class DataArguments:
         choices=["error", "drop"],
     )  # fmt: skip
     leave_out: str | None = flag("Ids of records to leave out, as scripts.doctor --fix_list writes them.", None)
+    permute_images: bool = flag(
+        "Show the pictures of a training sequence in another order each epoch, numbers and target rewritten.", False
+    )
     check_images: str = flag(
         "Before training: decode every picture, read its header, or only see that it is there.", "full",
         choices=["full", "header", "exists"],
@@ -271,6 +274,11 @@ class TrainArguments(TrainingArguments):
     def dtype(self) -> torch.dtype:
         """What the model computes in."""
         return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else torch.float32
+
+    @property
+    def order_seed(self) -> int:
+        """Of the order of pairs in an epoch, and of pictures in a pair."""
+        return self.seed if self.data_seed is None else self.data_seed
 
     def accumulate(self, rows: int) -> None:
         """Make so many passes per process and step, also in DeepSpeed's config, which was made from the flags."""

@@ -173,8 +173,8 @@ def _best_fit(lengths: Sequence[int], order: Sequence[int], num_rows: int, max_t
     return rows
 
 
-class RowSampler(Sampler[list[Slot]]):
-    """One process's rows of an epoch, in order, as batches of slots."""
+class RowSampler(Sampler[list[tuple[Slot, int]]]):
+    """One process's rows of an epoch, in order, as batches of slots with the epoch, which workers do not hear of."""
 
     def __init__(self, plan: BatchPlan, rank: int):
         self.plan, self.rank, self.epoch = plan, rank, 0
@@ -186,13 +186,14 @@ class RowSampler(Sampler[list[Slot]]):
     def __len__(self) -> int:
         return self.plan.steps_per_epoch * self.plan.accumulation
 
-    def __iter__(self) -> Iterator[list[Slot]]:
+    def __iter__(self) -> Iterator[list[tuple[Slot, int]]]:
         for pairs in self.plan.steps(self.epoch):
-            yield from self.plan.slots(pairs)[self.rank :: self.plan.world_size]
+            for row in self.plan.slots(pairs)[self.rank :: self.plan.world_size]:
+                yield [(slot, self.epoch) for slot in row]
 
 
 class SlotDataset(Dataset):
-    """Items of a data set by slot, with `step_pairs`: how many pairs share the mean that their loss enters."""
+    """Items of an epoch by slot, with `step_pairs`: how many pairs share the mean that their loss enters."""
 
     def __init__(self, dataset: Dataset):
         self.dataset = dataset
@@ -200,9 +201,9 @@ class SlotDataset(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, slot: Slot) -> dict[str, Any]:
-        index, step_pairs = slot
-        return self.dataset[index] | {"step_pairs": step_pairs}
+    def __getitem__(self, key: tuple[Slot, int]) -> dict[str, Any]:
+        (index, step_pairs), epoch = key
+        return self.dataset.item(index, epoch) | {"step_pairs": step_pairs}
 
 
 class RowLoader(DataLoader):

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from math import factorial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from llava.asked import FORMATS
 from llava.checks import check_pictures
 from llava.families import Family
 from llava.image import ImageStore
+from llava.order import of_epoch, why_fixed
 from llava.records import DataError, Preference, parse_preference, parse_records, read_json
 from llava.regions import target_weights
 from llava.runtime import Progress, is_main_process
@@ -149,6 +151,12 @@ def tokenize_one(record: Preference, family: Family, store: ImageStore | None) -
     return Pair(record, prompt, chosen, rejected, image_tokens, tuple(patches))
 
 
+def in_epoch(pair: Pair, epoch: int, seed: int, family: Family, store: ImageStore | None) -> Pair:
+    """The pair with its pictures in an epoch's order; itself where that is as it is. Raises like `tokenize_one`."""
+    record = of_epoch(pair.record, epoch, seed)
+    return pair if record is pair.record else tokenize_one(record, family, store)
+
+
 def within_length(pairs: Sequence[Pair], max_length: int, overlong: str) -> tuple[list[Pair], list[Pair]]:
     """(fitting, dropped) pairs; none is cut. Raises DataError listing the overlong ones unless they may go."""
     fitting = [pair for pair in pairs if pair.num_tokens <= max_length]
@@ -162,6 +170,21 @@ def within_length(pairs: Sequence[Pair], max_length: int, overlong: str) -> tupl
     for pair in dropped:
         logger.info("dropped: %s, %d tokens above %d", pair.record.where, pair.num_tokens, max_length)
     return fitting, dropped
+
+
+def longest_orders(
+    pairs: Sequence[Pair], epochs: int, shown_in: Callable[[Pair, int], Pair], max_length: int,
+    tokens_of: Callable[[Pair], int],
+) -> list[Pair]:  # fmt: skip
+    """Each pair in the order of its epochs that has the most tokens. Raises DataError, ValueError if all have one."""
+    if all(why_fixed(pair.record) for pair in pairs):
+        raise ValueError("--permute_images: no pair to train on is a sequence that tells its images by number alone")
+    longest = []
+    for pair in Progress(pairs, desc="orders", disable=not is_main_process() or len(pairs) < 1000):
+        shown = [shown_in(pair, epoch) for epoch in range(min(epochs, factorial(len(pair.record.images))))]
+        within_length(shown, max_length, "error")
+        longest.append(max(shown, key=tokens_of))
+    return longest
 
 
 def split(pairs: Sequence[Pair], share: float, seed: int) -> tuple[list[Pair], list[Pair]]:
@@ -188,16 +211,28 @@ def describe(pairs: Sequence[Pair]) -> dict[str, Any]:
 
 
 class PairDataset(Dataset):
-    """Pairs with their pictures and target weights. An item is a dict of tensors of one pair."""
+    """Pairs with their pictures and target weights. An item is a dict of tensors of one pair.
 
-    def __init__(self, pairs: Sequence[Pair], store: ImageStore, family: Family):
-        self.pairs, self.store, self.family = list(pairs), store, family
+    With `order_seed`, `item` gives the pictures of a pair in another order each epoch.
+    """
+
+    def __init__(self, pairs: Sequence[Pair], store: ImageStore, family: Family, order_seed: int | None = None):
+        self.pairs, self.store, self.family, self.order_seed = list(pairs), store, family, order_seed
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        return self._item(index, self.pairs[index])
+
+    def item(self, index: int, epoch: int) -> dict[str, Any]:
+        """As it is shown in an epoch of training."""
         pair = self.pairs[index]
+        if self.order_seed is not None:
+            pair = in_epoch(pair, epoch, self.order_seed, self.family, self.store)
+        return self._item(index, pair)
+
+    def _item(self, index: int, pair: Pair) -> dict[str, Any]:
         try:
             pictures = [self.store.open(name) for name in pair.record.images]
         except (OSError, ValueError) as error:

@@ -1,6 +1,7 @@
 """What `--dry_run` prints: a run's size in tokens, parameters, steps, memory, FLOPs and hours, without any weight."""
 
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -10,6 +11,7 @@ import torch
 from llava.checkpoints import Checkpoint
 from llava.heads import Heads
 from llava.image import ImageStore
+from llava.order import why_fixed
 from train.llava_hound_dpo.arguments import LossArguments, ModelArguments, TrainArguments
 from train.llava_hound_dpo.batches import BatchPlan, num_steps
 from train.llava_hound_dpo.costs import (
@@ -48,10 +50,12 @@ class Inputs:
     batches: BatchPlan  # of the training pairs
     reference: ReferenceCache | None = None  # None: computed at every step, or not needed
     chosen: Mapping[str, str] = field(default_factory=dict)  # rows of the plan, of `fitting.choose`
+    longest: Sequence[Pair] = ()  # the training pairs, each in the longest of its epochs' orders; (): all have one
 
     def dataset(self, pairs: Sequence[Pair]) -> PairDataset:
         """The pairs with their pictures."""
-        return PairDataset(pairs, self.store, self.checkpoint.family)
+        order_seed = self.batches.seed if self.longest else None
+        return PairDataset(pairs, self.store, self.checkpoint.family, order_seed)
 
 
 def world_size() -> int:
@@ -69,11 +73,16 @@ def shape_of(pair: Pair, with_rejected: bool) -> PairShape:
     return PairShape(pair.prompt_tokens - 1, len(pair.chosen), rejected, pair.image_tokens, pair.patches)
 
 
+def row_tokens(pair: Pair, with_rejected: bool) -> int:
+    """Tokens of a pair's row: prompt, images and answers."""
+    return shape_of(pair, with_rejected).tokens
+
+
 def plan(model: ModelArguments, loss: LossArguments, args: TrainArguments, inputs: Inputs) -> str:
     """The text of the plan."""
     config, batches = inputs.checkpoint.config, inputs.batches
     policy, costs = build_on_meta(config, model).to(args.dtype), count(config)
-    shapes = [shape_of(pair, loss.dpo_alpha > 0) for pair in inputs.train]
+    shapes = [shape_of(pair, loss.dpo_alpha > 0) for pair in inputs.longest or inputs.train]
     needs, most = Needs.of(config, model, args, inputs.layers, shapes, policy), args.tokens_per_batch
     row = needs.of_tokens(most) if most else needs.longest(args.per_device_train_batch_size)
     memory, own = partial(needs.memory, row), needs.memory(row, batches.world_size)
@@ -122,6 +131,7 @@ def describe_training(
         + (f"; {counts['several_rejected']:,} with several rejected answers" if counts["several_rejected"] else ""),
         "formats": f"{_counts(counts['by_format'])} ({counts['derived_formats']:,} derived from prompts)",
         "images": f"{_counts(counts['by_images'])} (images: pairs), {_per_image(inputs.train)} tokens each",
+        **({"order": _orders(inputs.train)} if inputs.longest else {}),
         "tokens/pair": f"{lengths['min']:,} to {lengths['max']:,}, median {lengths['median']:,} (longer answer)",
         "loss": f"{loss.dpo_alpha:g} x (dpo + {weight}) + {loss.gamma:g} x (sft + {weight})",
         "batch": f"{batches.step_sizes} = {args.per_device_train_batch_size} x {args.gradient_accumulation_steps} "
@@ -130,6 +140,12 @@ def describe_training(
         "steps": f"{batches.steps_per_epoch:,} per epoch, {batches.total_steps:,} in all",
         "rate": f"{args.learning_rate:g}, {args.lr_scheduler_type.value}, warm-up {args.warmup_steps:g}",
     }
+
+
+def _orders(pairs: Sequence[Pair]) -> str:
+    """How many pairs are shown in other orders, and why the others are not."""
+    reasons = Counter(why_fixed(pair.record) or "another each epoch" for pair in pairs)
+    return f"pictures of a pair by seed, id and epoch ({_counts(reasons)})"
 
 
 def _per_image(pairs: Sequence[Pair]) -> str:

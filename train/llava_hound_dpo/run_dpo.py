@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import logging
+import math
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -31,7 +32,7 @@ from train.llava_hound_dpo.checkpoints import (
     mark_complete,
     whole_or_nothing,
 )  # fmt: skip
-from train.llava_hound_dpo.data import Pair, PairReader, describe, read_leave_out, split
+from train.llava_hound_dpo.data import Pair, PairReader, describe, in_epoch, longest_orders, read_leave_out, split
 from train.llava_hound_dpo.fitting import Needs, choose, gpu_memory, precision
 from train.llava_hound_dpo.memory import Zero
 from train.llava_hound_dpo.model import (
@@ -43,7 +44,7 @@ from train.llava_hound_dpo.model import (
     refuse_quantised,
 )
 from train.llava_hound_dpo.outcome import check_place, draw_curves, licence_of
-from train.llava_hound_dpo.plan import Inputs, describe_training, plan, shape_of, world_size
+from train.llava_hound_dpo.plan import Inputs, describe_training, plan, row_tokens, shape_of, world_size
 from train.llava_hound_dpo.reference import ReferenceCache, describe_reference
 from train.llava_hound_dpo.stopping import one_line_errors
 from train.llava_hound_dpo.tracking import check_trackers, prepare_wandb
@@ -188,11 +189,21 @@ def read_inputs(model: ModelArguments, data: DataArguments, loss: LossArguments,
         train, evaluation = split(pairs, data.eval_split, args.seed)
     if args.eval_strategy != "no" and not evaluation:
         raise ValueError("--eval_strategy needs something to evaluate on: give --eval_split or --eval_data_path")
-    chosen = choose_by_memory(checkpoint, layers, train, model, loss, args)
-    batches = plan_batches(train, loss, args)
+    shown, longest = partial(in_epoch, seed=args.order_seed, family=family, store=store), ()
+    if data.permute_images:
+        tokens_of = partial(row_tokens, with_rejected=loss.dpo_alpha > 0)
+        longest = longest_orders(train, num_epochs(len(train), args), shown, data.model_max_length, tokens_of)
+    chosen = choose_by_memory(checkpoint, layers, longest or train, model, loss, args)
+    batches = plan_batches(longest or train, loss, args)
     reference = open_reference(adapter if model.reference == "adapter" else checkpoint, model, loss, args, store)
+    if longest and reference:
+        raise ValueError(
+            "--permute_images: stored reference log-probs are of one order; do without --reference_cache, --reference "
+            "adapter, full fine-tuning and ZeRO-3, which store them, or without DPO (--dpo_alpha 0)"
+        )
     return Inputs(
-        checkpoint, store, layers, heads, train, evaluation, dropped, reader.leave_out, batches, reference, chosen
+        checkpoint, store, layers, heads, train, evaluation, dropped, reader.leave_out, batches, reference, chosen,
+        longest,
     )  # fmt: skip
 
 
@@ -230,9 +241,20 @@ def open_adapter(checkpoint: Checkpoint, model: ModelArguments, zero_stage: int)
     return opened
 
 
+def num_epochs(num_pairs: int, args: TrainArguments) -> int:
+    """Epochs that a run at least begins. Raises ValueError for too many steps."""
+    per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * num_processes(args)
+    per_epoch = num_steps(num_pairs, per_step)
+    steps = args.max_steps if args.max_steps > 0 else per_epoch * args.num_train_epochs
+    if steps > MOST_STEPS:
+        flag = "--max_steps" if args.max_steps > 0 else "--num_train_epochs"
+        raise ValueError(f"{flag}: {steps:,.0f} steps; at most {MOST_STEPS:,} are planned")
+    return math.ceil(steps / per_epoch)
+
+
 def plan_batches(pairs: Sequence[Pair], loss: LossArguments, args: TrainArguments) -> BatchPlan:
     """Steps and rows of the run. Raises ValueError for a pair longer than --tokens_per_batch, or too many steps."""
-    lengths = [shape_of(pair, loss.dpo_alpha > 0).tokens for pair in pairs]
+    lengths = [row_tokens(pair, loss.dpo_alpha > 0) for pair in pairs]
     limit, processes = args.tokens_per_batch, num_processes(args)
     if limit and max(lengths) > limit:
         longest = pairs[lengths.index(max(lengths))]
@@ -240,14 +262,10 @@ def plan_batches(pairs: Sequence[Pair], loss: LossArguments, args: TrainArgument
             f"{longest.record.where}: {max(lengths):,} tokens in its row (prompt, images and answers), above "
             f"--tokens_per_batch {limit:,}, as are {sum(n > limit for n in lengths):,} pairs in all: raise it"
         )
-    per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
-    steps = args.max_steps if args.max_steps > 0 else num_steps(len(pairs), per_step) * args.num_train_epochs
-    if steps > MOST_STEPS:
-        flag = "--max_steps" if args.max_steps > 0 else "--num_train_epochs"
-        raise ValueError(f"{flag}: {steps:,.0f} steps; at most {MOST_STEPS:,} are planned")
+    num_epochs(len(pairs), args)
     return make_plan(
         lengths, args.per_device_train_batch_size, args.gradient_accumulation_steps, processes,
-        args.seed if args.data_seed is None else args.data_seed, args.num_train_epochs, args.max_steps, limit,
+        args.order_seed, args.num_train_epochs, args.max_steps, limit,
     )  # fmt: skip
 
 
@@ -339,6 +357,7 @@ def describe_run(model, data, loss, args, inputs: Inputs) -> dict[str, Any]:
         **({"fp16": True} if args.fp16 else {}),
         **({"liger": True} if args.liger else {}),
         **({"max_image_tokens": data.max_image_tokens} if data.max_image_tokens else {}),
+        **({"permute_images": True} if data.permute_images else {}),
         "image_aspect_ratio": data.image_aspect_ratio,
         "pairs_per_step": inputs.batches.pairs_per_step,
         "deepspeed": args.deepspeed_file,
