@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +24,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ and not asks_for_gpu(sys.argv):  # wo
 from jaxtyping import install_import_hook
 
 import tests.shapes  # noqa: F401  the import hook looks it up by name
+from tests import forks
 
 # Shapes written in signatures are checked while tests run.
 CHECKED = [
@@ -33,9 +35,11 @@ install_import_hook(CHECKED, "tests.shapes.check")
 import psutil
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 from transformers import LlavaForConditionalGeneration
 
+from scripts.miniature import make_data
 from scripts.miniature.model import build_model, build_processor
 
 torch.set_num_threads(1)
@@ -56,6 +60,17 @@ def pytest_collection_modifyitems(config, items):
         for name, reason in skips.items():
             if item.get_closest_marker(name):
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session):
+    """Before any test has changed anything of this process, if one of its tests starts others."""
+    if any(vars(item.module).get("forks") for item in getattr(session, "items", ())):
+        forks.serve()
+
+
+def pytest_sessionfinish():
+    forks.end()
 
 
 @pytest.fixture(scope="session")
@@ -80,10 +95,12 @@ def tiny_model(processor, seed=0, **text_config):
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory, processor):
     """Folder of a tiny checkpoint in the llava-hf format."""
-    folder = tmp_path_factory.mktemp("checkpoint")
-    tiny_model(processor).save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return str(folder)
+
+    def make(folder):
+        tiny_model(processor).save_pretrained(folder)
+        processor.save_pretrained(folder)
+
+    return str(shared(tmp_path_factory, "checkpoint", make))
 
 
 def llava15(image_processor, patch=14, pad=True):
@@ -134,6 +151,27 @@ def kill_with_workers(job):
         process.kill()
     psutil.wait_procs(processes)
     job.wait()
+
+
+def shared(tmp_path_factory, name, make):
+    """A folder that `make(folder)` fills once, and for all processes that run the tests."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"shared-{name}"
+    with FileLock(f"{folder}.lock"):
+        if not Path(f"{folder}.made").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            make(folder)
+            Path(f"{folder}.made").touch()
+    return folder
+
+
+def make_world(folder, *flags):
+    """The miniature's questions and pictures. (That a process of its own makes the same: tests/test_miniature.py.)"""
+    words = ["--output", folder, "--num_train", 3, "--seed", 3, *flags]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["make_data", *map(str, words)])
+        make_data.main()
 
 
 def picture(colour, size=(SIDE, SIDE)):
