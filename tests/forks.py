@@ -30,6 +30,17 @@ OWN = multiprocessing.get_context("forkserver")
 OF_TORCHRUN = "torch.distributed.run"
 
 
+def descriptor(file, otherwise):
+    try:
+        return file.fileno()
+    except OSError:  # pytest's, where it captures only what Python writes
+        return otherwise
+
+
+# Files of pytest in the place of stdout and stderr: loggers of libraries that are imported now go on writing there.
+STREAMS = {1: descriptor(sys.stdout, 1), 2: descriptor(sys.stderr, 2)}
+
+
 def serve():
     """Make the server out of a fork of this process, where `multiprocessing` would start one and import anew."""
     resource_tracker.ensure_running()
@@ -60,7 +71,7 @@ def replaced(of, name, value):
 def _serve(code, fds):
     """Never returns. Files of pytest are closed, so that nobody waits for their end."""
     faulthandler.disable()
-    kept = {0, 1, 2, sys.stdout.fileno(), sys.stderr.fileno(), *fds}
+    kept = {0, 1, 2, *STREAMS.values(), *fds}
     for fd in {int(path.name) for path in Path("/proc/self/fd").iterdir()} - kept:
         try:
             os.close(fd)
@@ -124,9 +135,9 @@ def _become(module, words, cwd, env, stdout, stderr, new_session):
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    for number, file, path in ((1, sys.stdout, stdout), (2, sys.stderr, stderr)):
+    for number, path in ((1, stdout), (2, stderr)):
         if path:
-            _redirect({number, file.fileno()}, path)
+            _redirect({number, STREAMS[number]}, path)
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)
@@ -141,7 +152,7 @@ def _become(module, words, cwd, env, stdout, stderr, new_session):
 
 
 def _redirect(numbers, path):
-    """Of descriptors: a library's logger may hold the file that pytest had put in the place of the right one."""
+    """All these descriptors."""
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for number in numbers:
         os.dup2(file, number)

@@ -11,7 +11,6 @@ import pytest
 
 from data_gen.gen_instruction.output import Output
 from data_gen.gen_instruction.workers import WorkerKilled, ordered
-from tests import forks
 from tests.single_images import digest, generate, record, world, write
 
 ROOT = Path(__file__).parent.parent
@@ -76,7 +75,7 @@ def test_kill_minus_nine(monkeypatch, tmp_path):
     flags = ["--format", "collage", "--num_cells_weights", "9:1", "--num_records", "60", *world(tmp_path, 20)]
     command = [sys.executable, "-m", "data_gen.gen_instruction", *flags, "--num_workers", "2"]
     out = tmp_path / "out"
-    job = forks.Job([*command, "--output", str(out)], cwd=ROOT, stderr=os.devnull)
+    job = subprocess.Popen([*command, "--output", str(out)], cwd=ROOT, stderr=subprocess.DEVNULL)
     log, deadline = out / "unfinished/log.jsonl", time.monotonic() + 60
     while not (log.exists() and log.read_bytes().count(b"\n") >= 3) and time.monotonic() < deadline:
         time.sleep(0.005)
