@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import warnings
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
@@ -69,14 +70,13 @@ def replaced(of, name, value):
 
 
 def _serve(code, fds):
-    """Never returns. Files of pytest are closed, so that nobody waits for their end."""
+    """Never returns. Nothing that is open here stays so, or its readers would wait for the end; nor is its number free
+    for another file, which whoever has kept it would write to."""
     faulthandler.disable()
     kept = {0, 1, 2, *STREAMS.values(), *fds}
+    nothing = os.open(os.devnull, os.O_RDWR)
     for fd in {int(path.name) for path in Path("/proc/self/fd").iterdir()} - kept:
-        try:
-            os.close(fd)
-        except OSError:
-            pass  # of the listing itself
+        os.dup2(nothing, fd)
     for module in NEEDED:
         import_module(module)
     gc.freeze()  # a collection in a fork would write to, and so copy, all memory
@@ -138,9 +138,11 @@ def _become(module, words, cwd, env, stdout, stderr, new_session):
     for number, path in ((1, stdout), (2, stderr)):
         if path:
             _redirect({number, STREAMS[number]}, path)
+    sys.stdout, sys.stderr = (open(number, "w", buffering=1, encoding="utf-8", closefd=False) for number in STREAMS)
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)
+    sys.path.insert(0, str(cwd))
     logging.getLogger().handlers.clear()  # pytest's
     sys.argv = [module, *words]
     if module == OF_TORCHRUN:
@@ -148,6 +150,7 @@ def _become(module, words, cwd, env, stdout, stderr, new_session):
 
         subprocess_handler.Popen = _worker
         inspect.stack = partial(inspect.stack, 0)  # which the agent asks for names: source lines would take seconds
+    warnings.filterwarnings("ignore", ".* found in sys.modules", RuntimeWarning)  # it is to be there
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
