@@ -142,7 +142,6 @@ def _become(module, words, cwd, env, stdout, stderr, new_session):
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)
-    sys.path.insert(0, str(cwd))
     logging.getLogger().handlers.clear()  # pytest's
     sys.argv = [module, *words]
     if module == OF_TORCHRUN:

@@ -9,8 +9,10 @@ def test_torchrun_says_how_its_worker_failed():
 
 
 def test_words_streams_and_folder_are_its_own(tmp_path):
-    (tmp_path / "said.py").write_text(
-        "import sys, os\nprint(sys.argv[1:], os.getcwd(), dict(os.environ)['A'])\nsys.exit('!')"
+    (tmp_path / "good.json").write_text("[1]")
+    (tmp_path / "bad.json").write_text("[")
+    good, bad = (
+        forks.run(["python", "-m", "json.tool", "--compact", f"{name}.json"], cwd=tmp_path) for name in ("good", "bad")
     )
-    found = forks.run(["python", "-m", "said", "x", "--y"], cwd=tmp_path, env={"A": "1"})
-    assert found == (1, f"['x', '--y'] {tmp_path} 1\n", "!\n")
+    assert good == (0, "[1]\n", "")
+    assert bad[:2] == (1, "") and bad[2].startswith("Expecting value: ") and bad[2].count("\n") == 1
