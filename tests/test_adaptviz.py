@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from inference_optimization.llava_hound_dpo.grid import ANOTHER, PLAIN, Variant,
 from inference_optimization.llava_hound_dpo.tune import Grid, best_bands, best_fixed, compare, describe
 from llava.adaptviz import DEFAULTS, PRESETS, AdaptViz, Bands, read_config
 from llava.generation import PromptBatch, generate
+from tests.conftest import make_world
 from tests.test_scaling import batch_of, prompts_of
 
 ROOT = Path(__file__).parent.parent
@@ -163,8 +163,7 @@ class TestChoice:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
-    command = [sys.executable, "-m", "scripts.miniature.make_data", "--output", str(folder), "--num_train", "3"]
-    subprocess.run([*command, "--num_test", "60", "--seed", "3"], cwd=ROOT, check=True, capture_output=True)
+    make_world(folder, "--num_test", 60)
     return folder
 
 

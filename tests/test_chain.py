@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from llava.records import read_json
+from tests import forks
 from tests.conftest import BASE
 
 ROOT = Path(__file__).parent.parent
@@ -36,12 +37,11 @@ def place(tmp_path_factory):
 
 
 def run(folder, *words, **knobs):
-    """The last line that a command printed; it must end with 0."""
+    """A command, which must end with 0."""
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
     environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", **knobs}
     done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout.strip().splitlines()[-1]
 
 
 def test_the_chain_of_the_readme_ends_in_a_data_set_with_held_out_pairs(place):
@@ -49,8 +49,12 @@ def test_the_chain_of_the_readme_ends_in_a_data_set_with_held_out_pairs(place):
         SOURCE="source.json", IMAGES="images", OUTPUT="output/instructions")  # fmt: skip
     run(place, "bash", str(ROOT / "data_gen/gen_chosen_rejected/gen_chosen_rejected.sh"), "--rejected", "other_image",
         "--source", "source.json", MODEL=str(BASE), OUTPUT="output/pairs")  # fmt: skip
-    last = run(place, sys.executable, "-m", "data_gen.mix", "--pairs", "output/pairs/pairs.json",
-               "--image_folder", "output/instructions/images", "--output", "data", "--zip")  # fmt: skip
+    mix = ["python", "-m", "data_gen.mix", "--pairs", "output/pairs/pairs.json"]
+    code, said, errors = forks.run(
+        [*mix, "--image_folder", "output/instructions/images", "--output", "data", "--zip"], cwd=place
+    )
+    assert code == 0, errors
+    last = said.strip().splitlines()[-1]
     train, validation = (read_json(place / f"data/{name}.json") for name in ("train", "validation"))
     pairs = read_json(place / "output/pairs/pairs.json")
     assert f"{len(train)} train, {len(validation)} validation" in last

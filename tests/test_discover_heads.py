@@ -1,7 +1,6 @@
 """Heads by command: discovered, and taken by inference, AdaptViz, its tuner and the selection of pairs."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from inference_optimization.llava_hound_dpo import run_adaptive, tune
 from llava.checkpoints import open_checkpoint
 from llava.heads import Ranking
 from scripts import discover_heads
+from tests.conftest import make_world
 from tests.test_heads import ranking
 
 ROOT = Path(__file__).parent.parent
@@ -22,9 +22,7 @@ BASE = ROOT / "scripts/miniature/base"
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
-    command = [sys.executable, "-m", "scripts.miniature.make_data", "--output", str(folder), "--num_train", "3"]
-    subprocess.run([*command, "--num_test", "40", "--num_validation", "60", "--seed", "3"], cwd=ROOT, check=True,
-                   capture_output=True)  # fmt: skip
+    make_world(folder, "--num_test", 40, "--num_validation", 60)
     return folder
 
 

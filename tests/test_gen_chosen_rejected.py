@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from llava.command_line import parse
 from llava.image import ImageStore
 from llava.records import read_instructions, read_preferences
 from scripts.miniature import make_source
+from tests import forks
 from tests.conftest import kill_with_workers
 from tests.single_images import generate
 from tests.test_elsewhere import key_of, said_to, server  # noqa: F401  a fixture
@@ -253,11 +253,8 @@ def test_the_launch_script_hands_on_its_knobs_and_flags(tmp_path):
 def launch(world, output, processes, *more):
     command = ["torchrun", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else [sys.executable]
     command += ["-m", "data_gen.gen_chosen_rejected", *flags(world, output, *more)]
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return subprocess.Popen(
-        command, cwd=ROOT, env={**os.environ, "PATH": path}, start_new_session=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    log = output.with_name(f"{output.name}.log")
+    return forks.Job(command, cwd=ROOT, new_session=True, stdout=log, stderr=log), log
 
 
 FILES = ("pairs.json", "dropped.jsonl", "summary.md", "answers.jsonl")
@@ -269,15 +266,14 @@ def contents(folder):
 
 def test_two_processes_killed_and_started_again_write_the_same_files_as_one(make, world, made, tmp_path):
     output = tmp_path / "killed"
-    job, deadline = launch(world, output, 2), time.monotonic() + 60
+    (job, _), deadline = launch(world, output, 2), time.monotonic() + 60
     while not list(output.glob("answers.jsonl.parts/*.jsonl")) and job.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
     assert job.poll() is None, "the run was over before it was killed"
     kill_with_workers(job)
     assert not (output / "pairs.json").exists()
-    job = launch(world, output, 2)
-    _, errors = job.communicate(timeout=120)
-    assert job.returncode == 0, errors
+    job, log = launch(world, output, 2)
+    assert job.wait(timeout=120) == 0, log.read_text()
     assert contents(output) == contents(made) and not (output / "answers.jsonl.parts").exists()
 
 

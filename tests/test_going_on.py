@@ -17,7 +17,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import kill_with_workers
+from tests import forks
+from tests.conftest import kill_with_workers, shared
 from tests.test_launch import ROOT, SCRIPT, data_set, environment, flags, history, run, torchrun  # noqa: F401  a fixture
 from train.llava_hound_dpo.batches import epoch_steps
 from train.llava_hound_dpo.checkpoints import COMPLETE
@@ -45,9 +46,9 @@ class Job:
         command[command.index("train.llava_hound_dpo.run_dpo")] = "tests.recording"
         recorded = {"RECORD": str(self.record), "ATTEMPT": str(self.attempts)}
         self.log = self.folder / f"log-{self.attempts}"
-        with self.log.open("w") as log:
-            return subprocess.Popen(command, cwd=ROOT, env=environment(**recorded), start_new_session=True,
-                                    stdout=log, stderr=log)  # fmt: skip
+        return forks.Job(
+            command, cwd=ROOT, env=environment(**recorded), new_session=True, stdout=self.log, stderr=self.log
+        )  # fmt: skip
 
     def lines(self, attempt=None):
         text = self.record.read_text().splitlines() if self.record.is_file() else []
@@ -85,14 +86,15 @@ def planned():
 
 
 def workers(job):
-    return [p for p in psutil.Process(job.pid).children(recursive=True) if "tests.recording" in p.cmdline()]
+    return psutil.Process(job.pid).children()  # as torchrun has started them
 
 
 @pytest.fixture(scope="module")
 def whole(data_set, checkpoint, tmp_path_factory):  # noqa: F811
     """The experiment on two processes with ZeRO-2, never interrupted: its job and weights."""
-    job = Job(tmp_path_factory.mktemp("whole"), data_set, checkpoint)
-    return job, job.finish(2)
+    folder = shared(tmp_path_factory, "going-on", lambda folder: Job(folder, data_set, checkpoint).finish(2))
+    job = Job(folder, data_set, checkpoint)
+    return job, load_file(job.output / "adapter_model.safetensors")
 
 
 def assert_close(found, expected):

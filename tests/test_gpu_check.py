@@ -1,9 +1,11 @@
 """The check of a machine's GPUs, tried on a CPU: all of it runs, and what is wrong on purpose is found."""
 
 import dataclasses
+import io
 import json
-import subprocess
 import sys
+from contextlib import redirect_stdout
+from subprocess import TimeoutExpired
 from types import SimpleNamespace
 
 import pytest
@@ -15,8 +17,9 @@ from scripts import selftest
 from scripts.gpu_check import __main__ as gpu_check
 from scripts.gpu_check import correctness, environment, kernels, launch, step
 from scripts.gpu_check.common import FAIL, INFO, OK, SKIPPED, Finding, Settings
+from tests import forks
+from tests.conftest import shared
 from tests.test_launch import ROOT
-from tests.test_launch import environment as variables
 
 TINY = Settings("cpu", "tiny")
 CUDA = Settings("cuda", "7b")  # to judge as on a GPU; nothing is run with it
@@ -35,13 +38,23 @@ def failed(findings):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The one run of the command with every section: (what it says, file it wrote)."""
-    file = tmp_path_factory.mktemp("report") / "gpu_check.json"
-    words = ["--device", "cpu", "--size", "tiny", "--processes", "1", "--output", str(file)]
-    command = [sys.executable, "-m", "scripts.gpu_check", *words]
-    done = subprocess.run(command, cwd=ROOT, env=variables(), capture_output=True, text=True, timeout=480, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout, file
+    """The one run of the command with every section, its trainings in forks: (what it says, file it wrote)."""
+
+    def make(folder):
+        words = ["--device", "cpu", "--size", "tiny", "--processes", "1", "--output", str(folder / "gpu_check.json")]
+        with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as said:
+            patch.setattr(launch, "subprocess", SimpleNamespace(Popen=job, TimeoutExpired=TimeoutExpired))
+            code = call(words)
+        (folder / "said").write_text(said.getvalue())
+        assert code == 0, said.getvalue()
+
+    folder = shared(tmp_path_factory, "gpu-check", make)
+    return (folder / "said").read_text(), folder / "gpu_check.json"
+
+
+def job(command, env, stdout, stderr):
+    """What the check starts. (That the command itself starts: tests/test_installed.py.)"""
+    return forks.Job(command, cwd=ROOT, env=env, stdout=stdout.name, stderr=stderr.name)
 
 
 def test_every_section_runs_and_nothing_fails_here(whole):

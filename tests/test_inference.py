@@ -2,10 +2,8 @@
 
 import errno
 import json
-import os
 import random
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -20,7 +18,8 @@ from llava.families import Llava15
 from llava.image import ImageStore
 from llava.records import read_questions
 from llava.regions import part_weights, target_weights
-from tests.conftest import kill_with_workers
+from tests import forks
+from tests.conftest import kill_with_workers, make_world, shared
 
 ROOT = Path(__file__).parent.parent
 BASE = ROOT / "scripts/miniature/base"
@@ -29,11 +28,12 @@ LAYER = 2  # what `auto` is for the miniature's four layers
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("world")
-    command = [sys.executable, "-m", "scripts.miniature.make_data", "--output", str(folder), "--num_train", "3"]
-    subprocess.run([*command, "--num_test", "200", "--seed", "3"], cwd=ROOT, check=True, capture_output=True)
+    return shared(tmp_path_factory, "questions", write_world)
+
+
+def write_world(folder):
+    make_world(folder, "--num_test", 200)
     (folder / "small.json").write_text(json.dumps(json.loads((folder / "test.json").read_text())[:60]))
-    return folder
 
 
 def words(world, output, *more):
@@ -61,17 +61,20 @@ class TestNumbers:
     @pytest.fixture(scope="class")
     def batched(self, world, tmp_path_factory):
         """Answers by batch size, and without a probe ("none")."""
-        folder = tmp_path_factory.mktemp("batched")
         runs = {"1": ["--batch_size", "1"], "4": ["--batch_size", "4"], "16": ["--batch_size", "16"]}
         runs["none"] = ["--batch_size", "16", "--attention_layers", "none"]
-        found = {}
-        for name, flags in runs.items():
-            command = words(world, folder / f"{name}.jsonl", "--data_path", world / "test.json", *flags)
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(sys, "argv", ["run_inference", *command])
-                run_inference.main()
-            found[name] = [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
-        return found
+
+        def make(folder):
+            for name, flags in runs.items():
+                command = words(world, folder / f"{name}.jsonl", "--data_path", world / "test.json", *flags)
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setattr(sys, "argv", ["run_inference", *command])
+                    run_inference.main()
+
+        folder = shared(tmp_path_factory, "batched", make)
+        return {
+            name: [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()] for name in runs
+        }
 
     @pytest.mark.parametrize("size", ["4", "16"])
     def test_batched_equals_one_by_one(self, batched, world, size):
@@ -172,19 +175,15 @@ def test_unknown_fields_of_the_test_set_are_passed_on(answer, world, tmp_path):
 def launch(world, output, processes, *more):
     command = ["torchrun", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else [sys.executable]
     command += ["-m", "inference.llava_hound_dpo.run_inference", *words(world, output, *more)]
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return subprocess.Popen(
-        command, cwd=ROOT, env={**os.environ, "PATH": path}, start_new_session=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    log = output.with_name(f"{output.name}.log")
+    return forks.Job(command, cwd=ROOT, new_session=True, stdout=log, stderr=log), log
 
 
 def test_two_processes_give_the_same_file_as_one(answer, world, tmp_path):
     answer("one.jsonl")
-    job = launch(world, tmp_path / "two" / "answers.jsonl", 2)
-    _, errors = job.communicate(timeout=120)
-    assert job.returncode == 0, errors
-    assert (tmp_path / "two" / "answers.jsonl").read_bytes() == (tmp_path / "one.jsonl").read_bytes()
+    job, log = launch(world, tmp_path / "two.jsonl", 2)
+    assert job.wait(timeout=120) == 0, log.read_text()
+    assert (tmp_path / "two.jsonl").read_bytes() == (tmp_path / "one.jsonl").read_bytes()
 
 
 def size_of(parts):
@@ -214,7 +213,7 @@ class TestKilled:
 
     def killed(self, world, output, after):
         """Start a run of two processes and kill both at some moment after a new answer."""
-        job = launch(world, output, 2, *self.flags(world))
+        job, _ = launch(world, output, 2, *self.flags(world))
         parts, deadline = output.with_name(output.name + ".parts"), time.monotonic() + 60
         before = size_of(parts)
         while size_of(parts) == before and job.poll() is None and time.monotonic() < deadline:
@@ -234,9 +233,9 @@ class TestKilled:
         for _ in range(times):
             self.killed(world, output, chance.uniform(0, 1 / times))
             assert not output.exists()
-        job = launch(world, output, 2, *self.flags(world))
-        job.communicate(timeout=120)
-        assert job.returncode == 0 and output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+        job, log = launch(world, output, 2, *self.flags(world))
+        assert job.wait(timeout=120) == 0, log.read_text()
+        assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
         assert len({a["question_id"] for a in whole}) == len(whole) == 200
         assert not output.with_name("killed.jsonl.parts").exists()
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from tests.conftest import SIDE, kill_with_workers, preference
+from tests import forks
+from tests.conftest import SIDE, kill_with_workers, preference, shared
+from tests.test_architecture import launch  # noqa: F401  a fixture
 from train.llava_hound_dpo.checkpoints import COMPLETE
 
 ROOT = Path(__file__).parent.parent
@@ -26,7 +29,10 @@ PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 @pytest.fixture(scope="module")
 def data_set(tmp_path_factory):
     """The published layout: train.json without target boxes, `<image-placeholder>`, and images.zip."""
-    folder = tmp_path_factory.mktemp("published")
+    return shared(tmp_path_factory, "published", write_data_set)
+
+
+def write_data_set(folder):
     rng = np.random.default_rng(0)
     records = []
     with zipfile.ZipFile(folder / "images.zip", "w") as archive:
@@ -49,7 +55,6 @@ def data_set(tmp_path_factory):
             }
             records.append(record | {"gt": "red"})
     (folder / "train.json").write_text(json.dumps(records))
-    return folder
 
 
 def flags(data_set, checkpoint, output):
@@ -79,6 +84,12 @@ def torchrun(processes, *words):
 
 
 def run(command, **changes):
+    """(exit code, stdout, stderr)."""
+    return forks.run(command, cwd=ROOT, env=environment(**changes))
+
+
+def run_anew(command, **changes):
+    """As `run`, in a process that imports all that it needs."""
     done = subprocess.run(command, cwd=ROOT, env=environment(**changes), capture_output=True, text=True, timeout=240)
     return done.returncode, done.stdout, done.stderr
 
@@ -92,11 +103,13 @@ def history(output):
 @pytest.fixture(scope="module")
 def zero2(data_set, checkpoint, tmp_path_factory):
     """Output folder of an uninterrupted run on two processes with ZeRO-2."""
-    output = tmp_path_factory.mktemp("zero2") / "out"
-    words = [*flags(data_set, checkpoint, output), "--gradient_accumulation_steps", "2"]
-    code, _, errors = run(torchrun(2, *words, "--deepspeed", "scripts/zero2.json"))
-    assert code == 0, errors[-3000:]
-    return output
+
+    def make(folder):
+        words = [*flags(data_set, checkpoint, folder / "out"), "--gradient_accumulation_steps", "2"]
+        code, _, errors = run_anew(torchrun(2, *words, "--deepspeed", "scripts/zero2.json"))
+        assert code == 0, errors[-3000:]
+
+    return shared(tmp_path_factory, "zero2", make) / "out"
 
 
 def test_step_0_is_ln_2_and_run_json_tells_everything(zero2):
@@ -223,26 +236,30 @@ def test_offloading_to_the_cpu_changes_no_loss(data_set, checkpoint, tmp_path):
 class TestScript:
     """train_dpo_multi_hpc_a100.sh as a user calls it, on one CPU process."""
 
+    def given(self, data_set, checkpoint, output, *words):
+        """Flags and knobs."""
+        small = "--bf16 False --lora_r 4 --lora_alpha 8 --max_steps 1 --dataloader_num_workers 0"
+        return [*small.split(), "--gradient_accumulation_steps", "2", *words], {
+            "MODEL": checkpoint, "DATA": str(data_set / "train.json"), "IMAGES": str(data_set / "images.zip"),
+            "OUTPUT": str(output), "NPROC": "1",
+        }  # fmt: skip
+
     def call(self, data_set, checkpoint, output, *words, **changes):
-        small = [
-            "--bf16",
-            "False",
-            "--lora_r",
-            "4",
-            "--lora_alpha",
-            "8",
-            "--max_steps",
-            "1",
-            "--dataloader_num_workers",
-            "0",
-        ]
-        return run(
-            ["bash", str(SCRIPT), *small, "--gradient_accumulation_steps", "2", *words],
-            **{
-                "MODEL": checkpoint, "DATA": str(data_set / "train.json"), "IMAGES": str(data_set / "images.zip"),
-                "OUTPUT": str(output), "NPROC": "1", **changes,
-            },
-        )  # fmt: skip
+        own, knobs = self.given(data_set, checkpoint, output, *words)
+        return run_anew(["bash", str(SCRIPT), *own], **knobs | changes)
+
+    @pytest.fixture
+    def check(self, launch, data_set, checkpoint):  # noqa: F811
+        """As `call`, but only what the script runs first, and that in a fork. (That a failure of it ends the script,
+        as --dry_run and --help do: tests/test_architecture.py, and the first test of bad input here.)"""
+
+        def run_check(output, *words, folder=data_set, **changes):
+            own, knobs = self.given(folder, checkpoint, output, *words)
+            knobs |= changes
+            first = launch(*own, **knobs)[2][0]
+            return run(["python", *first.words], NPROC=knobs["NPROC"])
+
+        return run_check
 
     def test_the_other_recipe_trains_with_wandb_offline_without_a_login(self, data_set, checkpoint, tmp_path):
         changes = {"dpo_alpha": "0.0", "gamma": "1.0", "WANDB_DIR": str(tmp_path), "HOME": str(tmp_path)}
@@ -253,12 +270,12 @@ class TestScript:
         assert "losses/sft" in log and "losses/dpo" not in log
         assert list(tmp_path.glob("wandb/offline-run-*"))
 
-    def test_another_experiment_in_the_same_output_is_refused_before_torchrun(self, data_set, checkpoint, zero2):
-        code, _, errors = self.call(data_set, checkpoint, zero2, gamma="0.5")
+    def test_another_experiment_in_the_same_output_is_refused_before_torchrun(self, check, zero2):
+        code, _, errors = check(zero2, gamma="0.5")
         assert code == 2 and "gamma 0.0 there, 0.5 here" in errors and "Traceback" not in errors
 
-    def test_dry_run_prints_the_plan_and_writes_nothing(self, data_set, checkpoint, tmp_path):
-        code, output, errors = self.call(data_set, checkpoint, tmp_path / "out", "--dry_run", NPROC="2")
+    def test_dry_run_prints_the_plan_and_writes_nothing(self, check, tmp_path):
+        code, output, errors = check(tmp_path / "out", "--dry_run", NPROC="2")
         assert code == 0, errors
         assert "24 to train on" in output and "= 1 x 2 accumulated x 2 processes" in output
         assert not (tmp_path / "out").exists()
@@ -268,27 +285,29 @@ class TestScript:
         [
             (["--dpo_alpa", "1"], "did you mean --dpo_alpha"),
             (["--model_max_length", "100"], "record 2 (id pair 1)"),
-            pytest.param(["--X", "Image"], "no longer exists", marks=pytest.mark.slow),
-            pytest.param(["--dpo_alpha", "0"], "nothing to train", marks=pytest.mark.slow),
-            pytest.param(["--image_folder", "nowhere"], "nowhere: no such image folder", marks=pytest.mark.slow),
+            (["--X", "Image"], "no longer exists"),
+            (["--dpo_alpha", "0"], "nothing to train"),
+            (["--image_folder", "nowhere"], "nowhere: no such image folder"),
         ],
     )
-    def test_bad_input_ends_in_one_line(self, data_set, checkpoint, tmp_path, words, expected):
-        code, _, errors = self.call(data_set, checkpoint, tmp_path / "out", *words)
+    def test_bad_input_ends_in_one_line(self, check, data_set, checkpoint, tmp_path, words, expected):
+        """The first through the script to its end: torchrun would say more."""
+        run_all = partial(self.call, data_set, checkpoint) if "--dpo_alpa" in words else check
+        code, _, errors = run_all(tmp_path / "out", *words)
         assert code == 2
         lines = [line for line in errors.splitlines() if line.strip() and "WARNING" not in line]
         assert len(lines) == 1 and expected in lines[0], errors
 
-    def test_a_truncated_picture_names_file_record_and_id(self, data, checkpoint, tmp_path):
+    def test_a_truncated_picture_names_file_record_and_id(self, check, data, tmp_path):
         path = data([preference(0), preference(1)])
         whole = (data.images / "blue.png").read_bytes()
         (data.images / "blue.png").write_bytes(whole[: len(whole) // 2])
-        code, _, errors = self.call(data.folder, checkpoint, tmp_path / "out", "--image_folder", str(data.images))
+        code, _, errors = check(tmp_path / "out", "--image_folder", str(data.images), folder=data.folder)
         assert code == 2
         assert f"{path} record 2 (id pair_1)" in errors and "blue.png" in errors and "damaged" in errors
 
-    def test_help_is_complete(self, data_set, checkpoint, tmp_path):
-        code, output, _ = self.call(data_set, checkpoint, tmp_path / "out", "--help")
+    def test_help_is_complete(self, check, tmp_path):
+        code, output, _ = check(tmp_path / "out", "--help")
         assert code == 0
         for flag in ("--dpo_alpha", "--attention_layers", "--overlong", "--learning_rate", "--dry_run"):
             assert flag in output
