@@ -25,6 +25,7 @@ from peft import (
 from PIL import Image
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedConfig, ProcessorMixin
+from transformers.initialization import no_init_weights
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils.peft_utils import find_adapter_config_file
 
@@ -281,7 +282,7 @@ def _found(named: str, folder: Path) -> str:
 
 def shapes_of(config: PreTrainedConfig) -> dict[str, torch.Size]:
     """Name and shape of every tensor that a model of this config loads."""
-    with init_empty_weights():
+    with init_empty_weights(), no_init_weights():  # nor are numbers drawn that nobody sees
         model = find_family(config).model_class(config)(config)
     return {name: tensor.shape for name, tensor in model.state_dict().items()}
 
