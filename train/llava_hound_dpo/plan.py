@@ -123,13 +123,19 @@ def describe_training(
         "formats": f"{_counts(counts['by_format'])} ({counts['derived_formats']:,} derived from prompts)",
         "images": f"{_counts(counts['by_images'])} (images: pairs), {_per_image(inputs.train)} tokens each",
         "tokens/pair": f"{lengths['min']:,} to {lengths['max']:,}, median {lengths['median']:,} (longer answer)",
-        "loss": f"{loss.dpo_alpha:g} x (dpo + {weight}) + {loss.gamma:g} x (sft + {weight})",
+        "loss": f"{loss.dpo_alpha:g} x ({_dpo(loss)} + {weight}) + {loss.gamma:g} x (sft + {weight})",
         "batch": f"{batches.step_sizes} = {args.per_device_train_batch_size} x {args.gradient_accumulation_steps} "
         f"accumulated x {batches.world_size} processes",
         "rows": str(batches),
         "steps": f"{batches.steps_per_epoch:,} per epoch, {batches.total_steps:,} in all",
         "rate": f"{args.learning_rate:g}, {args.lr_scheduler_type.value}, warm-up {args.warmup_steps:g}",
     }
+
+
+def _dpo(loss: LossArguments) -> str:
+    """DPO and what it does with the end of answers, in words."""
+    added = f"dpo + {loss.answer_end_weight:g} x end"
+    return {"kept": "dpo", "left_out": "dpo without the end token", "likelihood": added}[loss.answer_end]
 
 
 def _per_image(pairs: Sequence[Pair]) -> str:
