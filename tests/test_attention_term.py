@@ -111,7 +111,7 @@ def test_a_weight_of_zero_is_the_plain_arm_bit_for_bit(make_trainer, heads_file,
     assert any(not torch.equal(a, b) for a, b in zip(with_term, expected, strict=True))
 
 
-def without_term(settings, chosen, tokens, ratio, z, owner):
-    _, parts = total_loss(settings, chosen, tokens, ratio.detach(), z, owner)
+def without_term(settings, chosen, tokens, ratio, z, owner, chosen_end):
+    _, parts = total_loss(settings, chosen, tokens, ratio.detach(), z, owner, chosen_end)
     plain = settings.gamma * parts["sft"] + settings.dpo_alpha * parts["dpo"]
     return plain.mean(), parts | {"total": plain}

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ from train.llava_hound_dpo.arguments import DataArguments, LossArguments, ModelA
 from train.llava_hound_dpo.batches import num_steps
 from train.llava_hound_dpo.data import Pair
 from train.llava_hound_dpo.model import build_on_meta, count_parameters, parameter_table
-from train.llava_hound_dpo.plan import plan, shape_of, world_size
+from train.llava_hound_dpo.plan import describe_training, plan, shape_of, world_size
 from train.llava_hound_dpo.run_dpo import read_inputs
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -140,6 +141,10 @@ def test_text_of_a_tiny_run(checkpoint, data, one_process):
     assert rows["batch"] == "batch 6 pairs = 2 x 3 accumulated x 1 processes"
     assert rows["steps"] == "steps 3 per epoch, 12 in all"  # 9 micro-batches in threes, 4 epochs
     assert rows["loss"] == "loss 1 x (dpo + 0.9 x attention) + 0 x (sft + 0.9 x attention)"
+    for way, dpo in (("left_out", "dpo without the end token"), ("likelihood", "dpo + 0.2 x end")):
+        loss = replace(arguments[2], answer_end=way, answer_end_weight=0.2)
+        found = describe_training(arguments[0], loss, arguments[3], inputs)["loss"]
+        assert found == f"1 x ({dpo} + 0.9 x attention) + 0 x (sft + 0.9 x attention)"
     assert rows["images"].endswith("36 tokens each")
     # The miniature: 4 blocks of width 128 and feed-forward 384, LoRA of rank 8 on seven layers.
     lora = 4 * 8 * (4 * (128 + 128) + 3 * (128 + 384))

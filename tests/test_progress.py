@@ -8,16 +8,14 @@ import pytest
 from tests.test_trainer import make_trainer, pairs  # noqa: F401
 from train.llava_hound_dpo.progress import WatchChosen
 
-BETA = 0.1
 
-
-def watch(caplog, logs, zero=True):
+def watch(caplog, logs, zero=True, of="chosen"):
     """The warnings of a run with these (log-prob of chosen under the policy, under the reference)."""
-    watching = WatchChosen(BETA)
+    watching = WatchChosen()
     with caplog.at_level(logging.WARNING):
         for step, (policy, reference) in enumerate(logs, start=1):
             state = SimpleNamespace(is_world_process_zero=zero, global_step=step)
-            found = {"logps/chosen": policy, "rewards/chosen": BETA * (policy - reference)}
+            found = {f"logps/{of}": policy, f"reference/{of}": reference}
             watching.on_log(None, state, None, logs=found)
     return [record.getMessage() for record in caplog.records]
 
@@ -29,6 +27,14 @@ def test_it_warns_once_with_both_numbers_and_the_remedy(caplog):
         "step 6: the chosen answers have become much less likely (mean log-prob -2.20, reference -1.00)"
     )
     assert "--gamma" in found[0]
+
+
+def test_the_end_of_answers_is_watched_by_itself(caplog):
+    """Certain at first; the line comes as soon as five logs say in the mean that it is no longer."""
+    found = watch(caplog, [(-0.01, -0.01)] * 4 + [(-0.7, -0.01)] * 9, of="chosen_end")
+    assert len(found) == 1
+    assert found[0].startswith("step 8: the end of the chosen answers has become much less likely")
+    assert "-0.56, reference -0.01" in found[0] and "--answer_end" in found[0]
 
 
 @pytest.mark.parametrize(
@@ -50,17 +56,19 @@ def test_one_process_speaks_and_logs_without_rewards_count_for_nothing(caplog):
     assert watch(caplog, [(-3.0, -1.0)] * 9, zero=False) == []
     state = SimpleNamespace(is_world_process_zero=True, global_step=1)
     for logs in (None, {}, {"loss": 1.0}, {"logps/chosen": -9.0, "losses/sft": 1.0}, {"eval_logps/chosen": -9.0}):
-        WatchChosen(BETA).on_log(None, state, None, logs=logs)
+        WatchChosen().on_log(None, state, None, logs=logs)
 
 
-def test_a_training_is_watched_with_its_own_beta(make_trainer):  # noqa: F811
+def test_a_training_is_watched_against_its_own_reference(make_trainer):  # noqa: F811
     trainer = make_trainer("--beta", "0.3", "--learning_rate", "1e-2", "--max_steps", "3", "--save_strategy", "no")
     trainer.train()
     watching = next(c for c in trainer.callback_handler.callbacks if isinstance(c, WatchChosen))
     logs = [log for log in trainer.state.log_history if "rewards/chosen" in log]
-    assert watching.beta == 0.3 and len(logs) == 3 and not watching.has_warned
-    assert [fall for _, fall in watching.found] == pytest.approx([-log["rewards/chosen"] / 0.3 for log in logs])
-    assert watching.found[0][1] == 0 != watching.found[2][1]
+    assert len(logs) == 3 and not watching.has_warned
+    rises = [policy - reference for policy, reference in watching.found["chosen"]]
+    assert rises == pytest.approx([log["rewards/chosen"] / 0.3 for log in logs], abs=1e-5)
+    for found in watching.found.values():
+        assert found[0][0] == found[0][1] and found[2][0] != found[2][1]
 
 
 def test_without_a_terminal_a_step_is_a_line_and_no_bar_is_drawn(make_trainer, capsys):  # noqa: F811

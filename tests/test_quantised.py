@@ -15,6 +15,7 @@ from tests.test_trainer import one_batch, pairs  # noqa: F401  a fixture
 from train.llava_hound_dpo import run_dpo
 from train.llava_hound_dpo.arguments import ModelArguments, parse
 from train.llava_hound_dpo.model import parameter_table, quantisation, refuse_quantised
+from train.llava_hound_dpo.scoring import Scores
 
 NEEDS_BITSANDBYTES = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"
@@ -114,7 +115,7 @@ def test_bits_are_part_of_the_identity(argv):
 def test_a_reference_cache_of_other_bits_is_refused(argv, tmp_path):
     cache = ("--reference_cache", str(tmp_path / "cache"))
     _, inputs = read(*argv, *cache)
-    inputs.reference.append(inputs.train[:1], torch.zeros(1), torch.zeros(1))
+    inputs.reference.append(inputs.train[:1], Scores(*torch.zeros(4, 1)))
     with pytest.raises(ValueError, match=r"precision float32 computed in float32 there, 4 bits and float32"):
         read(*argv, *cache, "--bits", "4")
 

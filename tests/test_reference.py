@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from llava.records import DataError
 from llava.run_folder import differences
 from tests.test_trainer import fill_lora_b, make_trainer, one_batch, pairs  # noqa: F401  fixtures
 from train.llava_hound_dpo.reference import HEADER, LAYOUT_VERSION, ReferenceCache, describe_reference
+from train.llava_hound_dpo.scoring import Scores
 from train.llava_hound_dpo.trainer import METRICS
 
 FULL = ("--lora_enable", "False")
@@ -114,9 +116,9 @@ def test_full_fine_tuning_takes_its_reference_from_the_start(make_trainer, tmp_p
     logs = [log for log in trainer.state.log_history if "losses/dpo" in log]
     assert logs[0]["losses/dpo"] == pytest.approx(math.log(2), abs=1e-5)
     assert logs[-1]["losses/dpo"] < math.log(2) - 0.01
-    chosen, rejected = trainer.reference.lookup(trainer.train_dataset.pairs)
-    torch.testing.assert_close(chosen, expected.chosen, atol=1e-4, rtol=1e-5)
-    torch.testing.assert_close(rejected, expected.rejected, atol=1e-4, rtol=1e-5)
+    found = trainer.reference.lookup(trainer.train_dataset.pairs)
+    for name in ("chosen", "rejected", "chosen_end", "rejected_end"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name), atol=1e-4, rtol=1e-5)
 
 
 def test_full_fine_tuning_and_lora_share_one_cache(make_trainer, cache):  # noqa: F811
@@ -140,7 +142,7 @@ def test_a_killed_filling_goes_on_where_it_was(make_trainer, cache):  # noqa: F8
     assert file.read_text() == "".join(whole[:6]) + whole[6][:-20]
     third = make_trainer("--reference_cache", str(cache))
     assert third.reference.missing(third.train_dataset.pairs) == []
-    stored = third.reference.lookup(third.train_dataset.pairs)[0].tolist()
+    stored = third.reference.lookup(third.train_dataset.pairs).chosen.tolist()
     assert stored == pytest.approx([json.loads(line)["chosen"] for line in whole], abs=1e-5)
 
 
@@ -248,22 +250,23 @@ def test_a_hole_is_refused_where_it_cannot_be_filled(make_trainer, cache, pairs,
 def test_with_lora_a_hole_is_filled_also_when_a_run_goes_on(make_trainer, cache):  # noqa: F811
     """The adapter has moved by then; turned off it is the reference still."""
     trainer = filled(make_trainer("--reference_cache", str(cache)))
-    expected = trainer.reference.lookup(trainer.train_dataset.pairs)[0]
+    expected = trainer.reference.lookup(trainer.train_dataset.pairs).chosen
     file = part(cache)
     file.write_text("".join(file.read_text().splitlines(keepends=True)[:5]))
     again = make_trainer("--reference_cache", str(cache))
     fill_lora_b(again.model, 7)
     again.state.global_step = 1
     again.callback_handler.on_train_begin(again.args, again.state, again.control)
-    found = again.reference.lookup(again.train_dataset.pairs)[0]
+    found = again.reference.lookup(again.train_dataset.pairs).chosen
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
-def test_log_probs_that_are_not_finite_are_not_stored(make_trainer, cache):  # noqa: F811
-    trainer = make_trainer("--reference_cache", str(cache))
+@pytest.mark.parametrize("name", ["chosen", "rejected", "chosen_end", "rejected_end"])
+def test_log_probs_that_are_not_finite_are_not_stored(make_trainer, cache, name):  # noqa: F811
+    trainer, scores = make_trainer("--reference_cache", str(cache)), Scores(*torch.zeros(4, 2))
     with pytest.raises(FloatingPointError, match="record 2"):
-        values = torch.tensor([1.0, math.nan])
-        trainer.reference.append(trainer.train_dataset.pairs[:2], values, torch.zeros(2))
+        scores = replace(scores, **{name: torch.tensor([1.0, math.nan])})
+        trainer.reference.append(trainer.train_dataset.pairs[:2], scores)
     assert not cache.exists()
 
 

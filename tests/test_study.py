@@ -5,6 +5,7 @@ import multiprocessing
 import shlex
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from tests.stub_study import calls, refused, small, study_in, words, write
 from train.llava_hound_dpo.arguments import parse
 
 SHIPPED = ROOT / "scripts/miniature/study.json"
+ENDS = ROOT / "scripts/miniature/ends.json"
 
 
 @pytest.fixture
@@ -54,6 +56,19 @@ def test_all_arms_have_the_same_steps_and_batch_and_flags_that_training_takes(sh
     assert len(trained) == 15 and {own[0] for own in trained} == {TRAIN}
     settings = {(args.max_steps, args.per_device_train_batch_size) for own in trained for *_, args in [parse(own[1:])]}
     assert settings == {(200, 32)}
+
+
+def test_the_ends_are_compared_five_ways_with_and_without_the_term():
+    trained = [unit.commands[0] for unit in plan(read_config(ENDS), "digest") if unit.name.startswith("train/")]
+    found = [(loss, args) for own in trained for _, _, loss, args in [parse(own[1:])]]
+    ways = Counter((loss.answer_end, loss.gamma, args.learning_rate) for loss, args in found)
+    plain = ("kept", 0, 1e-3)
+    assert ways == dict.fromkeys([plain, ("left_out", 0, 1e-3), ("likelihood", 0, 1e-3), ("kept", 0.1, 1e-3),
+                                  ("kept", 0, 5e-4)], 20)  # fmt: skip
+    in_all = {(loss.dpo_alpha + loss.gamma) * loss.attention_weight for loss, _ in found}
+    assert sorted(in_all) == pytest.approx([0, 0.9, 0.902]) and {args.seed for _, args in found} == set(range(10))
+    quick = [unit.name for unit in plan(read_config(ENDS, is_quick=True), "digest")]
+    assert sum(name.startswith("train/") for name in quick) == 3 and "questions" in quick
 
 
 def test_an_arm_like_another_differs_in_its_own_flags_only(shipped):

@@ -29,6 +29,7 @@ from scripts.bench.steps import build_trainer
 from train.llava_hound_dpo.arguments import ModelArguments
 from train.llava_hound_dpo.data import PairDataset
 from train.llava_hound_dpo.model import make_trainable
+from train.llava_hound_dpo.scoring import Scores
 from train.llava_hound_dpo.trainer import AttentionAwareDPOTrainer
 
 COLUMNS = ("model", "part", "waits", "copies that block", "operations", "waits by line")
@@ -120,9 +121,10 @@ def step_of(pairs: PairDataset) -> list[dict]:
 class KnownReference:
     """In place of a `ReferenceCache` that knows every pair."""
 
-    def lookup(self, pairs: Sequence) -> tuple[Tensor, Tensor]:
+    def lookup(self, pairs: Sequence) -> Scores:
         """Some log-probs."""
-        return torch.full((len(pairs),), -9.0), torch.full((sum(len(pair.rejected) for pair in pairs),), -9.5)
+        chosen, rejected = len(pairs), sum(len(pair.rejected) for pair in pairs)
+        return Scores(*(torch.full((size,), logp) for logp in (-9.0, -1.0) for size in (chosen, rejected)))
 
 
 def micro_batch(trainer: AttentionAwareDPOTrainer, batch: dict) -> tuple[Posing, Tensor]:

@@ -18,7 +18,7 @@ from llava.command_line import ABOVE_0, BELOW_1, check_numbers, flag
 from llava.heads import TOP
 from llava.machine import require_usable
 from train.llava_hound_dpo import trainer_flags
-from train.llava_hound_dpo.losses import ATTENTION_LOSSES, PREFERENCE_LOSSES, SMOOTHED, LossSettings
+from train.llava_hound_dpo.losses import ANSWER_ENDS, ATTENTION_LOSSES, PREFERENCE_LOSSES, SMOOTHED, LossSettings
 from train.llava_hound_dpo.memory import Zero
 
 logger = logging.getLogger(__name__)
@@ -156,7 +156,10 @@ class DataArguments:
 
 @dataclass
 class LossArguments:
-    """total = dpo_alpha * (L_dpo + attention_weight * L_att) + gamma * (L_sft + attention_weight * L_att)."""
+    """total = dpo_alpha * (L_dpo + attention_weight * L_att) + gamma * (L_sft + attention_weight * L_att).
+
+    With `answer_end` likelihood L_dpo has answer_end_weight * L_end added.
+    """
 
     _argument_group_name = "Loss"
 
@@ -165,6 +168,11 @@ class LossArguments:
     beta: float = flag("DPO's inverse temperature.", 0.1)
     loss_type: str = flag("Preference loss.", "sigmoid", choices=list(PREFERENCE_LOSSES))
     label_smoothing: float = flag("Assumed share of flipped pairs (sigmoid, robust).", 0.0)
+    answer_end: str = flag(
+        "DPO and the answers' end token: kept in the log-probs, left_out of them, or kept with -log p of the chosen "
+        "answer's end added.", "kept", choices=list(ANSWER_ENDS),
+    )  # fmt: skip
+    answer_end_weight: float = flag("Weight of what --answer_end likelihood adds.", 0.1)
     attention_weight: float = flag("λ; 0 gives plain DPO or SFT.", 0.9)
     attention_threshold: float = flag("τ: the ratio from which L_att (hinge) is 0.", 0.75)
     attention_loss: str = flag("hinge: max(0, τ - R); log: -log R.", "hinge", choices=list(ATTENTION_LOSSES))
@@ -180,6 +188,7 @@ class LossArguments:
         check_numbers(
             self, dpo_alpha=(0, None), gamma=(0, None), attention_weight=(0, None), attention_threshold=(None, None),
             beta=(ABOVE_0, None), label_smoothing=(0, math.nextafter(0.5, 0)), top_heads=(1, None),
+            answer_end_weight=(0, None),
         )  # fmt: skip
         if self.dpo_alpha == 0 and self.gamma == 0:
             raise ValueError("--dpo_alpha and --gamma are both 0: there is nothing to train; set one of them above 0")

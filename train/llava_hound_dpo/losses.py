@@ -4,6 +4,14 @@ N pairs in a batch with M rejected answers, L probed layers. `total_loss` takes 
 batch has the same loss however it is split over micro-batches and processes. A pair with several rejected answers has
 the mean of their preference losses, L_dpo = 1/m Σ_j ℓ(z_j) with z_j of the chosen and its j-th rejected answer: what m
 pairs of one rejected answer each have on average.
+
+Answers end in the end token e. Chosen and rejected share it, so that z says little about it and DPO may unlearn it:
+
+    kept        z of log π(y|x) = Σ_t log π(y_t | x, y_<t), with e the last of the y_t
+    left_out    z of log π(y|x) - log π(e | x, y without e), of policy and reference: L_dpo does not move e
+    likelihood  z as kept, and L_dpo + ω·L_end with L_end = -log π(e | x, chosen answer without e)
+
+L_sft is of the whole answer in each.
 """
 
 from collections.abc import Callable
@@ -23,8 +31,8 @@ def logits_margin(
 ) -> Float[Tensor, " M"]:
     """z: how much more the policy prefers chosen to rejected than the reference does, in nats.
 
-    All four are log-probs of whole answers, summed over tokens including the end token; a chosen answer stands once
-    for each of its rejected ones.
+    All four are log-probs of answers, summed over tokens, with or without the end token alike; a chosen answer stands
+    once for each of its rejected ones.
     """
     return (chosen - rejected) - (reference_chosen - reference_rejected)
 
@@ -76,11 +84,12 @@ def log_attention(ratio: Float[Tensor, " N"], threshold: float) -> Float[Tensor,
 
 
 ATTENTION_LOSSES: dict[str, Callable] = {"hinge": hinge_attention, "log": log_attention}
+ANSWER_ENDS = ("kept", "left_out", "likelihood")  # ways of DPO with the end token
 
 
 @dataclass(frozen=True)
 class LossSettings:
-    """total = dpo_alpha · (L_dpo + λ·L_att) + gamma · (L_sft + λ·L_att), and what its parts need."""
+    """total = dpo_alpha · (L_dpo + ω·L_end + λ·L_att) + gamma · (L_sft + λ·L_att), and what its parts need."""
 
     dpo_alpha: float
     gamma: float
@@ -90,6 +99,8 @@ class LossSettings:
     attention_weight: float = 0.9  # λ
     attention_threshold: float = 0.75  # τ
     attention_loss: str = "hinge"
+    answer_end: str = "kept"
+    answer_end_weight: float = 0.1  # ω of `likelihood`, else 0
 
     @property
     def needs_rejected(self) -> bool:
@@ -101,6 +112,11 @@ class LossSettings:
         """Whether z is of log-probs per token (IPO) instead of per answer."""
         return self.loss_type == "ipo"
 
+    @property
+    def leaves_out_end(self) -> bool:
+        """Whether z is of log-probs without the end token."""
+        return self.answer_end == "left_out"
+
 
 def total_loss(
     settings: LossSettings,
@@ -109,11 +125,13 @@ def total_loss(
     ratio: Float[Tensor, " N"],
     z: Float[Tensor, " M"] | None,
     owner: Tensor | None = None,
+    chosen_end: Float[Tensor, " N"] | None = None,
 ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, " N"]]]:
     """Mean total loss of a batch, and its parts per pair (`dpo`, `sft`, `attention`, `total`).
 
-    `chosen` are log-probs of the chosen answers, `chosen_tokens` their lengths, `ratio` the attention ratios R and
-    `z` the margins of `logits_margin` (None where `dpo_alpha` is 0) of rejected answers whose pairs are `owner` (M,).
+    `chosen` are log-probs of the whole chosen answers, `chosen_tokens` their lengths, `chosen_end` log-probs of their
+    end tokens (read by `likelihood` alone), `ratio` the attention ratios R and `z` the margins of `logits_margin` (None
+    where `dpo_alpha` is 0) of rejected answers whose pairs are `owner` (M,).
     """
     sft = -chosen / chosen_tokens
     attention = ATTENTION_LOSSES[settings.attention_loss](ratio, settings.attention_threshold)
@@ -125,5 +143,7 @@ def total_loss(
             preference = mean_by_pair(preference, owner, len(chosen))
         parts["dpo"] = preference
         total = total + settings.dpo_alpha * (preference + settings.attention_weight * attention)
+        if settings.answer_end == "likelihood":
+            total = total - settings.dpo_alpha * settings.answer_end_weight * chosen_end
     parts["total"] = total
     return total.mean(), parts

@@ -17,7 +17,7 @@ CURVES = {
     "logps/chosen": "log-prob of the chosen answers, nats",
 }  # fmt: skip
 NUMBERS = ("loss", "losses/dpo", "losses/sft", "losses/attention", "attention/ratio", "rewards/margins",
-           "rewards/accuracies", "logps/chosen")  # fmt: skip
+           "rewards/accuracies", "logps/chosen", "logps/chosen_end")  # fmt: skip
 UNKNOWN = "that of the base model, which its folder here does not name"
 MODEL_FILES = ("config.json", "adapter_config.json")
 

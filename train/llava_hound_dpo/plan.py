@@ -133,7 +133,7 @@ def describe_training(
         "images": f"{_counts(counts['by_images'])} (images: pairs), {_per_image(inputs.train)} tokens each",
         **({"order": _orders(inputs.train)} if inputs.longest else {}),
         "tokens/pair": f"{lengths['min']:,} to {lengths['max']:,}, median {lengths['median']:,} (longer answer)",
-        "loss": f"{loss.dpo_alpha:g} x (dpo + {weight}) + {loss.gamma:g} x (sft + {weight})",
+        "loss": f"{loss.dpo_alpha:g} x ({_dpo(loss)} + {weight}) + {loss.gamma:g} x (sft + {weight})",
         "batch": f"{batches.step_sizes} = {args.per_device_train_batch_size} x {args.gradient_accumulation_steps} "
         f"accumulated x {batches.world_size} processes",
         "rows": str(batches),
@@ -146,6 +146,12 @@ def _orders(pairs: Sequence[Pair]) -> str:
     """How many pairs are shown in other orders, and why the others are not."""
     reasons = Counter(why_fixed(pair.record) or "another each epoch" for pair in pairs)
     return f"pictures of a pair by seed, id and epoch ({_counts(reasons)})"
+
+
+def _dpo(loss: LossArguments) -> str:
+    """DPO and what it does with the end of answers, in words."""
+    added = f"dpo + {loss.answer_end_weight:g} x end"
+    return {"kept": "dpo", "left_out": "dpo without the end token", "likelihood": added}[loss.answer_end]
 
 
 def _per_image(pairs: Sequence[Pair]) -> str:

@@ -1,4 +1,4 @@
-"""What a training says of itself: a line for every logged step, and a warning where DPO unlearns the chosen answers."""
+"""What a training says of itself: a line for every logged step, and warnings where DPO unlearns the chosen answers."""
 
 import logging
 from collections import deque
@@ -10,7 +10,7 @@ from transformers.trainer_callback import ProgressCallback
 logger = logging.getLogger(__name__)
 
 WATCHED = 5  # logs whose mean is judged: one alone is noise
-LEAST_FALL = 0.5  # nats of a whole answer; an answer that was certain doubles its log-prob by less
+LEAST_FALL = 0.5  # nats of a whole answer, or of its end; what was certain doubles its log-prob by less
 
 
 class StepLines(ProgressCallback):
@@ -43,30 +43,45 @@ class StepLines(ProgressCallback):
 
 
 class WatchChosen(TrainerCallback):
-    """Warns, once, when the chosen answers have become far less likely than they were under the reference.
+    """Warns, once each, when the chosen answers, or their end, are far less likely than they were under the reference.
 
     DPO rewards the margin alone, which also grows while both answers become less likely; what gains is then neither
-    of them. Far: the mean log-prob of a chosen answer has doubled, and fallen by `LEAST_FALL` at least. Source: arXiv
-    2410.08847 (likelihood displacement); the remedy, a share of SFT, arXiv 2404.19733.
+    of them. The end token is in both, so the margin does not hold it, and a model without it goes on and on. Far: the
+    mean log-prob has doubled, and fallen by `LEAST_FALL` at least. Source: arXiv 2410.08847 (likelihood displacement);
+    the remedy, a share of SFT, arXiv 2404.19733.
     """
 
-    def __init__(self, beta: float):
-        self.beta = beta
-        self.found = deque(maxlen=WATCHED)
-        self.has_warned = False
+    WARNINGS = {
+        "chosen": "the chosen answers have become much less likely (mean log-prob %.2f, reference %.2f): DPO raises "
+        "the margin by lowering both answers; a share of SFT (--gamma 0.5 or more) or a lower --learning_rate keeps "
+        "them",
+        "chosen_end": "the end of the chosen answers has become much less likely (mean log-prob of the end token %.2f, "
+        "reference %.2f): answers may soon not end; a share of SFT (--gamma 0.1 or more) keeps it, and --answer_end "
+        "has other ways",
+    }  # fmt: skip
+
+    def __init__(self):
+        self.found = {name: deque(maxlen=WATCHED) for name in self.WARNINGS}
+        self.has_warned: set[str] = set()
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if not {"logps/chosen", "rewards/chosen"} <= set(logs or {}):
-            return
-        self.found.append((logs["logps/chosen"], -logs["rewards/chosen"] / self.beta))
-        policy, fall = (sum(values) / len(self.found) for values in zip(*self.found, strict=True))
-        reference = policy + fall
-        if self.has_warned or len(self.found) < WATCHED or fall < max(LEAST_FALL, -reference):
-            return
-        self.has_warned = True
-        if state.is_world_process_zero:
-            logger.warning(
-                "step %d: the chosen answers have become much less likely (mean log-prob %.2f, reference %.2f): DPO "
-                "raises the margin by lowering both answers; a share of SFT (--gamma 0.5 or more) or a lower "
-                "--learning_rate keeps them", state.global_step, policy, reference,
-            )  # fmt: skip
+        for name, warning in self.WARNINGS.items():
+            if not {f"logps/{name}", f"reference/{name}"} <= set(logs or {}):
+                continue
+            self.found[name].append((logs[f"logps/{name}"], logs[f"reference/{name}"]))
+            if name in self.has_warned or not _have_fallen(self.found[name]):
+                continue
+            self.has_warned.add(name)
+            if state.is_world_process_zero:
+                logger.warning(f"step %d: {warning}", state.global_step, *_means(self.found[name]))
+
+
+def _means(found: deque) -> tuple[float, float]:
+    """Mean log-probs of policy and reference."""
+    policy, reference = (sum(values) / len(found) for values in zip(*found, strict=True))
+    return policy, reference
+
+
+def _have_fallen(found: deque) -> bool:
+    policy, reference = _means(found)
+    return len(found) == WATCHED and reference - policy >= max(LEAST_FALL, -reference)

@@ -6,6 +6,7 @@ fine-tuning changes the only copy of the weights, so there the cache is needed, 
 """
 
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -17,7 +18,6 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
-from torch import Tensor
 
 from llava.checkpoints import Checkpoint
 from llava.image import ImageStore
@@ -25,17 +25,20 @@ from llava.records import DataError
 from llava.run_folder import Log, as_json, differences, read_object
 from llava.runtime import write_text
 from train.llava_hound_dpo.data import Pair
+from train.llava_hound_dpo.scoring import Scores
 
 logger = logging.getLogger(__name__)
 
-LAYOUT_VERSION = 3  # raise it when `packing.pack` or the template changes what a pair's log-probs are
+LAYOUT_VERSION = 4  # raise it when `packing.pack`, the template or an entry changes what a pair's log-probs are
 HEADER = "reference.json"  # what the log-probs beside it were made from
 PARTS = "part-*.jsonl"
+CHOSEN, REJECTED = ("chosen", "chosen_end"), ("rejected", "rejected_end")  # of `Scores`: a number, a list of them
 
 
 class ReferenceCache:
-    """Log-probs (chosen, rejected) of pairs in a folder, keyed by the pair's tokens and pictures.
+    """Log-probs of pairs' answers, and of their end tokens alone, in a folder, keyed by the pair's tokens and pictures.
 
+    So runs that leave the end out of DPO and runs that keep it read the same folder.
     `made_from` says what decides the log-probs apart from the pair (`describe_reference`); a folder made from anything
     else is refused. Every process that fills the cache writes a file of its own, so that processes of one run or of
     several runs may do so at once. Safe to kill: a half-written last line is computed again.
@@ -80,14 +83,16 @@ class ReferenceCache:
         if problems:
             raise DataError(problems)
 
-    def append(self, pairs: Sequence[Pair], chosen: Tensor, rejected: Tensor) -> None:
-        """Add log-probs (N,) and (M,). Raises FloatingPointError naming a pair whose log-probs are not finite."""
-        entries = []
-        of_pairs = rejected.cpu().split([len(pair.rejected) for pair in pairs])
-        for pair, c, r in zip(pairs, chosen.tolist(), (own.tolist() for own in of_pairs), strict=True):
-            if not all(map(math.isfinite, (c, *r))):
-                raise FloatingPointError(f"the reference log-probs of {pair.record.where} are not finite: {c}, {r}")
-            entries.append({**self._identify(pair), "chosen": c, "rejected": r})
+    def append(self, pairs: Sequence[Pair], scores: Scores) -> None:
+        """Add the scores of pairs. Raises FloatingPointError naming a pair whose log-probs are not finite."""
+        entries, counts = [], [len(pair.rejected) for pair in pairs]
+        chosen = (getattr(scores, name).tolist() for name in CHOSEN)
+        rejected = ([own.tolist() for own in getattr(scores, name).cpu().split(counts)] for name in REJECTED)
+        for pair, *values in zip(pairs, *chosen, *rejected, strict=True):
+            entry = dict(zip((*CHOSEN, *REJECTED), values, strict=True))
+            if not _is_finite(entry):
+                raise FloatingPointError(f"the reference log-probs of {pair.record.where} are not finite: {entry}")
+            entries.append({**self._identify(pair), **entry})
         if not (self.folder / HEADER).is_file():
             write_text(self.folder / HEADER, json.dumps(self.made_from, indent=2) + "\n")
         self._log.append(entries)
@@ -104,13 +109,13 @@ class ReferenceCache:
         self._remember(known.values())
         self._remember(gather_object(self._own))
 
-    def lookup(self, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
-        """(chosen (N,), rejected (M,)) log-probs of pairs, on the CPU. Raises DataError like `require`."""
+    def lookup(self, pairs: Sequence[Pair]) -> Scores:
+        """Scores of pairs, on the CPU. Raises DataError like `require`."""
         found = [self._known.get(self._identify(pair)["key"]) for pair in pairs]
         if None in found:
             self.require(pairs)
-        chosen = torch.tensor([entry["chosen"] for entry in found])
-        return chosen, torch.tensor([value for entry in found for value in entry["rejected"]])
+        chosen = {name: torch.tensor([entry[name] for entry in found]) for name in CHOSEN}
+        return Scores(**chosen, **{name: torch.tensor([v for one in found for v in one[name]]) for name in REJECTED})
 
     def status(self, pairs: Sequence[Pair]) -> str:
         """How many of the pairs are there, and why others are not, in words."""
@@ -161,7 +166,7 @@ def _read_part(path: Path) -> list[dict]:
     try:
         for entry in Log(path):
             whole = [isinstance(entry[name], str) for name in ("key", "id", "text")]
-            if not all([*whole, *map(math.isfinite, (entry["chosen"], *entry["rejected"]))]):
+            if not all([*whole, _is_finite(entry)]):
                 raise ValueError("not whole")
             entries.append(entry)
     except (ValueError, KeyError, TypeError) as error:
@@ -169,6 +174,11 @@ def _read_part(path: Path) -> list[dict]:
             f"{path} line {len(entries) + 1}: a damaged entry; delete the file, and its pairs will be computed again"
         ) from error
     return entries
+
+
+def _is_finite(entry: Mapping[str, Any]) -> bool:
+    lists = (entry[name] for name in REJECTED)
+    return all(map(math.isfinite, (*(entry[name] for name in CHOSEN), *itertools.chain.from_iterable(lists))))
 
 
 def _digest(*parts: object) -> str:

@@ -349,9 +349,10 @@ def build_trainer(policy, model, loss, args, inputs: Inputs, identity: dict[str,
 
 def describe_run(model, data, loss, args, inputs: Inputs) -> dict[str, Any]:
     """What makes two runs the same experiment: a checkpoint resumes only into the same."""
+    unused = ("answer_end", "answer_end_weight") if loss.answer_end == "kept" else ()  # checkpoints from before go on
     return {
         **dataclasses.asdict(model),
-        **dataclasses.asdict(loss),
+        **{name: value for name, value in dataclasses.asdict(loss).items() if name not in unused},
         "attention_heads": inputs.heads and inputs.heads.to_json(),  # wherever their file lies
         **{name: getattr(args, name) for name in SCHEDULE},
         **({"fp16": True} if args.fp16 else {}),

@@ -1,6 +1,6 @@
 """One forward pass over a packed row: log-probs of its answers and the attention of its chosen ones."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,19 @@ class Scores:
 
     chosen: Float[Tensor, " N"]  # log-probs summed over answer tokens, nats
     rejected: Float[Tensor, " M"] | None
+    chosen_end: Float[Tensor, " N"]  # of the end token alone, the last that each of these sums has
+    rejected_end: Float[Tensor, " M"] | None
     masses: Float[Tensor, "L N 2"] | None = None  # mean attention mass on (target, all images) per probed layer
+
+    def without_end(self) -> "Scores":
+        """The same with log-probs of the answers without their end token, which so gets a gradient of exactly 0."""
+        rejected = None if self.rejected is None else self.rejected - self.rejected_end
+        return replace(self, chosen=self.chosen - self.chosen_end, rejected=rejected)
+
+    def to(self, device) -> "Scores":
+        """The same on another device, without waiting for it."""
+        found = {name: value.to(device, non_blocking=True) for name, value in vars(self).items() if value is not None}
+        return replace(self, **found)
 
 
 def score(
@@ -44,9 +56,13 @@ def score(
     )
     logps = token_logps(outputs.logits[0], row.labels)
     sums = logps.new_zeros(len(row.answer_tokens)).index_add(0, row.branch, logps)
+    ends = logps[row.answer_tokens.cumsum(0) - 1]
+    has_rejected = len(row.rejected) > 0
     return Scores(
         chosen=sums[row.chosen],
-        rejected=sums[row.rejected] if len(row.rejected) else None,
+        rejected=sums[row.rejected] if has_rejected else None,
+        chosen_end=ends[row.chosen],
+        rejected_end=ends[row.rejected] if has_rejected else None,
         masses=_masses(outputs.attentions, row, layers, heads) if layers else None,
     )
 

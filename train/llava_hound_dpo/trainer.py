@@ -39,7 +39,7 @@ METRICS = (
     "losses/total", "losses/dpo", "losses/sft", "losses/attention",
     "attention/ratio", *(f"attention/ratio_{name}" for name in FORMATS), "attention/image_mass",
     "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
-    "logps/chosen", "logps/rejected",
+    "logps/chosen", "logps/rejected", "logps/chosen_end", "reference/chosen", "reference/chosen_end",
 )  # fmt: skip
 LOADER_OPTIONS = (
     "num_workers", "pin_memory", "persistent_workers", "multiprocessing_context", "prefetch_factor", "in_order",
@@ -84,7 +84,7 @@ class AttentionAwareDPOTrainer(Trainer):
         for standard in (ProgressCallback, PrinterCallback):
             self.remove_callback(standard)
         self.stop = StopOnRequest()
-        for callback in (self.stop, StepLines(), WatchChosen(settings.beta)):
+        for callback in (self.stop, StepLines(), WatchChosen()):
             self.add_callback(callback)
         if reference is not None:
             self.add_callback(_ComputeReference(self))
@@ -111,7 +111,7 @@ class AttentionAwareDPOTrainer(Trainer):
         z = self._margin(policy, reference, row) if reference else None
         loss, parts = total_loss(
             self.settings, policy.chosen, row.answer_tokens[row.chosen].to(policy.chosen.dtype), ratio, z,
-            row.rejected_owner if reference else None,
+            row.rejected_owner if reference else None, policy.chosen_end,
         )
         if not torch.isfinite(parts["total"]).all():
             bad = inputs["index"][~torch.isfinite(parts["total"]).cpu()].tolist()
@@ -255,7 +255,7 @@ class AttentionAwareDPOTrainer(Trainer):
             with torch.no_grad(), self._as_reference(), self.compute_loss_context_manager():
                 scores = score(model, inputs["row"], self._encode(inputs["pixels"]))
             if own < len(batches):
-                self.reference.append([dataset.pairs[i] for i in indices], scores.chosen, scores.rejected)
+                self.reference.append([dataset.pairs[i] for i in indices], scores)
         model.train(was_training)
         self.reference.share()
 
@@ -273,8 +273,7 @@ class AttentionAwareDPOTrainer(Trainer):
     def _reference(self, model, inputs, features: Any, dataset: PairDataset) -> Scores:
         if self.reference is not None:
             pairs = [dataset.pairs[index] for index in inputs["index"].tolist()]
-            found = self.reference.lookup(pairs)
-            return Scores(*(logps.to(inputs["row"].labels.device, non_blocking=True) for logps in found))
+            return self.reference.lookup(pairs).to(inputs["row"].labels.device)
         # The two may see pictures through different projectors.
         with without_gradient(self._layers), self._as_reference():
             return score(model, inputs["row"], features if self.shares_images else self._encode(inputs["pixels"]))
@@ -283,11 +282,17 @@ class AttentionAwareDPOTrainer(Trainer):
         """A context in which the model is the reference; before the first step, where it only then is."""
         return nullcontext() if self.starts_as_reference else adapter_off(self._switches)
 
+    def _compared(self, *scores: Scores) -> list[Scores]:
+        """What DPO sees of the answers: all of them, or all but their end."""
+        return [one.without_end() if self.settings.leaves_out_end else one for one in scores]
+
     def _margin(self, policy: Scores, reference: Scores, row: PackedRow) -> Tensor:
         """(M,) z of every rejected answer."""
+        policy, reference = self._compared(policy, reference)
         of, found = row.rejected_owner, (policy.chosen, policy.rejected, reference.chosen, reference.rejected)
         if self.settings.averages_logps:
-            lengths = 2 * (row.answer_tokens[row.chosen], row.answer_tokens[row.rejected])
+            tokens = row.answer_tokens - int(self.settings.leaves_out_end)
+            lengths = 2 * (tokens[row.chosen], tokens[row.rejected])
             found = [logps / length for logps, length in zip(found, lengths, strict=True)]
         chosen, rejected, reference_chosen, reference_rejected = found
         return logits_margin(chosen[of], rejected, reference_chosen[of], reference_rejected)
@@ -300,19 +305,23 @@ class AttentionAwareDPOTrainer(Trainer):
         found |= {f"attention/ratio_{name}": ratio.where(formats == n, math.nan) for n, name in enumerate(FORMATS)}
         found |= {
             "logps/chosen": policy.chosen,
+            "logps/chosen_end": policy.chosen_end,
             "attention/ratio": ratio,
             "attention/image_mass": mean_over_layers(policy.masses[..., 1], self.heads),
         }
         if reference is not None:
             mean = partial(mean_by_pair, owner=row.rejected_owner, num_pairs=row.num_pairs)
-            chosen = self.settings.beta * (policy.chosen - reference.chosen)
-            rejected = self.settings.beta * (policy.rejected - reference.rejected)
+            seen, theirs = self._compared(policy, reference)
+            chosen = self.settings.beta * (seen.chosen - theirs.chosen)
+            rejected = self.settings.beta * (seen.rejected - theirs.rejected)
             found |= {
                 "rewards/chosen": chosen,
                 "rewards/rejected": mean(rejected),
                 "rewards/margins": chosen - mean(rejected),
                 "rewards/accuracies": mean((chosen[row.rejected_owner] > rejected).float()),
                 "logps/rejected": mean(policy.rejected),
+                "reference/chosen": reference.chosen,
+                "reference/chosen_end": reference.chosen_end,
             }
         absent = torch.full_like(ratio, math.nan)
         return torch.stack([found.get(name, absent).detach().float() for name in METRICS], dim=1)
