@@ -88,13 +88,14 @@ class Job:
         return self.heads.selected(self.checkpoint.num_heads) if self.heads else None
 
 
-def prepare(model: ModelSettings, settings: AnswerSettings, questions: str | Path | list[Question]) -> Job:
-    """Read and check the test set (a path, or its questions) and the checkpoint, but for the weights.
+def prepare(model: ModelSettings, settings: AnswerSettings, questions: Any) -> Job:
+    """Read and check the checkpoint, but for the weights, then the test set: a path, its questions, or what reads them.
 
     Raises DataError, ValueError, FileNotFoundError.
     """
     require_usable(use_cpu=False)
     checkpoint = model.open()
+    questions = questions() if callable(questions) else questions
     questions = questions if isinstance(questions, list) else read_questions(questions)
     store = ImageStore(model.image_folder)
     refuse_duplicates([(question.id, question.where) for question in questions])

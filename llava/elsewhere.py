@@ -18,6 +18,7 @@ from llava.generation import Generated
 from llava.measuring import measure
 from llava.records import DataError, Question, read_records
 from llava.run_folder import read_object
+from llava.runtime import user_errors
 from llava.settings import AnswerSettings
 
 SERVER = Words("the server", "--endpoint", "--endpoint_model", "--endpoint_key_env")
@@ -103,7 +104,9 @@ def answer_by_server(job: Job, endpoint: Endpoint, workers: int, output: Path, *
         job, layers=[], heads=None, mapped=frozenset(), batches=[[n] for batch in job.batches for n in batch],
         settings=replace(job.settings, attention_layers="none", attention_heads=None, attention_maps=0),
     )  # fmt: skip
-    answers = Answers(job, output, identify(job) | {"served_model": endpoint.model} | identity)
+    with user_errors():
+        identity = identify(job) | {"served_model": endpoint.model} | identity
+    answers = Answers(job, output, identity)
     missing = dict.fromkeys(number for batch in answers.left for number in job.batches[batch])
 
     def keep(number: int, said: Said) -> None:

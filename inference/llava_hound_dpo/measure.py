@@ -46,7 +46,7 @@ def main() -> None:
         files, own, model = parse((QuestionFiles, MeasureSettings, ModelSettings), __doc__)
         check_outputs([files.output], [files.data_path, own.answers])
         answers = read_given(own.answers)
-        job = prepare(model, own.answering(), answered(files.read(), answers))
+        job = prepare(model, own.answering(), lambda: answered(files.read(), answers))
         job = with_answers(job, answers)
         identity = identify(job)
     measure_answers(job, files.output, identity)

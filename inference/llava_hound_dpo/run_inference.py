@@ -21,11 +21,12 @@ def main() -> None:
         if server.endpoint and (settings.attention_layers != "auto" or settings.attention_heads):
             raise ValueError("--endpoint measures nothing: give --attention_layers and --attention_heads to `measure`")
         endpoint = server.open(model.model_name_or_path, settings)
-        job = prepare(model, settings, files.read())
+        job = prepare(model, settings, files.read)
+        identity = identify(job) | {"served_model": None}
     if endpoint:
         answer_by_server(job, endpoint, server.endpoint_workers, files.output)
     else:
-        answer(job, files.output, identify(job) | {"served_model": None})
+        answer(job, files.output, identity)
     leave()
 
 

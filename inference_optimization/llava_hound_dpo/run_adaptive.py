@@ -108,7 +108,7 @@ def main() -> None:
     with user_errors():
         groups = (QuestionFiles, SteeringSettings, ModelSettings, AnswerSettings)
         files, steering, model, settings = parse(groups, __doc__)
-        job = prepare(model, settings, files.read())
+        job = prepare(model, settings, files.read)
         adaptviz = steering.adaptviz(job)
         adaptviz.check(job)
         job = mark_chosen_on(job, steering.config) if steering.config else job
