@@ -219,7 +219,7 @@ def test_every_command_can_be_started(page):
 def test_flags_in_the_text_exist(page):
     modules = [TRAINING, ANSWERING, *(target.split(":")[0] for target in SCRIPTS.values())]
     modules += ["inference.llava_hound_dpo.interchange", "scripts.figures", "data_gen.gen_instruction.test_set",
-                "scripts.bench.training", "scripts.miniature.train_base"]  # fmt: skip
+                "scripts.bench.training", "scripts.bench.dispatch", "scripts.miniature.train_base"]  # fmt: skip
     modules.remove("scripts.commands")
     known = set().union(*(options_of(name) for name in modules), OF_OTHERS, GONE)
     flags = set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)))
