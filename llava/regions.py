@@ -64,6 +64,11 @@ def target_box(record: Prompt, size: tuple[int, int]) -> tuple[float, ...]:
     return pip_box(size)
 
 
+def outlined(record: Prompt, size: tuple[int, int]) -> tuple[float, ...] | None:
+    """The box in px that a drawing outlines in a prompt's one picture; None: a whole picture. Raises ValueError."""
+    return target_box(record, size) if needs_sizes(record) else None
+
+
 def needs_sizes(record: Prompt) -> bool:
     """Whether a picture's size decides what is pointed at (a sequence points at whole images)."""
     return record.image_type in ("collage", "pip")

@@ -22,7 +22,7 @@ from llava.machine import own_device, require_usable
 from llava.measuring import measure
 from llava.pixels import DECODER_ERRORS, as_seen, open_picture
 from llava.records import Question, parse_question
-from llava.regions import needs_sizes, target_box
+from llava.regions import outlined
 from llava.settings import AnswerSettings, ModelSettings
 
 # Fields of a record that a call may have.
@@ -51,7 +51,7 @@ class Reply:
 
     def heatmap(self, height: int = 240) -> Image.Image:
         """All pictures side by side, `height` px high, under the attention on them; the target is outlined."""
-        box = target_box(self.question, self.pictures[0].size) if needs_sizes(self.question) else None
+        box = outlined(self.question, self.pictures[0].size)
         return draw_prompt(self.pictures, self.maps, self.question.target, box, height)
 
 

@@ -24,7 +24,7 @@ from llava.heads import HeadSettings
 from llava.heatmap import attention_map, draw_prompt, explained
 from llava.measuring import measure
 from llava.records import IMAGE, Question, read_answers
-from llava.regions import needs_sizes, target_box
+from llava.regions import outlined
 from llava.runtime import check_outputs, setup_logging, user_errors, write_text
 from llava.settings import AnswerSettings, ModelSettings
 
@@ -94,7 +94,7 @@ def draw(job: Job, number: int, masses: torch.Tensor, height: int, text: str) ->
     question = job.questions[number]
     pictures = [job.store.open(name) for name in question.images]
     maps = attention_map(masses, job.family.images([picture.size for picture in pictures]))
-    box = target_box(question, pictures[0].size) if needs_sizes(question) else None
+    box = outlined(question, pictures[0].size)
     texts = [asked_of(question), f"Answer: {text}", *([f"Right: {question.answer}"] if question.answer else [])]
     hottest = max(np.max(one["mass"]) for one in maps)
     return explained(draw_prompt(pictures, maps, question.target, box, height), texts, hottest)

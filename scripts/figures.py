@@ -24,7 +24,7 @@ from llava.generation import batch_prompts, generate
 from llava.heatmap import draw_prompt
 from llava.image import ImageStore
 from llava.records import parse_preference, read_answers, read_questions
-from llava.regions import needs_sizes, prompt_regions, target_box, target_weights
+from llava.regions import outlined, prompt_regions, target_weights
 from llava.runtime import user_errors
 from llava.scaling import scale_scores
 from llava.settings import ModelSettings
@@ -209,7 +209,7 @@ def draw_look(demo: Path):
     for line, name in zip(axes, MODELS, strict=True):
         for axis, question in zip(line, asked, strict=True):
             found, pictures = answers[name][question.id], [store.open(image) for image in question.images]
-            box = target_box(question, pictures[0].size) if needs_sizes(question) else None
+            box = outlined(question, pictures[0].size)
             axis.imshow(draw_prompt(pictures, found.extra["attention_map"], question.target, box, height=200))
             axis.axis("off")
             text = question.prompt.splitlines()[-1].replace(", ", ",\n") + "\n" if name == MODELS[0] else ""

@@ -24,7 +24,7 @@ from llava.heatmap import draw_prompt
 from llava.image import ImageStore
 from llava.markdown import number
 from llava.records import FORMATS, IMAGE, Question
-from llava.regions import needs_sizes, target_box
+from llava.regions import outlined
 
 log = logging.getLogger(__name__)
 
@@ -177,7 +177,7 @@ def _sample(models: Sequence[Model], place: int, question: Question, store: Imag
     pictures, box, problem = [], None, None
     try:
         pictures = [store.open(name) for name in question.images]
-        box = target_box(question, pictures[0].size) if needs_sizes(question) else None
+        box = outlined(question, pictures[0].size)
     except (ValueError, FileNotFoundError) as error:
         pictures, problem = [], str(error)
     draw = partial(_drawn, pictures, question.target, box)
