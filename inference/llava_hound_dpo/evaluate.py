@@ -57,10 +57,11 @@ class Evaluation:
         if self.table and (self.table.suffix not in TABLES or self.table.resolve() in map(Path.resolve, written)):
             raise ValueError(f"--table {self.table}: a file of its own, whose name ends in .tex or .md")
         if self.scorer.startswith(("lmms_eval", "vlmevalkit")):
-            harness = self.scorer.split("_eval")[0].replace("lmms", "lmms_eval")
+            way = "write the answers for it: python -m inference.llava_hound_dpo.interchange export --to vlmevalkit"
+            if self.scorer.startswith("lmms_eval"):
+                way = "it runs our models itself: lmms-eval --model attention_aware (docs/harnesses.md)"
             raise ValueError(
-                f"--scorer {self.scorer}: scores by the rules of other harnesses are theirs to give; write the answers "
-                f"for them: python -m inference.llava_hound_dpo.interchange export --to {harness}"
+                f"--scorer {self.scorer}: scores by the rules of another harness are for it to give; {way}"
             )
         if self.scorer not in ("auto", *SCORERS):
             raise ValueError(f"--scorer {self.scorer}: must be one of auto, {', '.join(SCORERS)}")
