@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from tests.test_answer_end import pairs, stock  # noqa: F401  two fixtures
-from tests.test_packing import separate
+from tests.test_packing import ROWS, separate
 from tests.test_trainer import make_trainer, one_batch  # noqa: F401  a fixture
 from train.llava_hound_dpo import trainer as trainer_module
 from train.llava_hound_dpo.checkpoints import COMPLETE, latest_checkpoint
@@ -19,7 +19,7 @@ TERM = ("--attention_layers", "1-2", "--attention_weight", str(LAMBDA), "--atten
 SFT = ("--dpo_alpha", "0", "--gamma", "1")
 
 
-def by_hand(model, dataset, alpha, gamma, loss_type):
+def by_hand(model, dataset, alpha, gamma, loss_type, rows):
     """(total, whether the term acts on it) of every pair, one plain forward an answer."""
     totals, acts = [], []
 
@@ -35,7 +35,8 @@ def by_hand(model, dataset, alpha, gamma, loss_type):
         policy = [compared(own) for own in logps]
         is_image = torch.tensor(pair.prompt) == model.config.image_token_id
         target = torch.zeros(len(pair.prompt)).masked_scatter(is_image, pair.target)
-        ratios = [(m * target).sum(-1).mean() / (m * is_image).sum(-1).mean() for m in maps[0]]
+        seen = [m[:, ROWS[rows]] for m in maps[0]]
+        ratios = [(m * target).sum(-1).mean() / (m * is_image).sum(-1).mean() for m in seen]
         acts.append(all(policy[0].item() > other.item() for other in policy[1:]))
         term = LAMBDA * torch.relu(1 - torch.stack(ratios).mean()) * acts[-1]
         z = torch.stack([policy[0] - a - (reference[0] - b) for a, b in zip(policy[1:], reference[1:], strict=True)])
@@ -49,16 +50,17 @@ def gradients(model):
 
 
 @pytest.mark.parametrize(
-    ("alpha", "gamma", "loss_type"), [(1, 0.3, "sigmoid"), (1, 0, "ipo"), (0, 1, "sigmoid")], ids=str
+    ("alpha", "gamma", "loss_type", "rows"),
+    [(1, 0.3, "sigmoid", "all"), (1, 0, "ipo", "first"), (0, 1, "sigmoid", "first")],
 )
 def test_loss_and_gradients_are_those_of_separate_forwards_masked_by_hand(
-    make_trainer, stock, alpha, gamma, loss_type  # noqa: F811
+    make_trainer, stock, alpha, gamma, loss_type, rows  # noqa: F811
 ):
-    recipe = ("--dpo_alpha", str(alpha), "--gamma", str(gamma), "--loss_type", loss_type)
+    recipe = ("--dpo_alpha", str(alpha), "--gamma", str(gamma), "--loss_type", loss_type, "--attention_rows", rows)
     trainer = make_trainer(*recipe, *TERM, *GATED, seed_b=4)
     model, _ = stock(trainer)
     model.get_base_model().set_attn_implementation("eager")
-    totals, acts = by_hand(model, trainer.train_dataset, alpha, gamma, loss_type)
+    totals, acts = by_hand(model, trainer.train_dataset, alpha, gamma, loss_type, rows)
     assert acts == [False, loss_type == "ipo", True]  # the second by token only: its answers differ in length
     trainer.model.train()
     loss, metrics = trainer.compute_loss(trainer.model, one_batch(trainer, ALL), return_outputs=True)
