@@ -58,7 +58,7 @@ def test_comparisons_are_paired_by_question():
 
 # ---- results
 
-ASKED = Asked("q", "test.json record 1", "red", "sequence", 1, 2, (), ("blue",))
+ASKED = Asked("q", "test.json record 1", "red", "sequence", (1,), 2, (), ("blue",))
 FORMATS = np.array(["sequence"] * 4 + ["collage"] * 2 + ["single"] * 2)
 
 
@@ -116,7 +116,7 @@ def test_differences_are_paired_by_the_seeds_that_both_have():
     ],
 )
 def test_an_answer_begins_right_however_it_goes_on(text, more, wanted):
-    given = Answer("a", "q", text, "red", "sequence", 1, 2, extra=more)
+    given = Answer("a", "q", text, "red", "sequence", (1,), 2, extra=more)
     *found, ratio = known_of(judge(ASKED, given, "auto"))
     assert tuple(map(float, found)) == wanted and np.isnan(ratio)
 
