@@ -232,5 +232,5 @@ def test_every_family_is_asked_steered_and_looked_at(tiny, module, kind):  # noq
     assert len(plain.maps) == 2 and plain.heatmap(60).height >= 60
     looked = own.look(*asked, ["red", "blue"])
     assert [one.text for one in looked] == ["red", "blue"]
-    assert all(0 < one.ratio < 1 and one.confidence == looked[0].confidence for one in looked)
-    assert looked[0].confidence == pytest.approx(plain.confidence, abs=1e-5)
+    assert all(0 < one.ratio < 1 for one in looked)
+    assert [one.confidence for one in looked] == pytest.approx([plain.confidence] * 2, abs=1e-5)  # of the same prompt
