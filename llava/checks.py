@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from llava.families import Family
 from llava.image import ImageStore
 from llava.records import DataError, Prompt
-from llava.regions import needs_sizes, target_box, target_weights
+from llava.regions import needs_sizes, target_boxes, target_weights
 from llava.runtime import Progress, is_main_process
 
 DEPTHS = ("full", "header", "exists")
@@ -55,7 +55,7 @@ def _target_problem(record: Prompt, sizes: list[tuple[int, int]], family: Family
         if family:
             target_weights(record, family.images(sizes))
         elif needs_sizes(record):
-            target_box(record, sizes[0])
+            target_boxes(record, sizes[0])
     except ValueError as error:
         return [str(error) if family else f"{record.where}: {error}"]
     return []

@@ -1,6 +1,6 @@
 """The files that pass between stages: how they are read, and what is refused.
 
-A record's `target` is 1-based in files and prompts ("Image1") and 0-based inside; it is converted here, once.
+A record's targets are 1-based in files and prompts ("Image1") and 0-based inside; they are converted here, once.
 """
 
 from collections.abc import Callable, Sequence
@@ -8,13 +8,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from llava.asked import FORMATS, IMAGE, what_is_asked
+from llava.asked import FORMATS, IMAGE, answered_targets, the_one, what_is_asked
 from llava.messages import one_line
 from llava.strict_json import check_text, read_json
 
 RESERVED = (IMAGE, "</s>")  # of no answer, whatever the model
 PLACEHOLDER_OF_MIA_DPO = "<image-placeholder>"
-KNOWN = {"id", "image", "prompt", "image_type", "target", "target_box", "grid", "context"}
+KNOWN = {"id", "image", "prompt", "image_type", "target", "targets", "target_box", "grid", "context"}
 
 
 class DataError(ValueError):
@@ -36,12 +36,22 @@ class Prompt:
     images: tuple[str, ...]  # paths below the image folder or archive
     prompt: str  # with one `<image>` per image, those of earlier turns apart
     image_type: str  # one of FORMATS
-    target: int | None  # 0-based image of a sequence or cell of a collage; None for multi; 0 otherwise
+    targets: tuple[int, ...]  # 0-based images of a sequence or cells of a collage, ascending; () for multi; else (0,)
     target_box: tuple[float, float, float, float] | None  # x0, y0, x1, y1 in px of the stored image
     grid: tuple[int, int] | None  # rows, cols of a collage
     extra: dict[str, Any] = field(default_factory=dict, repr=False)  # unknown fields, passed on
     context: tuple[tuple[str, str], ...] = ()  # (role, text) before the prompt: a system text, earlier turns in pairs
     is_derived: bool = False  # whether the format follows from the prompt, because no field says it
+
+    @property
+    def target(self) -> int | None:
+        """The one target; None without, or with several."""
+        return the_one(self.targets)
+
+    @property
+    def is_search(self) -> bool:
+        """Whether the prompt looks for its targets: where the answer lies, which nothing that answers may be told."""
+        return self.extra.get("is_search") is True
 
 
 @dataclass(frozen=True)
@@ -68,7 +78,7 @@ class Answer:
     text: str  # may be empty
     answer: str  # the true one; "" where nobody says what is right
     image_type: str
-    target: int | None  # 0-based image of a sequence or cell of a collage; None for multi; 0 otherwise
+    targets: tuple[int, ...]  # as of `Prompt`
     num_images: int  # images of a sequence or multi, cells of a collage where its grid is known
     choices: tuple[str, ...] = ()
     others: tuple[str, ...] | None = None  # what is true of the other images
@@ -199,12 +209,13 @@ def _parse_prompt_of_any(raw: Any, where: str) -> Question:
 def _parse_instruction(raw: Any, where: str) -> Question:
     _check_object(raw)
     is_refusal = raw.get("is_refusal", False)  # asks about a picture that is not there, on purpose
-    flat = {**raw, **(_first_turn(raw) if "conversations" in raw else {}), **({"target": 1} if is_refusal else {})}
+    flat = {**raw, **(_first_turn(raw) if "conversations" in raw else {})}
+    flat |= {"target": 1, "targets": None} if is_refusal else {}
     known = KNOWN | {"answer", "conversations", "turn_targets"}
     parsed = _parse_prompt(flat, where, known, names_nothing=is_refusal)
     question = Question(**parsed, answer=check_answer(_text(flat, "answer")).strip())
     _check_texts(flat)
-    return replace(question, target=None) if is_refusal else question
+    return replace(question, targets=()) if is_refusal else question
 
 
 def _first_turn(raw: dict) -> dict[str, Any]:
@@ -222,13 +233,12 @@ def _parse_answer(raw: Any, where: str) -> Answer:
     if not isinstance(question_id, str | int) or not isinstance(text, str):
         raise ValueError("`question_id` must be text or a whole number, and `text` must be text")
     image_type, num_images = raw.get("image_type"), raw.get("num_images")
-    target = 1 if image_type == "multi" else raw.get("target", 1)
     if image_type not in FORMATS:
         raise ValueError(f"image_type {image_type!r} is none of {', '.join(FORMATS)}")
-    if not all(map(_is_count, (target, num_images))):
-        raise ValueError("`target` and `num_images` must be whole numbers from 1")
-    if image_type == "sequence" and target > num_images:
-        raise ValueError(f"Image{target} does not exist: this record has Image1 to Image{num_images}")
+    if not _is_count(num_images):
+        raise ValueError("`num_images` must be a whole number from 1")
+    targets = answered_targets(raw, image_type, num_images)
+    target = targets[-1] + 1 if targets else 1
     by_image = _shares(raw, "attention_by_image")
     is_separate = image_type in ("sequence", "multi")
     if by_image and (target > len(by_image) or (is_separate and len(by_image) != num_images)):
@@ -236,11 +246,10 @@ def _parse_answer(raw: Any, where: str) -> Answer:
     ratio = raw.get("attention_ratio")
     return Answer(
         where, str(question_id), text, _true_answer(raw), image_type,
-        None if image_type == "multi" else target - 1 if image_type in ("sequence", "collage") else 0, num_images,
-        choices=texts(raw, "choices") or (), others=texts(raw, "others"),
+        targets, num_images, choices=texts(raw, "choices") or (), others=texts(raw, "others"),
         attention_ratio=None if ratio is None else _shares({"attention_ratio": [ratio]}, "attention_ratio")[0],
         attention_by_image=by_image,
-        extra={key: value for key, value in raw.items() if key not in Answer.__dataclass_fields__},
+        extra={key: value for key, value in raw.items() if key not in {"target", *Answer.__dataclass_fields__}},
     )  # fmt: skip
 
 
@@ -276,16 +285,16 @@ def _parse_prompt(raw: Any, where: str, known: set[str], names_nothing: bool = F
     found = sum(text.count(IMAGE) for text in asked)
     if found != len(images):
         raise ValueError(f"the prompt has {found} {IMAGE} but the record lists {len(images)} images")
-    image_type, target = what_is_asked(raw, [""] if names_nothing else asked, len(images))
+    image_type, targets = what_is_asked(raw, [""] if names_nothing else asked, len(images))
     return {
         "where": where,
         "id": str(raw.get("id", f"record_{where.rpartition(' ')[2]}")),  # by number, however the file's path is written
         "images": images,
         "prompt": prompt,
         "image_type": image_type,
-        "target": target,
+        "targets": targets,
         "target_box": _box(raw),
-        "grid": _grid(raw, target),
+        "grid": _grid(raw, targets),
         "extra": {key: value for key, value in raw.items() if key not in known},
         "context": context,
         "is_derived": raw.get("image_type") is None,
@@ -353,14 +362,14 @@ def _box(raw: dict) -> tuple[float, ...] | None:
     return tuple(box)
 
 
-def _grid(raw: dict, target: int | None) -> tuple[int, int] | None:
+def _grid(raw: dict, targets: tuple[int, ...]) -> tuple[int, int] | None:
     grid = raw.get("grid")
     if grid is None:
         return None
     if not isinstance(grid, list) or len(grid) != 2 or not all(map(_is_count, grid)):
         raise ValueError("`grid` must be [rows, cols]")
-    if target is not None and target >= grid[0] * grid[1]:
-        raise ValueError(f"Image{target + 1} does not exist: the collage has {grid[0]} x {grid[1]} cells")
+    if targets and targets[-1] >= grid[0] * grid[1]:
+        raise ValueError(f"Image{targets[-1] + 1} does not exist: the collage has {grid[0]} x {grid[1]} cells")
     return tuple(grid)
 
 

@@ -50,23 +50,23 @@ def pip_box(size: tuple[int, int]) -> tuple[int, int, int, int]:
     return x, y, x + w, y + h
 
 
-def target_box(record: Prompt, size: tuple[int, int]) -> tuple[float, ...]:
-    """Box in px of what a one-image prompt points at: the record's own, else its format's rule."""
+def target_boxes(record: Prompt, size: tuple[int, int]) -> list[tuple[float, ...]]:
+    """Boxes in px of what a one-image prompt points at: the record's own, else one a target by its format's rule."""
     if record.target_box is not None:
         _, _, x1, y1 = record.target_box
         if x1 > size[0] or y1 > size[1]:
             raise ValueError(
                 f"`target_box` {list(record.target_box)} reaches outside the {size[0]} x {size[1]} picture"
             )
-        return record.target_box
+        return [record.target_box]
     if record.image_type == "collage":
-        return collage_box(size, record.target, record.grid)
-    return pip_box(size)
+        return [collage_box(size, target, record.grid) for target in record.targets]
+    return [pip_box(size)]
 
 
-def outlined(record: Prompt, size: tuple[int, int]) -> tuple[float, ...] | None:
-    """The box in px that a drawing outlines in a prompt's one picture; None: a whole picture. Raises ValueError."""
-    return target_box(record, size) if needs_sizes(record) else None
+def outlined(record: Prompt, size: tuple[int, int]) -> list[tuple[float, ...]] | None:
+    """The boxes in px that a drawing outlines in a prompt's one picture; None: whole pictures. Raises ValueError."""
+    return target_boxes(record, size) if needs_sizes(record) else None
 
 
 def needs_sizes(record: Prompt) -> bool:
@@ -89,46 +89,52 @@ def num_parts(record: Prompt, sizes: Sequence[tuple[int, int]]) -> int:
 def part_weights(record: Prompt, images: Sequence[ImageTokens]) -> Float[Tensor, "parts P"]:
     """Weight in [0, 1] of every image token in each part that the prompt tells apart, parts in order.
 
-    The images of a sequence, the cells of a collage, inner and outer picture of a pic-in-pic, else the one image. Part
-    `record.target` is the target region. No parts where nothing says how a collage is divided.
+    The images of a sequence, the cells of a collage, inner and outer picture of a pic-in-pic, else the one image. Parts
+    `record.targets` are the target region. No parts where nothing says how a collage is divided.
     Raises ValueError like `target_weights`.
     """
     if not needs_sizes(record):
         lengths = torch.tensor([len(image.areas) for image in images])
         return torch.eye(len(images)).repeat_interleave(lengths, dim=1)
-    target, (image,) = target_weights(record, images), images
+    target, (image,) = target_weights(record, images), images  # refuses what cannot be seen
     if record.image_type == "pip":
         return torch.stack([target, 1 - target])
     cells = num_parts(record, [image.size])
-    if record.target >= cells:
+    if record.targets[-1] >= cells:
         return target.new_zeros(0, len(target))
     parts = [image.weights(collage_box(image.size, cell, record.grid)) for cell in range(cells)]
-    parts[record.target] = target
+    if record.target is not None:
+        parts[record.target] = target  # of its own box, if it has one
     return torch.stack(parts)
 
 
 def target_weights(record: Prompt, images: Sequence[ImageTokens]) -> Float[Tensor, " P"]:
     """Weight in [0, 1] of every image token of the prompt: the share of its pixels that the prompt points at.
 
-    A prompt without a target points at all images. Raises ValueError, naming the record, if it points at a cell that
-    does not exist or that the model does not see.
+    Several targets are one region; a prompt without one points at all images. Raises ValueError, naming the record, if
+    it points at a cell that does not exist or that the model does not see.
     """
     if not needs_sizes(record):
-        is_target = [record.target in (None, number) for number in range(len(images))]
+        is_target = [not record.targets or number in record.targets for number in range(len(images))]
         return torch.cat([torch.full((len(i.areas),), float(own)) for i, own in zip(images, is_target, strict=True)])
     try:
-        weights = images[0].weights(target_box(record, images[0].size))
-        if weights.max() < UNSEEN:
+        boxes = [images[0].weights(box) for box in target_boxes(record, images[0].size)]
+        if any(weights.max() < UNSEEN for weights in boxes):
             raise ValueError(
                 "the target lies in a part of the picture that is cropped away: use --image_aspect_ratio pad"
             )
     except ValueError as error:
         raise ValueError(f"{record.where}: {error}") from error
-    return weights
+    return union(torch.stack(boxes))
+
+
+def union(parts: Float[Tensor, "parts P"]) -> Float[Tensor, " P"]:
+    """Weight in [0, 1] of every token in any of the parts, which do not overlap."""
+    return parts.sum(dim=0).clamp(max=1)
 
 
 def prompt_regions(record: Prompt, images: Sequence[ImageTokens]) -> Float[Tensor, "R P"]:
     """What is measured of a prompt: target, all images, then the parts. Raises ValueError like `target_weights`."""
     parts = part_weights(record, images)
-    target = parts[record.target] if len(parts) and record.target is not None else target_weights(record, images)
+    target = union(parts[list(record.targets)]) if len(parts) and record.targets else target_weights(record, images)
     return torch.cat([torch.stack([target, torch.ones_like(target)]), parts])

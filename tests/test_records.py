@@ -227,7 +227,7 @@ def test_an_answer_about_all_images_has_no_target(tmp_path, target):
     answer = {"question_id": "m", "text": "colour", "answer": "colour", "image_type": "multi", "num_images": 2}
     path = tmp_path / "answers.jsonl"
     path.write_text(json.dumps(answer | {"target": target, "attention_by_image": [0.5, 0.5]}))
-    assert read_answers(path)[0].target is None
+    assert read_answers(path)[0].targets == ()
 
 
 def test_several_rejected_answers(read):

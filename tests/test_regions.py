@@ -31,9 +31,9 @@ def target_of(record, sizes, family):
     return target_weights(record, [family.image(size) for size in sizes])
 
 
-def prompt(image_type, target=0, target_box=None, grid=None, num_images=1):
-    images = tuple(f"{n}.png" for n in range(num_images))
-    return Prompt("train.json record 3 (id coco_41)", "coco_41", images, "", image_type, target, target_box, grid)
+def prompt(image_type, *targets, target_box=None, grid=None, num_images=1):
+    images, targets = tuple(f"{n}.png" for n in range(num_images)), targets or (0,)
+    return Prompt("train.json record 3 (id coco_41)", "coco_41", images, "", image_type, targets, target_box, grid)
 
 
 # ---- boxes
@@ -206,6 +206,29 @@ def test_painting_the_target_changes_the_weighted_patches(name, side, patch, pad
 def test_sequence_points_at_all_tokens_of_one_image_and_no_other():
     weights = target_of(prompt("sequence", 1, num_images=3), [(9, 7)] * 3, family_of(72, 12))
     assert weights.tolist() == [0.0] * 36 + [1.0] * 36 + [0.0] * 36
+
+
+def test_two_images_of_a_sequence_are_one_target():
+    weights = target_of(prompt("sequence", 0, 2, num_images=3), [(9, 7)] * 3, family_of(72, 12))
+    assert weights.tolist() == [1.0] * 36 + [0.0] * 36 + [1.0] * 36
+
+
+def test_a_token_in_two_cells_that_are_asked_about_counts_for_both():
+    """A 96 x 96 picture, 16 px a patch; cells of 24 px: a border cuts the second patch of each four in two halves."""
+    record, family = prompt("collage", 0, 1, 3, grid=(1, 4)), family_of(72, 12)
+    first, second = [1, 0.5, 0, 0, 0, 0], [0, 0.5, 1, 0, 0, 0]
+    third, fourth = [0, 0, 0, 1, 0.5, 0], [0, 0, 0, 0, 0.5, 1]
+    found = prompt_regions(record, [family.image((96, 96))]).reshape(6, 6, 6)  # regions, rows, columns
+    assert found[0].tolist() == [[1, 1, 1, 0, 0.5, 1]] * 6 and found[1].eq(1).all()
+    assert found[2:, 0].tolist() == [first, second, third, fourth]
+    assert torch.equal(found[0].flatten(), target_of(record, [(96, 96)], family))
+
+
+def test_each_target_must_be_seen():
+    with pytest.raises(ValueError, match=r"record 3 \(id coco_41\).*cropped away"):
+        target_of(prompt("collage", 0, 3, grid=(1, 8)), [(800, 100)], family_of(72, 12, pad=False))
+    with pytest.raises(ValueError, match=r"record 3 \(id coco_41\): Image3 does not exist"):
+        target_of(prompt("collage", 0, 2), [(936, 488)], family_of())
 
 
 def test_single_points_at_its_whole_image():
