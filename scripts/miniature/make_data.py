@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from llava.asked import target_fields
 from llava.command_line import check_numbers, flag, parse
 from llava.runtime import Progress, user_errors, write_records
 from scripts.miniature.draw import GRID
@@ -102,11 +103,9 @@ def where(prompt: Prompt) -> dict:
     """The fields that say what the prompt refers to."""
     if prompt.image_type == "single":
         return {"image_type": "single"}
-    fields = {"image_type": prompt.image_type, "target": prompt.target + 1, "target_box": prompt.target_box}
-    if prompt.level == COMPARE:
-        fields = {"image_type": prompt.image_type, "targets": [target + 1 for target in prompt.targets]}
-    elif prompt.level == SEARCH:
-        fields["is_search"] = True
+    fields = {"image_type": prompt.image_type, **target_fields(prompt.targets)}
+    fields |= {} if prompt.target_box is None else {"target_box": prompt.target_box}
+    fields |= {"is_search": True} if prompt.level == SEARCH else {}
     return fields | ({"grid": list(GRID)} if prompt.image_type == "collage" else {})
 
 
