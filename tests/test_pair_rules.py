@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_gen.gen_chosen_rejected.correctness import edit_distance, is_right, length_ratio
+from data_gen.correctness import edit_distance, is_right, length_ratio
 from data_gen.gen_chosen_rejected.noise import Noise
 from data_gen.gen_chosen_rejected.others import Truth, bare_question, other_image, repointed, truths
 from data_gen.gen_chosen_rejected.output import select

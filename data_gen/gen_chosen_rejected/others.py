@@ -5,8 +5,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from data_gen.correctness import is_right
 from data_gen.drops import Unusable
-from data_gen.gen_chosen_rejected.correctness import is_right
 from data_gen.gen_chosen_rejected.noise import HIDDEN, Noise
 from data_gen.gen_chosen_rejected.rules import Candidate, num_pictures
 from data_gen.sources import parse_source, rng_of, source_paths

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_gen.gen_chosen_rejected.correctness import is_right
+from data_gen.correctness import is_right
 from data_gen.gen_chosen_rejected.rules import Candidate, Rules, judge, num_pictures, unfit
 from llava import markdown
 from llava.records import Question, messages

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from data_gen.gen_chosen_rejected.correctness import edit_distance, is_right, length_ratio
+from data_gen.correctness import edit_distance, is_right, length_ratio
 from llava.records import FORMATS, DataError, Question, check_answer, texts
 from llava.regions import num_parts
 from llava.scorers import true_choice, words

@@ -20,6 +20,7 @@ from data_gen.gen_instruction import schedule
 from data_gen.gen_instruction.arguments import Common, exit_code
 from data_gen.gen_instruction.compose import Recipe, make
 from data_gen.gen_instruction.formats import FORMATS, GRIDS
+from data_gen.gen_instruction.levels import LEVELS, MIX, NAMED
 from data_gen.gen_instruction.output import Output
 from data_gen.gen_instruction.workers import WorkerKilled, ordered
 from data_gen.sources import Sources
@@ -46,6 +47,11 @@ class Flags(Common):
     format: str = flag(
         "sequence: several pictures; collage: numbered ones in one; pip: one inside another", choices=[*FORMATS, "mix"]
     )
+    level: str = flag(
+        "named: about one picture; compare: about two; search: which picture it is, the answer is its number; mix: a "
+        "third each (pip: always named)",
+        NAMED, choices=[*LEVELS, MIX],
+    )  # fmt: skip
     seed: int = flag("of everything drawn by chance", 0)
     num_records: int | None = flag("prompts to make; without it one per source record", None)
     shares: str | None = flag(f"of the formats in a mix; as published: {shown(schedule.SHARES)}", None)
@@ -108,6 +114,8 @@ def chances_of(flags: Flags) -> dict[str, dict[Any, float]]:
     """What formats and numbers of pictures are drawn by: weights by choice. Raises ValueError."""
     if flags.shares is not None and flags.format != "mix":
         raise ValueError("--shares is for --format mix")
+    if flags.format == "pip" and flags.level != NAMED:
+        raise ValueError(f"--level {flags.level}: a pip has no numbered pictures; take --format sequence or collage")
     one_format = {name: float(name == flags.format) for name in FORMATS}
     return {
         "shares": weights(flags.shares, schedule.SHARES) if flags.format == "mix" else one_format,
@@ -147,7 +155,7 @@ def prepare(flags: Flags, chances: dict[str, dict[Any, float]], output: Output) 
     num_asking = schedule.ASKING_MIXED if flags.sources_per_collage == "mixed" else dict.fromkeys(GRIDS, 1)
     recipe = Recipe(
         sources, output.pictures, flags.seed, chances["num_images_weights"], chances["num_cells_weights"], num_asking,
-        flags.refusals, uncut, flags.picture_format, copies,
+        flags.refusals, uncut, flags.picture_format, copies, flags.level,
     )  # fmt: skip
     return recipe, planned
 

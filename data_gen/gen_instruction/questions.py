@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from data_gen.drops import Drop, Unusable
-from data_gen.gen_instruction.companions import Member, members
+from data_gen.gen_instruction.companions import Member, any_companions, members
 from data_gen.gen_instruction.formats import Drawn, put_together
 from data_gen.gen_instruction.rewriting import ask, centre_phrase, numbered
 from data_gen.pictures import encode
-from data_gen.sources import Source, Sources
+from data_gen.sources import Sources
 from llava.asked import placeholders
 
 
@@ -60,7 +60,8 @@ class Maker:
     ) -> dict[str, Any] | None:
         """A question about picture `target` of `size`, its pictures in the archive; None if the sources are used up."""
         for index in map(int, self._candidates):
-            found = members(self.sources, index, size, self.rng, self.drops, name, self.forbidden)
+            pools = [any_companions(self.sources, index, size, self.rng)]
+            found = members(self.sources, index, pools, self.drops, name, self.forbidden)
             try:
                 return self._question(name, image_type, size, target, found, tar)
             except Unusable as error:
@@ -73,14 +74,14 @@ class Maker:
         first = next(found)
         if first.fingerprint in self._targets:
             raise Unusable("repeated target", f"another question is about {first.source.path}", is_bad=False)
-        drawn = put_together(image_type, target, size, chain([first], found))
+        drawn = put_together(image_type, [target], size, chain([first], found))
         # Only now is it certain that there will be a question.
         self._targets.add(first.fingerprint)
         images = [_add(tar, f"{image_type}/{name}{end}", data) for end, data in self._files(drawn)]
         turns = first.source.turns  # of a conversation the first: later ones lean on it
         question, answer = turns[0 if first.source.is_conversation else self.rng.integers(len(turns))]
         where = centre_phrase(self.rng) if image_type == "pip" else numbered(target)
-        others = [true_of(source, question) for source in drawn.sources if source is not first.source]
+        others = [source.answer_to(question) for source in drawn.sources if source is not first.source]
         others = [other for other in others if other not in (None, answer)]
         return {
             "id": name,
@@ -100,9 +101,3 @@ class Maker:
             return [(f".{self.picture_format}", encode(drawn.picture, self.picture_format))]
         files = [drawn.members[position].picture.file() for position in range(len(drawn.members))]
         return [(f"_{number}{end}", data) for number, (end, data) in enumerate(files, 1)]
-
-
-def true_of(source: Source, question: str) -> str | None:
-    """What a record answers to the same question, None if it is not asked there."""
-    wanted = question.casefold()
-    return next((answer for asked, answer in source.turns if asked.casefold() == wanted), None)

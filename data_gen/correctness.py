@@ -8,26 +8,43 @@ from collections.abc import Sequence
 
 from rapidfuzz.distance import Levenshtein
 
-from llava.scorers import RIGHT, UNPARSED, contains, normalise, score
+from llava.scorers import RIGHT, UNPARSED, contains, normalise, score, words
 
 NUMBERS = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
     "eighteen nineteen twenty"
 ).split()
 DIGITS = {word: str(number) for number, word in enumerate(NUMBERS)}
+ORDINALS = ["", *"first second third fourth fifth sixth seventh eighth ninth".split()]
+LINKS = re.compile(r"\band\b|\bimage ?\d+\b")  # between what is said of several images
 LETTER = re.compile(r"\(?[A-H]\)?\.?")  # the true answer to a question that lists its options itself
 
 
-def is_right(text: str, answer: str, choices: Sequence[str] = ()) -> bool | None:
+def is_right(text: str, answer: str, choices: Sequence[str] = (), in_order: bool = False) -> bool | None:
     """Whether `text` says what `answer` says; None where a multiple-choice answer names no option, or several.
 
-    Free text is right if either contains the other in whole words, or if both have the same words.
+    Free text is right if either contains the other in whole words, or if both have the same words. With `in_order`,
+    of an answer about several images in turn: if either has all words of the other in their order, whatever is between.
     """
     if choices or LETTER.fullmatch(answer.strip()):
         verdict = score("choice", text, answer, choices).verdict
         return None if verdict == UNPARSED else verdict == RIGHT
     given, true = canonical(text), canonical(answer)
+    if in_order:
+        given, true = (LINKS.sub(" ", words).split() for words in (given, true))
+        return _within(given, true) or _within(true, given)
     return contains(given, true) or contains(true, given) or sorted(given.split()) == sorted(true.split())
+
+
+def _within(few: Sequence[str], many: Sequence[str]) -> bool:
+    """Whether all of the words stand among the others in the same order."""
+    rest = iter(many)
+    return all(word in rest for word in few)
+
+
+def says_place(text: str, number: str) -> bool:
+    """Whether a text calls the image of a number from 1 by its place: "the third", of 3."""
+    return number.isdecimal() and ORDINALS[int(number) : int(number) + 1] in ([word] for word in words(text))
 
 
 def canonical(text: str) -> str:
