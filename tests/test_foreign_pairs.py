@@ -274,6 +274,8 @@ RECORDS = [
     {"id": "two", "image": ["a.png", "sub/b.png"], "prompt": "<image>\n<image>\nIn Image2, what?", **BOTH},
     {"id": "two", "image": ["a.png", "sub/b.png"], "prompt": "<image>\n<image>\nIn Image2, what?", **BOTH,
      "rejected": "a cow"},
+    {"id": "both", "image": ["a.png", "sub/b.png"], "prompt": "<image>\n<image>\nWhich show it?", **BOTH,
+     "image_type": "sequence", "targets": [1, 2], "is_search": True},
 ]  # fmt: skip
 OUTPUTS = {"trl": "out.parquet", "llama-factory": "out/pairs.json", "ms-swift": "out/pairs.jsonl"}
 
@@ -301,7 +303,7 @@ def test_llama_factory_finds_what_its_description_names(records, tmp_path):
     info = json.loads((tmp_path / "out/dataset_info.json").read_text())["pairs"]
     rows = Dataset.from_list(read_json(tmp_path / "out" / info["file_name"]))  # one type for every column
     assert info["formatting"] == "sharegpt" and info["ranking"] is True
-    assert set(info["columns"].values()) <= set(rows.column_names) and len(rows) == 7
+    assert set(info["columns"].values()) <= set(rows.column_names) and len(rows) == 8
     assert rows[1]["system"] == SYSTEM and rows[1]["conversations"] == TOLD
     assert [row["rejected"]["value"] for row in rows][1:4] == [REJECTED, "a cow", "an owl"]
     for row in rows:

@@ -154,6 +154,28 @@ def test_the_data_card_says_what_is_there(inputs, tmp_path):
     assert "Answers of where/a-model." in text and str(tmp_path) not in text + json.dumps(card)
 
 
+def test_several_targets_are_written_out_and_counted(tmp_path):
+    """Those that the words name, those that a field picks of them, and those of a prompt that looks for them."""
+    words = "<image>\n<image>\n<image>\nIn Image3 and Image1, what is it?"
+    search = {"target": None, "targets": [2, 3], "is_search": True}
+    changes = {"prompt": words, "target": None}, {"prompt": words}, search
+    changes[2]["prompt"] = "<image>\n<image>\n<image>\nWhich images show it?"
+    (tmp_path / "images").mkdir()
+    records = [pair(n, [f"{n}_{place}.png" for place in range(3)], **own) for n, own in enumerate(changes)]
+    for number, name in enumerate(name for record in records for name in record["image"]):
+        picture(number).save(tmp_path / "images" / name)
+    (tmp_path / "pairs.json").write_text(json.dumps(records))
+    run("--pairs", tmp_path / "pairs.json", "--image_folder", tmp_path / "images", "--output", tmp_path / "set",
+        "--validation", 0)  # fmt: skip
+    found = {record["id"]: record for record in read_json(tmp_path / "set/train.json")}
+    targets = [(found[f"pair_{n}"]["target"], found[f"pair_{n}"].get("targets")) for n in range(3)]
+    assert targets == [(None, [1, 3]), (1, None), (None, [2, 3])] and found["pair_2"]["is_search"] is True
+    by_id = {record.id: record.targets for record in read_preferences(tmp_path / "set/train.json")}
+    assert by_id == {"pair_0": (0, 2), "pair_1": (0,), "pair_2": (1, 2)}
+    card = json.loads((tmp_path / "set/data_card.json").read_text())
+    assert card["by_target"] == {"sequence 3": {"1": 1, "1, 3": 1, "2, 3": 1}}
+
+
 def test_a_killed_run_is_done_again_and_a_finished_one_is_not(inputs, tmp_path, monkeypatch, capsys):
     output, flags = tmp_path / "set", ("--zip", "--validation", 0.1)
     run(*inputs, "--output", tmp_path / "whole", *flags)

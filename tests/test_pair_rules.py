@@ -20,14 +20,14 @@ RULES = Rules(THRESHOLDS)
 # ---- the rule
 
 
-def question(image_type="sequence", number=2, answer="red car", target=0, **extra):
-    """A question about `number` pictures."""
+def question(image_type="sequence", number=2, answer="red car", targets=(0,), **extra):
+    """A question about some of `number` pictures."""
     grid = {"collage": {2: (1, 2), 3: (1, 3), 4: (2, 2), 6: (2, 3), 9: (3, 3)}.get(number)}.get(image_type)
     images = tuple(f"{n}.png" for n in range(number if image_type == "sequence" else 1))
     head = "".join(f"Image{n + 1}:<image>\n" for n in range(number)) if image_type == "sequence" else "<image>\n"
-    where = "In the centre picture" if image_type == "pip" else f"In Image{(target or 0) + 1}"
-    prompt = f"{head}{where}, what is it?"
-    return Question("x.json record 1", "q", images, prompt, image_type, target, None, grid, extra, answer=answer)
+    where = "the centre picture" if image_type == "pip" else " and ".join(f"Image{n + 1}" for n in targets)
+    prompt = f"{head}In {where}, what is it?"
+    return Question("x.json record 1", "q", images, prompt, image_type, targets, None, grid, extra, answer=answer)
 
 
 def candidate(text="blue house", ratio=0.1, perplexity=2.0, **changes):
@@ -95,7 +95,7 @@ def test_every_reason_is_reached_listed_and_counted(reason):
 
 
 def test_reasons_of_the_question_alone():
-    assert unfit(question(target=None), RULES) == ("refusal", {})
+    assert unfit(question(targets=()), RULES) == ("refusal", {})
     assert unfit(question(answer="x" * 512), RULES) == ("long true answer", {"chars": 512})
     assert unfit(question(answer="x" * 511), RULES) is None
 
@@ -162,7 +162,7 @@ def changed(before, after):
 
 
 def test_noise_on_the_target_of_a_collage_only():
-    asked = replace(question("collage", 2, target=1), target_box=(60, 10, 90, 50))
+    asked = replace(question("collage", 2, targets=(1,)), target_box=(60, 10, 90, 50))
     (noisy,) = Noise("target", None, 0)(asked, [PICTURE])
     where, inside = changed(PICTURE, noisy), np.zeros((60, 100), bool)
     inside[10:50, 60:90] = True
@@ -180,9 +180,19 @@ def test_noise_is_gaussian_clipped_and_not_wrapped():
 
 def test_noise_on_the_target_of_a_sequence_and_on_everything():
     pictures = [PICTURE, PICTURE, PICTURE]
-    asked = question("sequence", 3, target=2)
+    asked = question("sequence", 3, targets=(2,))
     assert [changed(PICTURE, p).any() for p in Noise("target", 20.0, 0)(asked, pictures)] == [False, False, True]
     assert [changed(PICTURE, p).any() for p in Noise("whole", 20.0, 0)(asked, pictures)] == [True, True, True]
+
+
+def test_noise_on_every_target():
+    asked, pictures = question("sequence", 3, targets=(0, 2)), [PICTURE, PICTURE, PICTURE]
+    noisy = Noise("target", 20.0, 0)(asked, pictures)
+    assert [changed(PICTURE, p).any() for p in noisy] == [True, False, True]
+    assert noisy[0].tobytes() != noisy[2].tobytes()
+    (halves,) = Noise("target", None, 0)(question("collage", 4, targets=(0, 3)), [PICTURE])
+    quarters = changed(PICTURE, halves).reshape(2, 30, 2, 50).mean(axis=(1, 3))
+    assert quarters[0, 0] > 0.95 and quarters[1, 1] > 0.95 and quarters[0, 1] == quarters[1, 0] == 0
 
 
 def test_noise_depends_on_seed_and_question_only():
@@ -213,8 +223,12 @@ def test_truths_come_from_the_record_or_from_the_sources():
     asked = question(number=3, sources=SOURCES)
     assert bare_question(asked.prompt) == "what is it?"
     assert truths(asked, KNOWN) == [Truth("blue house", 1)]
-    assert truths(question(number=3, target=1, others=["x", "y"]), {}) == [Truth("x", 0), Truth("y", 2)]
+    assert truths(question(number=3, targets=(1,), others=["x", "y"]), {}) == [Truth("x", 0), Truth("y", 2)]
     assert truths(question(number=3, others=["x"]), {}) == [Truth("x", None)] and truths(asked, {}) == []
+    both = question(number=3, targets=(0, 2), sources=SOURCES)
+    assert bare_question(both.prompt) == "what is it?" and truths(both, KNOWN) == [Truth("blue house", 1)]
+    listed = replace(both, prompt="<image>In Image1, Image2 and Image4, what is it, and why?")
+    assert bare_question(listed.prompt) == "what is it, and why?"
 
 
 def test_another_images_answer_is_preferred_if_it_is_wrong_here():
@@ -229,4 +243,13 @@ def test_repointing_asks_about_the_other_images():
     assert moved.question.prompt.endswith("In Image2, what is it?") and "In Image1" not in moved.question.prompt
     assert (moved.question.target, moved.question.answer, moved.text) == (1, "blue house", "red car")
     assert moved.question.id == "q_to_image2" and moved.question.extra == {"sources": SOURCES, "repointed_from": "q"}
-    assert repointed(question("pip"), [Truth("x", 1)]) == []
+    for asked in (question("pip"), question(number=3, targets=(0, 2)), question(is_search=True)):
+        assert repointed(asked, [Truth("x", 1)]) == []
+
+
+def test_a_pair_has_the_targets_of_its_question():
+    """Those of one target as before, of several a list."""
+    asked = question(number=3, targets=(0, 2), is_search=True)
+    both, one = select([], [candidate(asked=asked), candidate(asked=question(targets=(1,)))], RULES).pairs
+    assert (both["targets"], both["is_search"]) == ([1, 3], True) and "target" not in both
+    assert one["target"] == 2 and "targets" not in one

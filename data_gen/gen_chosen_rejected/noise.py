@@ -10,7 +10,7 @@ from PIL import Image
 
 from data_gen.sources import rng_of
 from llava.records import Question
-from llava.regions import target_box
+from llava.regions import target_boxes
 
 HIDDEN = "hidden"  # no noise: no token of prompt and answer sees the target (`Job.hides_target`)
 KINDS = ("none", "target", "whole", "published", HIDDEN)
@@ -40,10 +40,10 @@ class Noise:
             return pictures
         noisy, rng = list(pictures), rng_of(self.seed, question.id)
         is_sequence = question.image_type == "sequence"
-        for place in range(len(pictures)) if region == "whole" else [question.target if is_sequence else 0]:
+        for place in range(len(pictures)) if region == "whole" else question.targets if is_sequence else [0]:
             size = pictures[place].size
-            box = (0, 0, *size) if region == "whole" or is_sequence else target_box(question, size)
-            noisy[place] = add_noise(pictures[place], box, self._std(question), rng)
+            for box in [(0, 0, *size)] if region == "whole" or is_sequence else target_boxes(question, size):
+                noisy[place] = add_noise(noisy[place], box, self._std(question), rng)
         return noisy
 
     def _region(self, question: Question) -> str:

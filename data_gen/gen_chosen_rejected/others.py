@@ -45,12 +45,12 @@ def read_source_answers(paths: Iterable[str], questions: Sequence[Question]) -> 
 
 def truths(question: Question, answers: Answers) -> list[Truth]:
     """What is known of the other images: from the record's `others`, else from the sources' same question."""
-    places = [place for place in range(num_pictures(question)) if place != question.target]
+    places = [place for place in range(num_pictures(question)) if place not in question.targets]
     if others := texts(question.extra, "others"):
         has_places = len(others) == len(places)
         return [Truth(text, places[number] if has_places else None) for number, text in enumerate(others)]
     paths, asked = source_paths(question.extra), bare_question(question.prompt).casefold()
-    if len(paths) != len(places) + 1:
+    if len(paths) != len(places) + len(question.targets):
         return []
     found = [(place, answers.get(paths[place], {}).get(asked)) for place in places]
     return [Truth(text, place) for place, text in found if text is not None]
@@ -58,7 +58,9 @@ def truths(question: Question, answers: Answers) -> list[Truth]:
 
 def bare_question(prompt: str) -> str:
     """The question of a prompt without images and without the words that say which one is meant."""
-    return prompt.rsplit(IMAGE, 1)[-1].lstrip("\n").partition(", ")[2]
+    text = prompt.rsplit(IMAGE, 1)[-1].lstrip("\n")
+    named = TARGET.match(text)
+    return text[named.end() if named else 0 :].partition(", ")[2]
 
 
 def modelled(question: Question, given: dict[str, Any], noise: Noise, known: Answers) -> Candidate:
@@ -83,9 +85,9 @@ def other_image(question: Question, known: Sequence[Truth], seed: int) -> Candid
 def repointed(question: Question, known: Sequence[Truth]) -> list[Candidate]:
     """The same images asked about in another place: what is true there, against what was true of the first place.
 
-    Only places with numbers can be pointed at: pictures in pictures give none.
+    Only places with numbers can be pointed at: pictures in pictures give none, nor do prompts about several images.
     """
-    if question.image_type == "pip":
+    if question.image_type == "pip" or question.target is None or question.is_search:
         return []
     dropped = {"others", "is_refusal"}
     extra = {name: value for name, value in question.extra.items() if name not in dropped}
@@ -97,7 +99,7 @@ def repointed(question: Question, known: Sequence[Truth]) -> list[Candidate]:
             question,
             id=f"{question.id}_to_image{truth.position + 1}",
             prompt=TARGET.sub(f"In Image{truth.position + 1}", question.prompt, count=1),
-            target=truth.position,
+            targets=(truth.position,),
             target_box=None,  # known of the first place only; a collage's cell follows from its grid
             answer=truth.text,
             extra=extra | {"repointed_from": question.id},

@@ -10,6 +10,7 @@ from typing import Any
 from data_gen.correctness import is_right
 from data_gen.gen_chosen_rejected.rules import Candidate, Rules, judge, num_pictures, unfit
 from llava import markdown
+from llava.asked import target_fields
 from llava.records import Question, messages
 from llava.runtime import write_records, write_text
 
@@ -80,7 +81,7 @@ def pair(candidate: Candidate) -> dict[str, Any]:
         "rejected": candidate.text,
         "gt": question.answer,
         "image_type": question.image_type,
-        "target": question.target + 1,
+        **target_fields(question.targets),
         "target_box": question.target_box,
         "grid": question.grid,
         "attention_ratio": candidate.attention_ratio,

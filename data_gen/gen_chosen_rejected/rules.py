@@ -52,7 +52,7 @@ Numbers = dict[str, Any]  # what decided
 
 def unfit(question: Question, rules: Rules) -> tuple[str, Numbers] | None:
     """(reason, what decided) why no pair is made of a question, whatever its answer; None if one may be."""
-    if question.target is None:
+    if not question.targets:
         return "refusal", {}  # there is no image to look at
     length = len(question.answer)
     return ("long true answer", {"chars": length}) if length >= rules.max_chosen_chars else None
@@ -142,7 +142,7 @@ def check_questions(questions: Sequence[Question], rules: Rules, by_attention: b
 
 def _check(question: Question, rules: Rules, by_attention: bool) -> None:
     number = num_pictures(question)
-    if question.target is None:
+    if not question.targets:
         return
     if choices := texts(question.extra, "choices"):
         true_choice(question.answer, choices)

@@ -41,11 +41,16 @@ def _format(item: Item) -> str:
 
 
 def _by_target(items: Sequence[Item]) -> dict[str, dict[str, int]]:
-    found = Counter((_format(item), str(item.record["target"])) for item in items if item.record.get("target"))
+    found = Counter((_format(item), _targets(item.record)) for item in items if _targets(item.record))
     by_format: dict[str, dict[str, int]] = {}
     for (name, target), count in sorted(found.items()):
         by_format.setdefault(name, {})[target] = count
     return by_format
+
+
+def _targets(record: dict[str, Any]) -> str:
+    """The numbers as a text, "" where the record says none."""
+    return str(record["target"]) if record.get("target") else ", ".join(map(str, record.get("targets") or ()))
 
 
 def _selection(pairs: Path) -> dict[str, Any]:

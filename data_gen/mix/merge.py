@@ -10,7 +10,7 @@ from typing import Any
 from data_gen.mix.pictures import Content, Names, look_at
 from data_gen.pictures import PictureFiles
 from data_gen.sources import source_paths
-from llava.asked import TARGET
+from llava.asked import TARGET, target_fields
 from llava.records import Preference, parse_preference, read_records
 
 
@@ -71,9 +71,9 @@ def unique(wanted: str, taken: set[str]) -> str:
 
 
 def subset_of(pair: Preference) -> str:
-    """First folder of the path of the picture that is asked about."""
+    """First folder of the path of the picture that is asked about, of several the first."""
     paths = source_paths(pair.extra) or list(pair.images)
-    path = paths[pair.target if pair.target < len(paths) else 0]
+    path = paths[pair.targets[0] if pair.targets[0] < len(paths) else 0]
     return path.lstrip("/").split("/", 1)[0] if "/" in path.lstrip("/") else "all"
 
 
@@ -111,7 +111,7 @@ def _written(raw: dict[str, Any], pair: Preference, name: str, images: list[str]
     own = {"id": name, "image": images, "prompt": pair.prompt, "chosen": pair.chosen, "rejected": rejected}
     derived = {"image_type": pair.image_type}
     if TARGET.search(pair.prompt) or pair.image_type == "pip":
-        derived["target"] = pair.target + 1
+        derived |= target_fields(pair.targets)
     return own | {name: value for name, value in (derived | raw | derived).items() if name not in own}
 
 
