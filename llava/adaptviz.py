@@ -1,7 +1,7 @@
 """The rule of AdaptViz: which image tokens are scaled, by what factor, given the confidence of the first answer token.
 
 Source: AdaptVis, "Why Is Spatial Reasoning Hard for VLMs?" (Chen et al. 2025): image attention is smoothed where the
-model is unsure and sharpened where it is sure. New here: several images, of which the prompt names one.
+model is unsure and sharpened where it is sure. New here: several images, of which the prompt names some.
 """
 
 import dataclasses
@@ -20,6 +20,7 @@ from llava.attention import layer_range
 from llava.command_line import flag
 from llava.generation import PromptBatch
 from llava.heads import Heads, select_heads
+from llava.records import Question
 from llava.run_folder import read_object
 from llava.runtime import is_main_process
 from llava.scaling import RULES, Scale
@@ -28,7 +29,6 @@ logger = logging.getLogger(__name__)
 
 SCOPES = ("target", "all", "balance")
 STEPS = ("prefill", "all")
-UNPOINTED = ("single", "multi")  # formats in which nothing is told apart, or no image is referred to
 FEW = 50  # questions; settings chosen on fewer are a guess
 
 
@@ -101,18 +101,18 @@ class AdaptViz:
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} {getattr(self, name)!r} is none of {', '.join(known)}")
 
-    def factors(self, confidence: Sequence[float], image_types: Sequence[str]) -> Tensor:
-        """Factor of every sample; where nothing is pointed at, only scope `all` scales."""
+    def factors(self, confidence: Sequence[float], pointed: Sequence[Any]) -> Tensor:
+        """Factor of every sample; where nothing is `pointed` at (`pointed_at`), only scope `all` scales."""
         factor = self.bands.factor(torch.as_tensor(confidence))
-        for row, image_type in enumerate(image_types):
-            if image_type in UNPOINTED and self.scope != "all":
+        for row, parts in enumerate(pointed):
+            if not parts and self.scope != "all":
                 factor[row] = 1.0
         return factor
 
     def steer(self, confidence: Tensor, batch: PromptBatch) -> Scale:
-        """The scale of a batch, each sample by its own confidence and format."""
+        """The scale of a batch, each sample by its own confidence and by what it points at."""
         return Scale.of_last_row(
-            self.factors(confidence, batch.image_types),
+            self.factors(confidence, batch.pointed),
             batch.regions[..., 1 if self.scope == "all" else 0],
             batch.regions[..., 1] > 0,
             rule=self.rule,
@@ -124,7 +124,7 @@ class AdaptViz:
 
     def check(self, job: Job) -> None:
         """Raises ValueError where no question has a target to scale, or a layer or head does not exist."""
-        without = [question for question in job.questions if question.target is None]
+        without = [question for question in job.questions if not question.targets or question.is_search]
         if self.scope != "all" and without:
             if len(without) == len(job.questions):
                 raise ValueError(
@@ -132,10 +132,7 @@ class AdaptViz:
                     "scale: use --scope all"
                 )
             if is_main_process():
-                logger.warning(
-                    "%d of %d questions refer to no image (%s first): they are answered as by plain inference; "
-                    "--scope all scales them too", len(without), len(job.questions), without[0].id,
-                )  # fmt: skip
+                say_unscaled(without, len(job.questions))
         if self.layers is not None:
             layer_range(job.checkpoint.num_layers, ",".join(map(str, self.layers)))
         if self.heads is not None:
@@ -163,6 +160,18 @@ class AdaptViz:
         layers = None if raw.get("layers") is None else tuple(raw["layers"])
         heads = None if raw.get("heads") is None else Heads.from_json(raw["heads"])
         return cls(**{**raw, "bands": bands, "layers": layers, "heads": heads})
+
+
+def say_unscaled(without: Sequence[Question], count: int) -> None:
+    """A line for each reason why some of `count` questions are not scaled."""
+    referring, searches = ([q for q in without if q.is_search == is_search] for is_search in (False, True))
+    reasons = {"refer to no image": referring, "look for an image, and where it is would be the answer": searches}
+    for reason, own in reasons.items():
+        if own:
+            logger.warning(
+                "%d of %d questions %s (%s first): they are answered as by plain inference; "
+                "--scope all scales them too", len(own), count, reason, own[0].id,
+            )  # fmt: skip
 
 
 def read_config(path: Path) -> AdaptViz:

@@ -13,13 +13,14 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from llava.answers import AnswerStore
+from llava.asked import in_digests, target_fields
 from llava.attention import layer_range
 from llava.checkpoints import Checkpoint
 from llava.checks import check_pictures
@@ -27,11 +28,11 @@ from llava.families import Family
 from llava.generation import Generated, PromptBatch, Steer, batch_prompts, generate
 from llava.heads import Heads, select_heads
 from llava.heatmap import attention_map
-from llava.image import ImageStore
+from llava.image import ImageStore, Pictures
 from llava.machine import announce, own_device, require_usable
 from llava.merging import merge
 from llava.records import Question, messages, read_questions, refuse_duplicates
-from llava.regions import collage_grid, prompt_regions
+from llava.regions import collage_grid, pointed_at, prompt_regions
 from llava.run_folder import only_writer
 from llava.runtime import Progress, is_main_process, stop, user_errors
 from llava.settings import AnswerSettings, ModelSettings
@@ -40,16 +41,6 @@ logger = logging.getLogger(__name__)
 
 # Flags that do not change the answers.
 PROCESS_FLAGS = {"output", "num_workers", "check_images"}
-
-
-class Pictures(Protocol):
-    """Where pictures are, by the names that records have: an `ImageStore`, or what is in memory."""
-
-    def open(self, name: str) -> Image.Image:
-        """The picture, upright RGB."""
-
-    def size(self, name: str) -> tuple[int, int]:
-        """Its (width, height) in px."""
 
 
 @dataclass(frozen=True)
@@ -183,7 +174,8 @@ def identify(job: Job) -> dict[str, Any]:
     arguments = dataclasses.asdict(job.model) | dataclasses.asdict(job.settings)
     arguments["merge_adapter"] = job.model.merges(job.checkpoint)  # what is done, not that it was decided here
     asked = [
-        (q.id, q.prompt, q.images, q.answer, q.target, q.target_box, q.grid, q.extra, *q.context) for q in job.questions
+        (q.id, q.prompt, q.images, q.answer, in_digests(q.targets), q.target_box, q.grid, q.extra, *q.context)
+        for q in job.questions
     ]
     return {
         "arguments": {name: value for name, value in arguments.items() if name not in PROCESS_FLAGS},
@@ -197,7 +189,7 @@ def identify(job: Job) -> dict[str, Any]:
 
 def digest_of(question: Question) -> str:
     """Of what is asked, whatever its id and its file."""
-    return _digest((question.prompt, question.images, question.image_type, question.target))
+    return _digest((question.prompt, question.images, question.image_type, in_digests(question.targets)))
 
 
 def _digest(content: Any) -> str:
@@ -358,16 +350,16 @@ def make_batch(job: Job, numbers: Sequence[int]) -> PromptBatch:
         tokens.append(images := job.family.images([picture.size for picture in pictures]))
         prompts.append(job.family.expand(job.prompts[number], images))
         regions.append(prompt_regions(question, images))
-    types = [job.questions[number].image_type for number in numbers]
+    pointed = [pointed_at(job.questions[number]) for number in numbers]
     is_mapped = [number in job.mapped for number in numbers]
-    batch = batch_prompts(job.family, prompts, tokens, regions, job.family.join(pixels), types, is_mapped)
+    batch = batch_prompts(job.family, prompts, tokens, regions, job.family.join(pixels), pointed, is_mapped)
     return batch.without_target() if job.hides_target else batch
 
 
 def record(job: Job, number: int, given: Generated) -> dict[str, Any]:
     """One line of answers.jsonl, with the question's number for the merge and its own further fields."""
     question = job.questions[number]
-    has_target, grid, parts = question.target is not None, question.grid, len(question.images)
+    has_target, grid, parts = bool(question.targets), question.grid, len(question.images)
     if question.image_type == "collage":
         grid = grid or collage_grid(job.store.size(question.images[0]))
         parts = max(1, grid[0] * grid[1])
@@ -387,7 +379,7 @@ def record(job: Job, number: int, given: Generated) -> dict[str, Any]:
         "prompt": question.prompt,
         "answer": question.answer or None,
         "image_type": question.image_type,
-        "target": question.target + 1 if has_target else None,
+        **target_fields(question.targets),
         "num_images": parts,
     }
     if question.context:

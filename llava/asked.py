@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 FORMATS = ("sequence", "collage", "pip", "single", "multi")
@@ -48,17 +48,18 @@ def what_is_asked(raw: dict, asked: Sequence[str], num_images: int) -> tuple[str
         raise ValueError(f"`{name}` is for a sequence or a collage, and this is a {image_type} prompt")
     if is_search and (named or given is None):
         raise ValueError(
-            f"`is_search` is for a prompt that names no image, and this one names {_names(named)}" if named
+            f"`is_search` is for a prompt that names no image, and this one names {image_names(named)}" if named
             else "`is_search` needs `targets`: the images (1-based) that fit"
         )  # fmt: skip
     if given is None and len(mentions) > 1 and not (is_whole and elsewhere):
-        raise ValueError(f"the prompt names {_names(named)}: which one is meant? Give `target` (1-based)")
+        raise ValueError(f"the prompt names {image_names(named)}: which one is meant? Give `target` (1-based)")
     if given is not None and named and not given <= named and not elsewhere:
         said = f"`target` is {min(given)}" if len(given) == 1 else f"`targets` are {sorted(given)}"
-        raise ValueError(f"{said}, but the prompt names {_names(named)}")
+        raise ValueError(f"{said}, but the prompt names {image_names(named)}")
     if is_whole:
         if named - {1} and not elsewhere:
-            raise ValueError(f"the prompt names {_names(named)}, but a {image_type} prompt has one image and no cells")
+            names = image_names(named)
+            raise ValueError(f"the prompt names {names}, but a {image_type} prompt has one image and no cells")
         return image_type, (0,)
     return image_type, _in_range(raw, given or named, num_images if image_type == "sequence" else None)
 
@@ -104,6 +105,17 @@ def target_fields(targets: Sequence[int]) -> dict[str, Any]:
     return {"target": targets[0] + 1 if targets else None}
 
 
+def in_digests(targets: tuple[int, ...]) -> int | tuple[int, ...] | None:
+    """Targets as digests of questions hold them: one as a number, as ever."""
+    return targets if len(targets) > 1 else the_one(targets)
+
+
+def image_names(numbers: Iterable[int]) -> str:
+    """"Image1, Image2 and Image4", of numbers from 1, at least one."""
+    *first, last = (f"Image{number}" for number in sorted(numbers))
+    return f"{', '.join(first)} and {last}" if first else last
+
+
 def _in_range(raw: dict, numbers: frozenset[int], num_images: int | None) -> tuple[int, ...]:
     """The numbers as 0-based targets; of a sequence, whose images are known, among them."""
     if not numbers:
@@ -113,7 +125,7 @@ def _in_range(raw: dict, numbers: frozenset[int], num_images: int | None) -> tup
             limit = f"this record has Image1 to Image{num_images}" if num_images else "counting starts at 1"
             raise ValueError(f"Image{number} does not exist: {limit}")
     if len(numbers) > 1 and raw.get("target_box") is not None:
-        raise ValueError(f"`target_box` is for one target, and this record has {_names(numbers)}")
+        raise ValueError(f"`target_box` is for one target, and this record has {image_names(numbers)}")
     return tuple(number - 1 for number in sorted(numbers))
 
 
@@ -136,11 +148,6 @@ def _derived(raw: dict, prompt: str, is_named: bool, num_images: int) -> str:
         return "collage"
     question = prompt.rpartition(IMAGE)[2].strip()
     return "pip" if raw.get("target_box") is not None or PIC_IN_PIC.match(question) else "single"
-
-
-def _names(named: frozenset[int]) -> str:
-    *first, last = (f"Image{number}" for number in sorted(named))
-    return f"{', '.join(first)} and {last}" if first else last
 
 
 def _no_target(raw: dict, num_images: int) -> tuple[int, ...]:

@@ -67,7 +67,7 @@ class PromptBatch:
     regions: Tensor  # (B, S, R) weight of each token in each region; 0 for a region that a prompt does not have
     num_regions: tuple[int, ...]  # regions of each prompt, at least 2
     is_mapped: tuple[bool, ...] = ()  # of these prompts the mass on every image token is wanted
-    image_types: tuple[str, ...] = ()  # format of each prompt, where it matters
+    pointed: tuple[tuple[int, ...], ...] = ()  # parts that each prompt points at (`pointed_at`), where it matters
 
     def to(self, device) -> "PromptBatch":
         """The same batch on another device."""
@@ -96,7 +96,7 @@ Steer = Callable[[Tensor, PromptBatch], Scale | None]
 
 def batch_prompts(
     family: Family, prompts: Sequence[list[int]], images: Sequence[Sequence[ImageTokens]], regions: Sequence[Tensor],
-    pixels: dict[str, Tensor], image_types: Sequence[str] = (), is_mapped: Sequence[bool] = (),
+    pixels: dict[str, Tensor], pointed: Sequence[tuple[int, ...]] = (), is_mapped: Sequence[bool] = (),
 ) -> PromptBatch:  # fmt: skip
     """Left-pad expanded prompts, each with the tokens of its `images`.
 
@@ -116,7 +116,7 @@ def batch_prompts(
         attention_mask[row, longest - len(prompt) :] = 1
         weights[row, input_ids[row] == family.image_id, : len(own)] = own.T
     return PromptBatch(
-        input_ids, attention_mask, positions, pixels, weights, counts, tuple(is_mapped), tuple(image_types)
+        input_ids, attention_mask, positions, pixels, weights, counts, tuple(is_mapped), tuple(pointed)
     )
 
 

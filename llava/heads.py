@@ -92,7 +92,7 @@ class RankedHead:
     layer: int
     head: int
     auc: float  # chance (0..1) that the referred part has more of the head's image mass than another part, ties half
-    accuracy: float  # share of the prompts whose referred part has the most
+    accuracy: float  # share of the prompts of which a referred part has the most
 
 
 @dataclass(frozen=True)
@@ -142,17 +142,20 @@ class Ranking:
         return found
 
 
-def rank(shares: Sequence[Tensor], targets: Sequence[int], layers: Sequence[int]) -> tuple[RankedHead, ...]:
+def rank(
+    shares: Sequence[Tensor], targets: Sequence[Sequence[int]], layers: Sequence[int]
+) -> tuple[RankedHead, ...]:
     """Every head, the best first: by AUC over all (prompt, part) pairs, then by accuracy, then by place.
 
-    `shares`: for each prompt (L, H, P), what share of a head's image mass each part has; `targets`: the part that is
+    `shares`: for each prompt (L, H, P), what share of a head's image mass each part has; `targets`: the parts that are
     referred to; `layers`: what the L are.
     """
     from llava.statistics import auc  # scipy takes a second to import, and every training and answering would wait
 
-    is_target = torch.cat([torch.arange(own.shape[-1]) == part for own, part in zip(shares, targets, strict=True)])
+    both = [(own, torch.tensor(parts)) for own, parts in zip(shares, targets, strict=True)]
+    is_target = torch.cat([torch.isin(torch.arange(own.shape[-1]), parts) for own, parts in both])
     scores = torch.cat(list(shares), dim=-1)
-    right = torch.stack([own.argmax(dim=-1) == part for own, part in zip(shares, targets, strict=True)])
+    right = torch.stack([torch.isin(own.argmax(dim=-1), parts) for own, parts in both])
     accuracy = right.double().mean(dim=0)
     ranked = [
         RankedHead(layer, head, auc(scores[row, head].tolist(), is_target.tolist()), accuracy[row, head].item())

@@ -1,7 +1,7 @@
 """Where an answer looked: attention mass on every image token, drawn on the original pictures."""
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import matplotlib
@@ -32,15 +32,15 @@ def attention_map(masses: Tensor, images: Sequence[ImageTokens]) -> list[dict[st
 def draw_prompt(
     pictures: Sequence[Image.Image],
     maps: Sequence[dict] | None,
-    target: int,
-    box: Sequence[float] | None,
+    targets: Collection[int],
+    boxes: Sequence[Sequence[float]] | None,
     height: int = 240,
 ) -> Image.Image:
-    """The pictures of a prompt side by side, `height` px high, with the target outlined.
+    """The pictures of a prompt side by side, `height` px high, with every target outlined.
 
     `maps` are `attention_map` of the answer, drawn over the pictures on one scale of colour, with each image's share of
-    the attention above it; None draws the pictures alone. `box` is the target in px of picture 0; None outlines the
-    whole picture `target` (0-based).
+    the attention above it; None draws the pictures alone. `boxes` are the targets in px of picture 0; None outlines the
+    whole pictures `targets` (0-based).
     """
     shares = _shares(maps) if maps else None
     tiles = []
@@ -49,10 +49,9 @@ def draw_prompt(
         if maps:
             hottest = max(np.max(one["mass"]) for one in maps) or 1.0
             tile = overlay(tile, maps[number], picture.size, hottest)
-        if box is not None or number == target:
-            scale = height / picture.height
-            outline = [v * scale for v in box] if box is not None else [0, 0, *tile.size]
-            _outline(tile, outline)
+        scale, is_whole = height / picture.height, boxes is None and number in targets
+        for box in [[0, 0, *tile.size]] if is_whole else [[v * scale for v in box] for box in boxes or ()]:
+            _outline(tile, box)
         label = f"Image{number + 1}" if len(pictures) > 1 else ""
         tiles.append(_captioned(tile, f"{label}  {shares[number]:.0%}".strip() if shares and label else label))
     sheet = Image.new("RGB", (sum(t.width for t in tiles) + GAP * (len(tiles) - 1), tiles[0].height), "white")

@@ -11,7 +11,7 @@ import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Protocol
 from unicodedata import normalize
 
 from PIL import Image
@@ -27,6 +27,16 @@ LARGEST = 128 << 20  # bytes of a picture's file; a member that would inflate to
 FOLLOW_LINKS = "FOLLOW_LINKS"  # environment variable: 1 lets links lead out of the image folder
 TOP = "images"  # the folder in the names of published sets
 NO_PICTURES = ("__MACOSX", ".DS_Store", "Thumbs.db", "desktop.ini")  # beside the pictures on other systems
+
+
+class Pictures(Protocol):
+    """Where pictures are, by the names that records have: an `ImageStore`, or what is in memory."""
+
+    def open(self, name: str) -> Image.Image:
+        """The picture, upright RGB."""
+
+    def size(self, name: str) -> tuple[int, int]:
+        """Its (width, height) in px."""
 
 
 class ImageStore:

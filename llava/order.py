@@ -1,4 +1,4 @@
-"""The same question with its pictures in another order: target, and numbers in its texts, follow the pictures.
+"""The same question with its pictures in another order: targets, and numbers in its texts, follow the pictures.
 
 An order has for each place the picture that comes there, both from 0. One that changes nothing gives the record itself.
 """
@@ -83,7 +83,7 @@ def permuted(record: Record, order: Sequence[int]) -> Record:
         images=tuple(record.images[old] for old in order),
         prompt=_renumbered(record.prompt, new),
         context=tuple((role, _renumbered(text, new)) for role, text in record.context),
-        target=None if record.target is None else order.index(record.target),
+        targets=tuple(sorted(order.index(target) for target in record.targets)),
         extra=record.extra | extra,
         **answers,
     )

@@ -14,6 +14,7 @@ from llava.records import Prompt
 
 CELL, MARGIN = 448, 40  # px of the published collages
 PIP_SHARE = 0.7  # the inner picture fits into this share of the outer one
+UNPOINTED = ("single", "multi")  # formats in which nothing is told apart, or no image is referred to
 UNSEEN = 1e-6  # a target whose largest weight is below this is not seen at all
 
 
@@ -67,6 +68,14 @@ def target_boxes(record: Prompt, size: tuple[int, int]) -> list[tuple[float, ...
 def outlined(record: Prompt, size: tuple[int, int]) -> list[tuple[float, ...]] | None:
     """The boxes in px that a drawing outlines in a prompt's one picture; None: whole pictures. Raises ValueError."""
     return target_boxes(record, size) if needs_sizes(record) else None
+
+
+def pointed_at(record: Prompt) -> tuple[int, ...]:
+    """The parts that a prompt's words point at; () where they tell none apart, refer to none, or look for them.
+
+    Where what is looked for lies is the answer, and nothing that helps to find it may be told.
+    """
+    return () if record.image_type in UNPOINTED or record.is_search else record.targets
 
 
 def needs_sizes(record: Prompt) -> bool:

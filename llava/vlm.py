@@ -13,7 +13,7 @@ from PIL import Image
 
 from llava.adaptviz import AdaptViz
 from llava.answering import Job, job_of, loaded, make_batch, record
-from llava.asked import IMAGE, TARGET, placeholders
+from llava.asked import IMAGE, named_in, placeholders
 from llava.checkpoints import Checkpoint
 from llava.families import Family
 from llava.generation import Generated, generate
@@ -26,7 +26,7 @@ from llava.regions import outlined
 from llava.settings import AnswerSettings, ModelSettings
 
 # Fields of a record that a call may have.
-GIVEN = ("image_type", "target", "target_box", "grid", "context", "points_elsewhere")
+GIVEN = ("image_type", "target", "targets", "is_search", "target_box", "grid", "context", "points_elsewhere")
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,8 +34,8 @@ class Reply:
     """One answer, and where the model looked while giving it. Shares and ratios are in [0, 1]."""
 
     text: str
-    target: int | None  # the image asked about, from 1; None: the prompt refers to none
-    ratio: float | None  # R: attention on that image by attention on all images, over answer tokens and layers
+    target: int | None  # the image asked about, from 1; None: the prompt refers to none, or to several
+    ratio: float | None  # R: attention on the targets by attention on all images, over answer tokens and layers
     ratio_by_layer: list[float] | None  # R of each measured layer
     shares: list[float] | None  # share of the image attention on each image, or cell of a collage
     confidence: float  # largest probability of the first answer token, before any steering
@@ -50,9 +50,9 @@ class Reply:
     generated: Generated = field(repr=False)  # masses by layer and region, and the answer's token ids
 
     def heatmap(self, height: int = 240) -> Image.Image:
-        """All pictures side by side, `height` px high, under the attention on them; the target is outlined."""
-        box = outlined(self.question, self.pictures[0].size)
-        return draw_prompt(self.pictures, self.maps, self.question.target, box, height)
+        """All pictures side by side, `height` px high, under the attention on them; the targets are outlined."""
+        boxes = outlined(self.question, self.pictures[0].size)
+        return draw_prompt(self.pictures, self.maps, self.question.targets, boxes, height)
 
 
 class VLM:
@@ -72,9 +72,10 @@ class VLM:
         """Answer a prompt about pictures (PIL, or paths), or a list of prompts about a list of pictures each.
 
         A prompt without `<image>` gets its pictures before it, as our data has them. Which image it is about follows
-        from its words ("In Image2, ..."), or is given as a record has it: `target` (from 1), `image_type`, `grid`,
-        `target_box`, `context`, `points_elsewhere`; with a list of prompts each of these is a list, too. Several
-        pictures of which none is named are a `multi` prompt: shares, but no ratio.
+        from its words ("In Image2, ...", "In Image1 and Image3, ..."), or is given as a record has it: `target` (from
+        1) or `targets`, `is_search`, `image_type`, `grid`, `target_box`, `context`, `points_elsewhere`; with a list of
+        prompts each of these is a list, too. Several pictures of which none is named are a `multi` prompt: shares, but
+        no ratio.
 
         `steer` scales the attention by AdaptViz: "target", "all" or "balance" are the defaults of that scope, or give
         an `AdaptViz`. What else there is are the settings of inference: `max_new_tokens`, `temperature`, `num_beams`,
@@ -171,7 +172,7 @@ def _question(raw: dict[str, Any], store: InMemory, where: str) -> Question:
     names = [f"{where}, picture {number}" for number in range(1, len(pictures) + 1)]
     store |= {name: _seen(picture, name) for name, picture in zip(names, pictures, strict=True)}
     raw = {name: list(value) if isinstance(value, tuple) else value for name, value in raw.items()}
-    is_named = TARGET.search(prompt) or raw.get("target") is not None
+    is_named = named_in(prompt) or raw.get("target") is not None or raw.get("targets") is not None
     if len(names) > 1 and not is_named:
         raw.setdefault("image_type", "multi")
     said = [prompt, *(str(message.get("content")) for message in raw.get("context") or () if isinstance(message, dict))]

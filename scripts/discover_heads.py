@@ -83,20 +83,20 @@ def choose(own: DiscoverSettings) -> list[Question]:
     return [questions[number] for number in sorted(chosen)]
 
 
-def measure(job: Job) -> tuple[list[torch.Tensor], list[int]]:
-    """For every prompt with several parts (layers, heads, parts) shares of the image mass, and the part referred to."""
+def measure(job: Job) -> tuple[list[torch.Tensor], list[tuple[int, ...]]]:
+    """(layers, heads, parts) shares of the image mass, and the parts referred to, of prompts that have others too."""
     shares, targets = [], []
     for model, numbers, batch in batches_of(job, range(len(job.batches))):
         found = generate(model, job.family, batch, job.layers, each_head=True, **job.settings.generation)
         for number, given in zip(numbers, found, strict=True):
-            own = shares_of_parts(given.by_head)
-            if own.shape[-1] > 1:
+            own, parts = shares_of_parts(given.by_head), job.questions[number].targets
+            if own.shape[-1] > len(parts):
                 shares.append(own)
-                targets.append(job.questions[number].target)
+                targets.append(parts)
     return shares, targets
 
 
-def ranking_of(job: Job, shares: Sequence[torch.Tensor], targets: Sequence[int]) -> Ranking:
+def ranking_of(job: Job, shares: Sequence[torch.Tensor], targets: Sequence[tuple[int, ...]]) -> Ranking:
     """The file's content. Raises ValueError where nothing can be ranked."""
     checkpoint = job.checkpoint
     return Ranking(
@@ -106,7 +106,7 @@ def ranking_of(job: Job, shares: Sequence[torch.Tensor], targets: Sequence[int])
         base_weights=checkpoint.root.digest,
         data=identify(job)["questions"],
         num_prompts=len(shares),
-        chance=sum(1 / own.shape[-1] for own in shares) / len(shares),
+        chance=sum(len(parts) / own.shape[-1] for own, parts in zip(shares, targets, strict=True)) / len(shares),
         ranking=rank(shares, targets, job.layers),
     )
 

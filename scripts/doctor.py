@@ -221,6 +221,9 @@ def describe_all(report: Report, records: Sequence[Prompt], pairs: Sequence[Pair
         formats = dict(Counter(record.image_type for record in preferences))
         images = dict(sorted(Counter(len(record.images) for record in preferences).items()))
         report.ok(f"formats: {formats}, images: {images} (number in a prompt: pairs)")
+    several, searches = sum(len(r.targets) > 1 for r in records), sum(r.is_search for r in records)
+    if several or searches:
+        report.ok(f"about several images: {several:,}; looking for what fits (`is_search`): {searches:,}")
     if pairs:
         report.ok(f"tokens of prompt and longer answer: {describe(pairs)['tokens']}")
 

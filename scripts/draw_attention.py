@@ -90,14 +90,14 @@ def look(model, job: Job, batch: PromptBatch, question: Question, given: str | N
 
 
 def draw(job: Job, number: int, masses: torch.Tensor, height: int, text: str) -> Image.Image:
-    """The pictures of a question with the map over them and its target outlined; question, answer and scale around."""
+    """The pictures of a question with the map over them and its targets outlined; question, answer and scale around."""
     question = job.questions[number]
     pictures = [job.store.open(name) for name in question.images]
     maps = attention_map(masses, job.family.images([picture.size for picture in pictures]))
-    box = outlined(question, pictures[0].size)
+    boxes = outlined(question, pictures[0].size)
     texts = [asked_of(question), f"Answer: {text}", *([f"Right: {question.answer}"] if question.answer else [])]
     hottest = max(np.max(one["mass"]) for one in maps)
-    return explained(draw_prompt(pictures, maps, question.target, box, height), texts, hottest)
+    return explained(draw_prompt(pictures, maps, question.targets, boxes, height), texts, hottest)
 
 
 def asked_of(question: Question) -> str:

@@ -24,7 +24,7 @@ from llava.generation import batch_prompts, generate
 from llava.heatmap import draw_prompt
 from llava.image import ImageStore
 from llava.records import parse_preference, read_answers, read_questions
-from llava.regions import outlined, prompt_regions, target_weights
+from llava.regions import outlined, pointed_at, prompt_regions, target_weights
 from llava.runtime import user_errors
 from llava.scaling import scale_scores
 from llava.settings import ModelSettings
@@ -82,7 +82,7 @@ def answered(model, family, pair, layers, **options):
     """The batch of one prompt, and what the model says to it."""
     record, pictures, images, prompt = pair
     regions, pixels = [prompt_regions(record, images)], family.pixels(pictures)
-    batch = batch_prompts(family, [prompt], [images], regions, pixels, [record.image_type], [True])
+    batch = batch_prompts(family, [prompt], [images], regions, pixels, [pointed_at(record)], [True])
     return batch, generate(model, family, batch, layers, **options)[0]
 
 
@@ -209,8 +209,8 @@ def draw_look(demo: Path):
     for line, name in zip(axes, MODELS, strict=True):
         for axis, question in zip(line, asked, strict=True):
             found, pictures = answers[name][question.id], [store.open(image) for image in question.images]
-            box = outlined(question, pictures[0].size)
-            axis.imshow(draw_prompt(pictures, found.extra["attention_map"], question.target, box, height=200))
+            boxes = outlined(question, pictures[0].size)
+            axis.imshow(draw_prompt(pictures, found.extra["attention_map"], question.targets, boxes, height=200))
             axis.axis("off")
             text = question.prompt.splitlines()[-1].replace(", ", ",\n") + "\n" if name == MODELS[0] else ""
             axis.set_title(f"{text}{name}: {found.text} (R {found.attention_ratio:.2f})", fontsize=8)

@@ -18,7 +18,10 @@ from inference_optimization.llava_hound_dpo import run_adaptive, tune
 from inference_optimization.llava_hound_dpo.grid import ANOTHER, PLAIN, Variant, another_part, answer_grid
 from inference_optimization.llava_hound_dpo.tune import Grid, best_bands, best_fixed, compare, describe
 from llava.adaptviz import DEFAULTS, PRESETS, AdaptViz, Bands, read_config
+from llava.answering import prepare
 from llava.generation import PromptBatch, generate
+from llava.regions import pointed_at
+from llava.settings import AnswerSettings, ModelSettings
 from tests.conftest import make_world
 from tests.test_scaling import batch_of, prompts_of
 
@@ -62,10 +65,10 @@ class TestRule:
 
     def test_single_pictures_are_left_alone(self):
         settings = AdaptViz(bands=Bands.fixed(2.0))
-        types = ("sequence", "collage", "pip", "single")
-        assert settings.factors([0.5] * 4, types).tolist() == [2.0, 2.0, 2.0, 1.0]
+        pointed = ((1,), (0, 2), (0,), ())
+        assert settings.factors([0.5] * 4, pointed).tolist() == [2.0, 2.0, 2.0, 1.0]
         everything = AdaptViz("all", bands=Bands.fixed(2.0))
-        assert everything.factors([0.5] * 4, types).tolist() == [2.0] * 4
+        assert everything.factors([0.5] * 4, pointed).tolist() == [2.0] * 4
 
     def test_the_scale_is_on_the_region_and_on_no_text(self, model, family):
         batch = batch_of(family, prompts_of(model))
@@ -102,13 +105,19 @@ class TestGrid:
             assert confidence == pytest.approx([answer.confidence for answer in alone], abs=1e-6)
         assert len({tuple(text) for text in zip(*texts, strict=True)}) > 1
 
-    def test_another_part_is_the_next_one_and_nothing_of_a_single_picture(self):
+    @pytest.mark.parametrize(
+        ("pointed", "wanted"),
+        [((2,), 0), ((0,), 1), ((0, 1), 2), ((1, 2), 0), ((0, 2), 1), ((0, 1, 2), None), ((), None)],
+    )
+    def test_another_part_is_the_next_that_is_no_target_and_nothing_of_a_single_picture(self, pointed, wanted):
         eye = torch.eye(3).repeat_interleave(2, dim=0)  # three images of two tokens
         regions = torch.zeros(2, 6, 5)
-        regions[0] = torch.cat([eye[:, 2:], torch.ones(6, 1), eye], dim=1)
+        regions[0] = torch.cat([eye[:, list(pointed)].sum(dim=1, keepdim=True), torch.ones(6, 1), eye], dim=1)
         regions[1, :2] = torch.tensor([1.0, 1.0, 1.0, 0.0, 0.0])
-        batch = PromptBatch(torch.zeros(2, 6), torch.ones(2, 6), torch.zeros(1, 2, 6), {}, regions, (5, 3))
-        assert another_part(batch).tolist() == [[1, 1, 0, 0, 0, 0], [0] * 6]
+        settings = {"regions": regions, "num_regions": (5, 3), "pointed": (pointed, (0,))}
+        batch = PromptBatch(torch.zeros(2, 6), torch.ones(2, 6), torch.zeros(1, 2, 6), {}, **settings)
+        first = [0.0] * 6 if wanted is None else eye[:, wanted].tolist()
+        assert another_part(batch).tolist() == [first, [0] * 6]
 
 
 class TestChoice:
@@ -120,7 +129,7 @@ class TestChoice:
         scores = {Variant("target", "add", f): rng.integers(0, 2, 60).astype(float) for f in (0.5, 1.5)}
         scores[Variant("target", "add", 2.0)] = (confidence < 0.5).astype(float)
         scores[PLAIN] = rng.integers(0, 2, 60).astype(float)
-        return Grid(np.array(["sequence", "pip", "single"] * 20), confidence, scores)
+        return Grid(np.array(["sequence", "pip", "single"] * 20), np.array([1, 1, 0] * 20, bool), confidence, scores)
 
     def value(self, grid, bands):
         return grid.weights @ grid.under(AdaptViz("target", "add", bands=bands))
@@ -254,6 +263,30 @@ class TestAnswers:
         assert ended.value.code == 2 and "no image is referred to, nor in any other question" in error
         found = run(run_adaptive, "all.jsonl", "--data_path", tmp_path / "only.json", "--scope", "all", "--alpha", 1.5)
         assert {a["scale"] for a in found} == {1.5}
+
+    def test_questions_that_look_for_their_image_are_answered_plainly(self, run, capsys, world, tmp_path):
+        """Whoever is told where the answer lies has the answer; scope `all` tells nobody."""
+        records = json.loads((world / "test.json").read_text())
+        searches = [record for record in records if record["image_type"] in ("sequence", "collage")][::2]
+        for record in searches:
+            head = record["prompt"].rpartition("\n")[0]
+            record |= {"prompt": f"{head}\nWhich image shows a ring?", "answer": "1", "is_search": True}
+        (tmp_path / "some.json").write_text(json.dumps(records))
+        flags, ids = ("--data_path", tmp_path / "some.json"), {record["id"] for record in searches}
+        steered = run(run_adaptive, "some.jsonl", *flags, "--alpha", 1.5, "--scope", "balance")
+        said = f"{len(ids)} of 60 questions look for an image, and where it is would be the answer ({searches[0]['id']}"
+        assert said in (out := capsys.readouterr().out) and "refer to no image" not in out
+        for line, own in zip(steered, run(run_inference, "plain.jsonl", *flags), strict=True):
+            is_plain = line["question_id"] in ids or line["image_type"] == "single"
+            assert line["scale"] == (1.0 if is_plain else 1.5) and (line == own) == is_plain
+            assert line.get("is_search") == (True if line["question_id"] in ids else None)
+        assert {a["scale"] for a in run(run_adaptive, "all.jsonl", *flags, "--alpha", 1.5, "--scope", "all")} == {1.5}
+        # Scaled for every variant in the grid, and no more than plain for the choice.
+        job = prepare(ModelSettings(str(BASE), str(world / "images")), AnswerSettings(), str(flags[1]))
+        texts = [{"confidence": 0.5, "texts": [question.answer, "no"]} for question in job.questions]
+        grid = tune.scored("exact", job.questions, [PLAIN, Variant("target", "add", 2.0)], texts)
+        is_plain = [bool(same) for same in grid.factors("target", "add")[2.0] == 1]
+        assert is_plain == [not pointed_at(question) for question in job.questions] and sum(is_plain) > len(ids)
 
 
 class TestTuner:

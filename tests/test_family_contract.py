@@ -192,7 +192,7 @@ def batch_of(own, groups, **more):
         images.append(tokens)
         pixels.append(one)
         regions.append(torch.stack([target, torch.ones_like(target)]))
-    return batch_prompts(own.family, prompts, images, regions, own.family.join(pixels), ["sequence"] * 3, **more)
+    return batch_prompts(own.family, prompts, images, regions, own.family.join(pixels), [(0,)] * 3, **more)
 
 
 def boost(confidence, batch):

@@ -69,9 +69,19 @@ def test_the_head_that_the_labels_come_from_is_found_first(model, family, plante
         answers = generate(model, family, batch, layers, each_head=True, max_new_tokens=3)
         shares += [shares_of_parts(answer.by_head) for answer in answers[1:]]
     row, head = layers.index(planted[0]), planted[1]
-    ranked = rank(shares, [own[row, head].argmax().item() for own in shares], layers)
+    ranked = rank(shares, [(own[row, head].argmax().item(),) for own in shares], layers)
     assert (ranked[0].layer, ranked[0].head, ranked[0].accuracy) == (*planted, 1.0)
     assert len(ranked) == 12 and [one.auc for one in ranked] == sorted((one.auc for one in ranked), reverse=True)
+
+
+def test_heads_that_pick_any_of_several_targets_by_hand():
+    """Two prompts of three parts, about the outer two and about the second, as two heads see them."""
+    first = torch.tensor([[[0.5, 0.1, 0.4], [0.3, 0.6, 0.1]]])  # head 0 looks at the outer two, head 1 beside them
+    second = torch.tensor([[[0.2, 0.7, 0.1], [0.5, 0.3, 0.2]]])
+    best, other = rank([first, second], [(0, 2), (1,)], [4])
+    assert (best.layer, best.head, best.accuracy, best.auc) == (4, 0, 1.0, 1.0)  # .5 .4 .7 above .1 .2 .1
+    # .3 .1 .3 against .6 .5 .2: above in 2 of 9 pairs
+    assert (other.head, other.accuracy) == (1, 0.0) and other.auc == pytest.approx(2 / 9)
 
 
 def test_masses_of_the_heads_are_those_that_the_mean_is_of(model, family):

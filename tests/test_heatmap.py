@@ -12,7 +12,7 @@ from PIL import Image
 from llava.checkpoints import open_checkpoint
 from llava.generation import generate
 from llava.heads import Heads
-from llava.heatmap import COLOURS, OUTLINE, STRIP, attention_map, draw_prompt, explained
+from llava.heatmap import COLOURS, GAP, OUTLINE, STRIP, attention_map, draw_prompt, explained
 from llava.measuring import measure
 from scripts import draw_attention
 from tests.conftest import tiny_model
@@ -98,7 +98,7 @@ def test_a_hot_patch_is_drawn_where_its_pixels_are(checkpoint, size, pad):
     side = max(size) if pad else min(size)
     wanted = [(size[0] - side) / 2 + (col + 0.5) * side / 6, (size[1] - side) / 2 + (row + 0.5) * side / 6]
     height = 300
-    sheet = draw_prompt([Image.new("RGB", size, "black")], [one], 1, None, height)
+    sheet = draw_prompt([Image.new("RGB", size, "black")], [one], (), None, height)
     assert np.abs(brightest(sheet) - np.array(wanted) * height / size[1]).max() < 0.1 * height / size[1] * side / 6
 
 
@@ -106,18 +106,29 @@ def test_two_images_share_one_scale_and_show_their_shares(family):
     masses = torch.cat([torch.full((36,), 0.003), torch.full((36,), 0.001)])
     maps = attention_map(masses, [family.image((72, 72))] * 2)
     pictures = [Image.new("RGB", (72, 72), "black")] * 2
-    sheet = np.asarray(draw_prompt(pictures, maps, 0, None, 100).convert("L"), dtype=float)
+    sheet = np.asarray(draw_prompt(pictures, maps, (0,), None, 100).convert("L"), dtype=float)
     assert sheet.shape == (100 + STRIP, 208)
     assert sheet[STRIP + 50, 50] > sheet[STRIP + 50, 158] > 0
 
 
 def test_the_target_is_outlined():
     red = Image.new("RGB", (100, 100), "red")
-    boxed = draw_prompt([red], None, 0, [50, 0, 100, 50], 200)
+    boxed = draw_prompt([red], None, (0,), [[50, 0, 100, 50]], 200)
     assert boxed.size == (200, 200)
     assert boxed.getpixel((102, 50)) == OUTLINE and boxed.getpixel((50, 150)) == (255, 0, 0)
-    second = draw_prompt([red, red], None, 1, None, 200)
+    second = draw_prompt([red, red], None, (1,), None, 200)
     assert second.getpixel((2, STRIP + 100)) == (255, 0, 0) and second.getpixel((210, STRIP + 100)) == OUTLINE
+
+
+def test_every_target_is_outlined():
+    """The first and third of three pictures; the outer two of four cells of one."""
+    red = Image.new("RGB", (100, 100), "red")
+    sheet = draw_prompt([red] * 3, None, (0, 2), None, 100)
+    starts = [number * (100 + GAP) for number in range(3)]
+    assert [sheet.getpixel((start + 2, STRIP + 50)) == OUTLINE for start in starts] == [True, False, True]
+    cells = draw_prompt([red], None, (0, 3), [(0, 0, 25, 100), (75, 0, 100, 100)], 200)
+    assert [cells.getpixel((x, 100)) == OUTLINE for x in (2, 52, 102, 152)] == [True, False, False, True]
+    assert cells.getpixel((100, 100)) == (255, 0, 0)
 
 
 def test_texts_and_the_scale_of_colours_stand_around_a_drawing():

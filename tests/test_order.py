@@ -69,6 +69,22 @@ def test_numbers_are_rewritten_at_once_and_what_only_looks_like_one_is_left():
     assert (found.images, found.target, found.id) == (("c", "a", "b"), 2, "q")
 
 
+def test_several_targets_and_what_is_looked_for_follow_their_pictures():
+    """Of a, b, c in the order c, a, b: what was first is second, what was third is first."""
+    found = permuted(asked("In Image1 and Image3, is it red?", "In Image3", target=None), (2, 0, 1))
+    assert found.prompt == LABELS + "In Image2 and Image1, is it red?"
+    assert (found.targets, found.answer) == ((0, 1), "In Image1")
+    again = parse_question({"image": [*found.images], "prompt": found.prompt, "answer": found.answer}, "x record 1")
+    assert again.targets == found.targets
+    listed = permuted(asked("In Images 1 and 2, is it red?", target=None), (2, 0, 1))
+    assert (listed.prompt, listed.targets) == (LABELS + "In Images 2 and 3, is it red?", (1, 2))
+    search = {"target": None, "targets": [2, 3], "is_search": True}
+    for answer, moved in (("2 and 3", "3 and 1"), ("Image2 and Image3", "Image3 and Image1")):
+        found = permuted(asked("Which images show a ring?", answer, **search), (2, 0, 1))
+        assert (found.targets, found.answer, found.is_search) == ((0, 2), moved, True)
+    assert why_fixed(asked("Which images show a ring?", "the red ones", **search)) == "names no image by its number"
+
+
 @pytest.mark.parametrize(("answer", "moved"), [("2", "3"), ("Image2.", "Image3."), ("1 and 3", "2 and 1")])
 def test_an_answer_to_which_image_is_a_number_of_it(answer, moved):
     assert permuted(asked("Which of the images shows a ring?", answer), (2, 0, 1)).answer == moved

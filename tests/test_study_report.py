@@ -60,7 +60,7 @@ def test_comparisons_are_paired_by_question():
 
 # ---- results
 
-ASKED = Asked("q", "test.json record 1", "red", "sequence", 1, 2, (), ("blue",))
+ASKED = Asked("q", "test.json record 1", "red", "sequence", (1,), 2, (), ("blue",))
 FORMATS = np.array(["sequence"] * 4 + ["collage"] * 2 + ["single"] * 2)
 NO_CATEGORY = np.array([""] * 8)
 
@@ -146,7 +146,7 @@ def test_flips_are_shown_where_they_are_known():
     ],
 )
 def test_an_answer_begins_right_however_it_goes_on(text, more, wanted):
-    given = Answer("a", "q", text, "red", "sequence", 1, 2, extra=more)
+    given = Answer("a", "q", text, "red", "sequence", (1,), 2, extra=more)
     *found, ratio = known_of(judge(ASKED, given, "auto"))
     assert tuple(map(float, found)) == wanted and np.isnan(ratio)
 

@@ -17,6 +17,7 @@ from inference.llava_hound_dpo.findings import GROUPINGS, latex_tables, markdown
 from inference.llava_hound_dpo.llm_judge import LlmJudge, add_grades
 from inference.llava_hound_dpo.report import draw_charts, report
 from inference.llava_hound_dpo.summary import Asked, Row, compare, flips, judge, summarize
+from llava.asked import target_fields
 from llava.charts import KINDS
 from llava.command_line import check_numbers, flag, parse
 from llava.endpoint import KEY_VARIABLE, Endpoint
@@ -229,7 +230,8 @@ def _known(own: Asked, by_id: Mapping[str, Question], questions: Path | None) ->
 def _differences(own: Asked, known: Asked) -> list[str]:
     """Where an answer was given to another version of the question."""
     pairs = [(name, getattr(own, name), getattr(known, name)) for name in ("answer", "image_type", "permutation")]
-    pairs.append(("target", *(t if t is None else t + 1 for t in (own.target, known.target))))  # from 1, as in files
+    fields = [target_fields(record.targets) for record in (own, known)]  # from 1, as in files
+    pairs.append(("target", *(said.get("targets", said["target"]) for said in fields)))
     return [f"`{name}` is {here!r}, but {known.where} has {there!r}" for name, here, there in pairs if here != there]
 
 
@@ -255,7 +257,7 @@ def _asked(record: Question | Answer, id: str, counted: int, *options: tuple[str
     regions = None if is_unknown else {"pip": 2, "single": 1}.get(image_type, counted)
     category = record.extra.get("category", record.extra.get("subtask", record.extra.get("sub_task")))
     category = category if isinstance(category, str) and category.strip() else None
-    return Asked(id, record.where, record.answer, image_type, record.target, regions, *options, category)
+    return Asked(id, record.where, record.answer, image_type, record.targets, regions, *options, category)
 
 
 def _names(paths: Sequence[Path]) -> list[str]:

@@ -159,11 +159,12 @@ def _compared(scores: Scores) -> Table:
 
 def _flips(files: Mapping[str, Scores]) -> Table:
     names = dict.fromkeys(place for file in files.values() for place in at(file, "order.by_position") or ())
+    is_there = any(at(file, "order") for file in files.values())
     lines = {"right in one and wrong in another": "order.flipped", "questions": "order.questions"}
     lines |= {"right in every order": "order.always_right", "right in none": "order.never_right"}
     lines |= {f"accuracy, target at {name}": f"order.by_position.{name}" for name in names}
     note = "Of questions answered in several orders of their pictures: shares [95 % interval], and counts."
-    return _by_file(files, "order", "The same questions in other orders", lines if names else {}, note)
+    return _by_file(files, "order", "The same questions in other orders", lines if is_there else {}, note)
 
 
 def _attention(files: Mapping[str, Scores]) -> Table:

@@ -20,7 +20,7 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 
 from llava import tables
-from llava.asked import TARGET
+from llava.asked import named_in, target_fields
 from llava.choices import same_text, true_choice
 from llava.pixels import DECODER_ERRORS, as_seen
 from llava.records import IMAGE, PLACEHOLDER_OF_MIA_DPO
@@ -311,13 +311,15 @@ def prompt_of(question: str, num_images: int) -> tuple[str, list[int]]:
 
 
 def region_of(prompt: str, num_images: int) -> dict[str, Any]:
-    """`image_type`, and `target` where the prompt refers to one of its images as ours do ("In Image2, ...")."""
+    """`image_type`, and the targets where the prompt refers to some of its images as ours do ("In Image2, ...")."""
     if num_images == 1:
         return {"image_type": "single"}
-    match = TARGET.search(prompt)
+    found = named_in(prompt)
     named = {int(number) for number in re.findall(r"(?i)\bImage ?(\d+)\b(?!\s*:)", prompt)}
-    if match and len(named) == 1 and 1 <= int(match[1]) <= num_images:
-        return {"image_type": "sequence", "target": int(match[1])}
+    numbers = next(iter(found)) if len(found) == 1 else {0}
+    is_all_named = named == numbers or (len(numbers) > 1 and not named)  # "Images 1 and 3" has no "Image 1"
+    if is_all_named and len(numbers) < num_images and numbers <= set(range(1, num_images + 1)):
+        return {"image_type": "sequence", **target_fields([number - 1 for number in sorted(numbers)])}
     return {"image_type": "multi"}
 
 

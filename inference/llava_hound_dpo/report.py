@@ -18,6 +18,7 @@ from PIL import Image
 
 from inference.llava_hound_dpo.findings import preamble, sentences, tables
 from inference.llava_hound_dpo.summary import Row, is_confused
+from llava.asked import image_names
 from llava.charts import COLOURS, GLYPHS, GREY, KINDS, MARKERS, chart_file, draw_interval, inline, percent_chart
 from llava.endpoint import data_url
 from llava.heatmap import draw_prompt
@@ -174,16 +175,17 @@ def _kind(own: Sequence[Row]) -> tuple[bool, bool, tuple[bool, ...], int]:
 
 def _sample(models: Sequence[Model], place: int, question: Question, store: ImageStore) -> dict[str, Any]:
     """What the page shows of one question; `problem` says why its pictures are missing."""
-    pictures, box, problem = [], None, None
+    pictures, boxes, problem = [], None, None
     try:
         pictures = [store.open(name) for name in question.images]
-        box = outlined(question, pictures[0].size)
+        boxes = outlined(question, pictures[0].size)
     except (ValueError, FileNotFoundError) as error:
         pictures, problem = [], str(error)
-    draw = partial(_drawn, pictures, question.target, box)
+    draw = partial(_drawn, pictures, question.targets, boxes)
     return {
         "question": question,
         "asked": models[0].rows[place].asked,
+        "about": image_names(t + 1 for t in question.targets) if question.targets else "",
         "text": re.sub(rf"(?:Image\d+:)?\s*{IMAGE}\s*", "", question.prompt) or question.prompt,
         "picture": draw(None) if pictures else None,
         "problem": problem,
@@ -199,10 +201,10 @@ def _answered(model: Model, row: Row, pictures: Sequence[Image.Image], draw: Cal
     return {"model": model, "row": row, "is_confused": is_confused(row), "map": drawn, "problem": problem}
 
 
-def _drawn(pictures: Sequence[Image.Image], target: int | None, box: Sequence[float] | None, maps: Any) -> str:
+def _drawn(pictures: Sequence[Image.Image], targets: Sequence[int], boxes: Sequence | None, maps: Any) -> str:
     height = int(PICTURE_WIDTH / sum(picture.width / picture.height for picture in pictures))
     file = io.BytesIO()
-    draw_prompt(pictures, maps, target, box, max(1, min(PICTURE_HEIGHT, height))).save(file, "jpeg", quality=85)
+    draw_prompt(pictures, maps, targets, boxes, max(1, min(PICTURE_HEIGHT, height))).save(file, "jpeg", quality=85)
     return data_url(file.getvalue(), "jpeg")
 
 

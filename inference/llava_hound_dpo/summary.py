@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from llava.asked import the_one
 from llava.choices import NUM_LETTERS, parse_choice
 from llava.order import Order
 from llava.records import FORMATS, Answer
@@ -25,12 +26,22 @@ class Asked:
     where: str
     answer: str
     image_type: str
-    target: int | None  # 0-based; None for multi: no image is referred to
+    targets: tuple[int, ...]  # 0-based; () for multi: no image is referred to
     num_regions: int | None  # images of a sequence or multi, cells of a collage, 2 of a pic-in-pic; None: unknown
     choices: tuple[str, ...]
     others: tuple[str, ...] | None
     category: str | None = None  # the part of the test set that it belongs to
     permutation: tuple[str, Order] | None = None  # id and order, where its pictures stand in another than given
+
+    @property
+    def target(self) -> int | None:
+        """The one target; None without, or with several."""
+        return the_one(self.targets)
+
+    @property
+    def tells(self) -> bool:
+        """Whether some of what is shown is asked about and some is not, as far as is known."""
+        return len(self.targets) not in (0, self.num_regions)
 
     @property
     def base(self) -> str:
@@ -74,13 +85,22 @@ def summarize(rows: Sequence[Row]) -> dict[str, Any]:
         "overall": group(rows),
         "by_format": by(rows, lambda row: row.asked.image_type, FORMATS),
         "by_num_images": by(of("sequence", "collage", "multi"), lambda row: row.asked.num_regions or "unknown"),
-        "by_position": {t: by(of(t), lambda row: f"Image{row.asked.target + 1}") for t in ("sequence", "collage")},
+        "by_position": {t: by(at_one_place(of(t)), _place) for t in ("sequence", "collage")},
         "by_category": by([row for row in rows if row.asked.category], lambda row: row.asked.category),
         "scorers": dict(Counter(row.scorer for row in rows)),
         "confusion": confusion(rows),
         "looked_answered": looked_answered(rows),
         "ratio_auc": ratio_auc(rows),
     }
+
+
+def at_one_place(rows: Sequence[Row]) -> list[Row]:
+    """Those with one target."""
+    return [row for row in rows if row.asked.target is not None]
+
+
+def _place(row: Row) -> str:
+    return f"Image{row.asked.target + 1}"
 
 
 def by(rows: Sequence[Row], key: Callable[[Row], Any], order: Sequence[str] = ()) -> dict[str, dict]:
@@ -119,18 +139,15 @@ def group(rows: Sequence[Row]) -> dict[str, Any]:
 def _chance(rows: Sequence[Row]) -> float | None:
     """Accuracy of a model that answers truly about an image drawn at random: mean of 1/n; None where n is not known.
 
-    None too for one image, and where a question refers to no image.
+    None too for one image, and where a question refers to no image, or to several.
     """
     counts = [row.asked.num_regions if row.asked.target is not None else None for row in rows]
     return float(np.mean([1 / n for n in counts])) if all(n and n > 1 for n in counts) else None
 
 
 def with_ratio(rows: Sequence[Row]) -> list[Row]:
-    """Those whose attention ratio is known and means something: one of several images or parts was asked about."""
-    return [
-        row for row in rows
-        if row.given and row.given.attention_ratio is not None and row.asked.image_type not in ("single", "multi")
-    ]  # fmt: skip
+    """Those whose attention ratio is known and means something: some of several images or parts were asked about."""
+    return [row for row in rows if row.given and row.given.attention_ratio is not None and row.asked.tells]
 
 
 # ---- a wrong answer that is true of another image
@@ -188,22 +205,22 @@ def _chance_of_confusion(wrong: Sequence[Row], rng: np.random.Generator) -> floa
 
 
 def looked_right(row: Row) -> tuple[bool | None, str]:
-    """Whether the attention was on the target, and how that was told: (True, "argmax").
+    """Whether the attention was on the targets, and how that was told: (True, "argmax").
 
-    "argmax": the target has the largest share of `attention_by_image` (a tie is no). "ratio": without those shares,
-    more than an even share of the attention lay on the target. (None, "unknown") where neither can be told: no
-    answer, one image, no referred image, a collage whose cells nobody counted.
+    "argmax": the t targets have the t largest shares of `attention_by_image` (a tie with another is no). "ratio":
+    without those shares, more than an even share of the attention lay on the targets. (None, "unknown") where neither
+    can be told: no answer, no image referred to or all of them, a collage whose cells nobody counted.
     """
-    given, regions = row.given, row.asked.num_regions
-    if given is None or regions == 1 or row.asked.target is None:
+    given, regions, targets = row.given, row.asked.num_regions, row.asked.targets
+    if given is None or not row.asked.tells:
         return None, "unknown"
     if given.attention_by_image:
         shares = given.attention_by_image
-        target = shares[row.asked.target]
-        return all(share < target for n, share in enumerate(shares) if n != row.asked.target), "argmax"
+        least = min(shares[target] for target in targets)
+        return all(share < least for n, share in enumerate(shares) if n not in targets), "argmax"
     if given.attention_ratio is None or regions is None:
         return None, "unknown"
-    return given.attention_ratio > 1 / regions, "ratio"
+    return given.attention_ratio > len(targets) / regions, "ratio"
 
 
 def looked_answered(rows: Sequence[Row]) -> dict[str, Any]:
@@ -241,10 +258,11 @@ def _auc_of(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def _stratified_auc(rows: Sequence[Row], ratios: Sequence[float]) -> float | None:
-    """Over all pairs within a format and number of images: fewer images make both the ratio and the answer better."""
+    """Over all pairs within a format and numbers of images and targets, which move both the ratio and the answers."""
     strata: dict[tuple, list[tuple[float, bool]]] = {}
     for row, ratio in zip(rows, ratios, strict=True):
-        strata.setdefault((row.asked.image_type, row.asked.num_regions), []).append((ratio, row.is_right))
+        kind = row.asked.image_type, row.asked.num_regions, len(row.asked.targets)
+        strata.setdefault(kind, []).append((ratio, row.is_right))
     wins = pairs = 0.0
     for stratum in strata.values():
         scores, is_right = zip(*stratum, strict=True)
@@ -260,7 +278,8 @@ def flips(rows: Sequence[Row]) -> dict[str, Any] | None:
     """How often the order of the pictures decides; None where no question is answered in two orders.
 
     `flipped`: the share of questions so answered that are right in one order and not in another; `by_position`: the
-    share right of all these answers. `missing`: orders without an answer, which count nowhere here.
+    share right of all these answers, where there is one target. `missing`: orders without an answer, which count
+    nowhere here.
     """
     answered: dict[str, list[Row]] = {row.asked.base: [] for row in rows if row.asked.permutation}
     asked = [row for row in rows if row.asked.base in answered]
@@ -269,7 +288,7 @@ def flips(rows: Sequence[Row]) -> dict[str, Any] | None:
     several = [own for own in answered.values() if len(own) > 1]
     right = [sum(row.is_right for row in own) / len(own) for own in several]
     by_position: dict[int, list[bool]] = {}
-    for row in (row for own in several for row in own):
+    for row in at_one_place([row for own in several for row in own]):
         by_position.setdefault(row.asked.target + 1, []).append(row.is_right)
     if not several:
         return None

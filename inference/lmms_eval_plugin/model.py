@@ -17,7 +17,8 @@ from PIL import Image
 
 from inference.lmms_eval_plugin.requests import KNOWN, cut, measures_of, region_fields, settings_of
 from llava import open_model
-from llava.adaptviz import SCOPES, UNPOINTED, AdaptViz, read_config
+from llava.adaptviz import SCOPES, AdaptViz, read_config
+from llava.regions import UNPOINTED
 from llava.runtime import Progress, stop, user_errors
 from llava.settings import ModelSettings
 from llava.vlm import Reply

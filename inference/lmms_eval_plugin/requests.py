@@ -4,14 +4,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from inference.llava_hound_dpo.interchange_formats import region_of
-from llava.asked import TARGET, what_is_asked
+from llava.asked import named_in, what_is_asked
 from llava.regions import collage_grid
 
 DEFAULTS = {"max_new_tokens": 1024, "num_beams": 1}  # where a task does not say it, as in lmms-eval's own LLaVA
 KNOWN = {"until", "max_new_tokens", "temperature", "top_p", "num_beams", "do_sample"}
 MEASURES = (
-    "attention_ratio", "attention_by_image", "image_type", "target", "grid", "confidence", "perplexity", "scale",
-    "is_complete", "is_too_long",
+    "attention_ratio", "attention_by_image", "image_type", "target", "targets", "grid", "confidence", "perplexity",
+    "scale", "is_complete", "is_too_long",
 )  # fmt: skip
 
 
@@ -36,11 +36,12 @@ def region_fields(prompt: str, sizes: Sequence[tuple[int, int]]) -> dict[str, An
     Of several images as of imported sets, of one what its words say. A picture that shows no such cell as is named is
     pointed at as a whole: there are sets whose images come joined into one.
     """
-    named = {int(number) for number in TARGET.findall(prompt)}
+    mentions = named_in(prompt)
+    named = set().union(*mentions)
     if len(sizes) > 1 or named == {1}:
         return {"image_type": region_of(prompt, len(sizes))["image_type"], "points_elsewhere": False}
     rows, cols = collage_grid(sizes[0])
-    if len(named) > 1 or max(named, default=0) > rows * cols:
+    if len(mentions) > 1 or max(named, default=0) > rows * cols:
         return {"image_type": "single", "points_elsewhere": True}
     return {"image_type": what_is_asked({}, [prompt], 1)[0], "points_elsewhere": False}
 

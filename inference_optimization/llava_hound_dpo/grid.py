@@ -95,11 +95,15 @@ def scale_of(
 
 
 def another_part(batch: PromptBatch) -> Tensor:
-    """(B, S) weights of the part after the target (after the last comes the first); all 0 where there is no other."""
+    """(B, S) weights of the first part after a target (after the last comes the first) that is none itself.
+
+    All 0 where there is no such part, or nothing is pointed at.
+    """
     weights = torch.zeros_like(batch.regions[..., 0])
-    for row, count in enumerate(batch.num_regions):
+    for row, (count, targets) in enumerate(zip(batch.num_regions, batch.pointed, strict=True)):
         parts = batch.regions[row, :, 2:count]
-        if parts.shape[1] > 1:
-            target = (parts * batch.regions[row, :, :1]).sum(dim=0).argmax()
-            weights[row] = parts[:, (target + 1) % parts.shape[1]]
+        after = [(target + 1) % max(1, parts.shape[1]) for target in targets]
+        others = [part for part in after if part not in targets]
+        if others:
+            weights[row] = parts[:, others[0]]
     return weights

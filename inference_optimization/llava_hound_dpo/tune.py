@@ -21,20 +21,12 @@ from typing import Any
 import numpy as np
 
 from inference_optimization.llava_hound_dpo.grid import ANOTHER, PLAIN, Variant, answer_grid
-from llava.adaptviz import (
-    DEFAULTS,
-    FEW,
-    SCOPES,
-    STEPS,
-    UNPOINTED,
-    AdaptViz,
-    Bands,
-    PlaceSettings,
-)
+from llava.adaptviz import DEFAULTS, FEW, SCOPES, STEPS, AdaptViz, Bands, PlaceSettings
 from llava.answering import Answers, Job, digest_of, identify, prepare
 from llava.command_line import flag, parse
 from llava.markdown import table
 from llava.records import FORMATS, Question, read_json, read_questions, texts
+from llava.regions import pointed_at
 from llava.runtime import check_outputs, is_main_process, leave, setup_logging, user_errors, write_text
 from llava.scaling import RULES
 from llava.scorers import SCORERS, resolve, score
@@ -190,8 +182,9 @@ def scored(scorer: str, questions: Sequence[Question], variants: Sequence[Varian
         except ValueError as error:
             raise ValueError(f"{question.where}: {error}") from error
     image_types = np.array([question.image_type for question in questions])
+    is_pointed = np.array([bool(pointed_at(question)) for question in questions])
     confidence = np.array([answer["confidence"] for answer in answers])
-    return Grid(image_types, confidence, dict(zip(variants, np.array(scores).T, strict=True)))
+    return Grid(image_types, is_pointed, confidence, dict(zip(variants, np.array(scores).T, strict=True)))
 
 
 def split(count: int, share: float, seed: int) -> np.ndarray:
@@ -212,13 +205,14 @@ class Grid:
     """Scores of the same questions under every variant."""
 
     image_types: np.ndarray  # (N,) of FORMATS
+    is_pointed: np.ndarray  # (N,) bool: whether the words point at a target
     confidence: np.ndarray  # (N,) of the plain first token
     scores: dict[Variant, np.ndarray]  # (N,) 0 to 1 each
 
     def part(self, chosen: np.ndarray) -> "Grid":
         """The chosen questions, by index or by mask."""
         scores = {variant: values[chosen] for variant, values in self.scores.items()}
-        return Grid(self.image_types[chosen], self.confidence[chosen], scores)
+        return Grid(self.image_types[chosen], self.is_pointed[chosen], self.confidence[chosen], scores)
 
     @property
     def plain(self) -> np.ndarray:
@@ -229,14 +223,13 @@ class Grid:
         """(N,) scores by factor, 1.0 among them; the nearest to 1 first, so that ties change least."""
         own = {v.factor: scores for v, scores in self.scores.items() if (v.scope, v.rule) == (scope, rule)}
         if scope != "all":
-            is_plain = np.isin(self.image_types, UNPOINTED)
-            own = {factor: np.where(is_plain, self.plain, scores) for factor, scores in own.items()}
+            own = {factor: np.where(self.is_pointed, scores, self.plain) for factor, scores in own.items()}
         return dict(sorted({**own, 1.0: self.plain}.items(), key=lambda item: abs(np.log(item[0]))))
 
     def under(self, settings: AdaptViz, scope: str | None = None) -> np.ndarray:
         """(N,) scores that the settings give. Raises KeyError if one of their factors is not in the grid."""
         factors = self.factors(scope or settings.scope, settings.rule)
-        chosen = settings.factors(self.confidence, self.image_types)
+        chosen = settings.factors(self.confidence, self.is_pointed)
         return np.array([factors[round(factor, 6)][n] for n, factor in enumerate(chosen.tolist())])
 
     @property

@@ -150,7 +150,7 @@ def answers(model, family: Family, pairs: PairDataset, steer: Callable | None, n
     regions = torch.stack([pair.target, torch.ones_like(pair.target)])
     prompts = [pair.prompt, pair.prompt + pair.prompt[-3:]]
     batch = batch_prompts(
-        family, prompts, [images] * 2, [regions] * 2, family.join([pixels] * 2), [record.image_type] * 2
+        family, prompts, [images] * 2, [regions] * 2, family.join([pixels] * 2), [record.targets] * 2
     )
     base = model.get_base_model().eval()
     layers = sorted(layer_range(base.config.text_config.num_hidden_layers, "auto"))

@@ -36,4 +36,4 @@ def prompt_batch(family: Family, settings: Settings, count: int, images: int) ->
     own = [family.images([(family.side, family.side)] * number) for number in [images] * (count - 1) + [images - 1]]
     regions = [torch.stack([pair.target, torch.ones_like(pair.target)]) for pair in encoded]
     pixels = family.join([item["pixels"] for item in items])
-    return batch_prompts(family, [pair.prompt for pair in encoded], own, regions, pixels, ["sequence"] * count)
+    return batch_prompts(family, [pair.prompt for pair in encoded], own, regions, pixels, [(0,)] * count)

@@ -7,7 +7,7 @@ from typing import Any
 
 from inference.llava_hound_dpo.evaluate import judged, read
 from inference.llava_hound_dpo.summary import Row, looked_right
-from llava.asked import placeholders
+from llava.asked import image_names, placeholders, target_fields
 from llava.image import ImageStore
 from llava.records import Question, messages, read_questions
 from scripts.draw_attention import asked_of
@@ -18,8 +18,7 @@ COLUMNS = {"question": 240, "answer": 180, "true answer": 180, "answered": 100, 
 
 
 def _about(row: Row) -> str:
-    known = row.asked.target is not None and row.asked.image_type in ("sequence", "collage")
-    return f"Image{row.asked.target + 1}" if known else "-"
+    return image_names(t + 1 for t in row.asked.targets) if row.asked.image_type in ("sequence", "collage") else "-"
 
 
 def _looked(row: Row) -> str:
@@ -90,7 +89,7 @@ class AnswerFiles:
 def fields_of(question: Question) -> dict[str, Any]:
     """What a record says beside its prompt and pictures, as `VLM.ask` takes it."""
     found = {
-        "image_type": question.image_type, "target": None if question.target is None else question.target + 1,
+        "image_type": question.image_type, **target_fields(question.targets), "is_search": question.is_search or None,
         "target_box": question.target_box and list(question.target_box), "grid": question.grid and list(question.grid),
         "context": messages(question.context) or None,
     }  # fmt: skip

@@ -44,9 +44,9 @@ def parts(reply: Reply) -> list[dict[str, Any]]:
     names = [f"Image{number}" for number in range(1, len(shares) + 1)]
     if reply.question.image_type == "pip":
         names = ["inner picture", "outer picture"]
-    target = reply.question.target
+    targets = reply.question.targets
     return [
-        {"name": name, "share": share, "is_target": number == target and len(shares) > 1}
+        {"name": name, "share": share, "is_target": number in targets and len(shares) > 1}
         for number, (name, share) in enumerate(zip(names, shares, strict=True))
     ]
 
