@@ -282,7 +282,8 @@ class TestAnswers:
             assert line.get("is_search") == (True if line["question_id"] in ids else None)
         assert {a["scale"] for a in run(run_adaptive, "all.jsonl", *flags, "--alpha", 1.5, "--scope", "all")} == {1.5}
         # Scaled for every variant in the grid, and no more than plain for the choice.
-        job = prepare(ModelSettings(str(BASE), str(world / "images")), AnswerSettings(), str(flags[1]))
+        model = ModelSettings(model_name_or_path=str(BASE), image_folder=str(world / "images"))
+        job = prepare(model, AnswerSettings(), str(flags[1]))
         texts = [{"confidence": 0.5, "texts": [question.answer, "no"]} for question in job.questions]
         grid = tune.scored("exact", job.questions, [PLAIN, Variant("target", "add", 2.0)], texts)
         is_plain = [bool(same) for same in grid.factors("target", "add")[2.0] == 1]

@@ -1,6 +1,7 @@
 """Scores of small answers files against values worked out by hand, and every bad file named."""
 
 import json
+import re
 
 import pytest
 
@@ -95,6 +96,42 @@ def test_equal_attention_is_not_looked_right(write):
     lines = [answered(question("t"), "red", attention_by_image=[0.5, 0.5], attention_ratio=0.9)]
     found = evaluate([write("a.jsonl", lines)])["answers"]["a"]["looked_answered"]
     assert (found["looked_wrong_answered_right"], found["judged_by"]["argmax"]) == (1, 1)
+
+
+def several(id, text, targets, **more):
+    """A line of an answer to a question about some of three images."""
+    own = {"target": targets[0]} if len(targets) == 1 else {"target": None, "targets": targets}
+    line = {"question_id": id, "text": text, "answer": "x", "image_type": "sequence", "num_images": 3} | own
+    return line | {"attention_ratio": 0.7} | more
+
+
+def test_attention_on_several_targets_by_hand(write):
+    """Looked right: the outer two have the two largest shares, or more than 2/3 of the attention."""
+    shares = ([0.4, 0.2, 0.4], [0.5, 0.1, 0.4], [0.5, 0.3, 0.2], [0.4, 0.3, 0.3])  # the last is a tie with another
+    lines = [several(f"s{n}", "x", [1, 3], attention_by_image=own) for n, own in enumerate(shares)]
+    lines += [several("r0", "y", [1, 3]), several("r1", "y", [1, 3], attention_ratio=0.6)]
+    lines += [several("all", "y", [1, 2, 3], attention_by_image=[0.2, 0.4, 0.4], attention_ratio=1.0)]
+    search = {"is_search": True, "attention_by_image": [0.2, 0.5, 0.3], "attention_ratio": 0.5}
+    lines += [several("search", "x", [2], **search)]
+    found = evaluate([write("a.jsonl", lines)])["answers"]["a"]
+    looked = found["looked_answered"]
+    assert list(looked.values())[:4] == [3, 1, 2, 1]  # looked right: answered right, wrong; looked wrong: the same
+    assert looked["judged_by"] == {"argmax": 5, "ratio": 2, "unknown": 1}
+    assert {place: own["questions"] for place, own in found["by_position"]["sequence"].items()} == {"Image2": 1}
+    assert found["overall"]["attention_ratio"] == pytest.approx((5 * 0.7 + 0.6 + 0.5) / 7)  # not of all images
+    assert found["overall"]["chance"] is None and found["by_position"]["sequence"]["Image2"]["chance"] == 1 / 3
+    # Of two targets .7 .7 .7 .7 (right) against .7 .6: four ties and four wins; the search has none to stand against.
+    assert found["ratio_auc"]["overall"]["auc"] == pytest.approx((4 * 0.5 + 4) / 8)
+
+
+@pytest.mark.parametrize("targets", [[1], [1, 2], [2, 3], [1, 2, 3]])
+def test_an_answer_about_another_set_is_refused(write, targets):
+    prompt = "<image><image><image>\nIn Image1 and Image3, what?"
+    asked = {"id": "q", "image": ["a.jpg", "b.jpg", "c.jpg"], "prompt": prompt, "answer": "x"}
+    evaluate([write("a.jsonl", [several("q", "x", [1, 3])])], write("test.json", [asked]))
+    said = targets if len(targets) > 1 else 1
+    with pytest.raises(DataError, match=re.escape(f"`target` is {said}, but") + r".*test\.json.*\[1, 3\]"):
+        evaluate([write("b.jsonl", [several("q", "x", targets)])], write("test.json", [asked]))
 
 
 def test_how_well_the_ratio_tells_right_from_wrong_by_hand(write):

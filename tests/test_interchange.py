@@ -328,6 +328,11 @@ def test_listed_options(question, expected):
         ("Image1:<image>\nImage2:<image>\nIn Image2, what?", 2, {"image_type": "sequence", "target": 2}),
         ("In Image1, is the car of Image 2?", 2, {"image_type": "multi"}),
         ("In Image3, what?", 2, {"image_type": "multi"}),
+        ("In Image1 and Image3, what?", 3, {"image_type": "sequence", "target": None, "targets": [1, 3]}),
+        ("In images 1 and 3, what?", 4, {"image_type": "sequence", "target": None, "targets": [1, 3]}),
+        ("In Image1 and Image2, what differs?", 2, {"image_type": "multi"}),
+        ("In Image1 and Image2, as in Image3?", 4, {"image_type": "multi"}),
+        ("In Image1 and Image5, what?", 4, {"image_type": "multi"}),
     ],
 )
 def test_region(prompt, num_images, expected):

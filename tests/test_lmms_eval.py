@@ -93,7 +93,10 @@ def test_an_answer_ends_where_the_task_says():
         ("Image1:<image>\nImage2:<image>\nIn Image2, what?", 2, "sequence"),
         ("What?", 1, "single"),
         ("In image 1, what?", 1, "single"),
+        ("In Image1 and Image2, what?", 3, "sequence"),
+        ("In Image1 and Image2, what differs?", 2, "multi"),
         ("In Image3, what?", 1, "collage"),
+        ("In Image1 and Image3, what?", 1, "collage"),
         ("In the inner picture, what?", 1, "pip"),
     ],
 )
@@ -102,7 +105,10 @@ def test_the_format_follows_from_the_words(prompt, num_images, expected):
     assert region_fields(prompt, [(1424, 488)] * num_images)["image_type"] == expected
 
 
-@pytest.mark.parametrize("prompt", ["In image 1 a dog, in image 2 what?", "In Image4, what is it?"])
+BEYOND = "In image 1 a dog, in image 2 what?", "In Image4, what is it?", "In images 1 and 3?"
+
+
+@pytest.mark.parametrize("prompt", BEYOND)
 def test_images_that_one_picture_does_not_show_as_cells_are_the_whole_picture(prompt):
     """Two names, or a cell beyond the grid: joined images of a benchmark. The question is asked, and nothing measured
     as if a part had been meant."""
@@ -115,6 +121,7 @@ def test_images_that_one_picture_does_not_show_as_cells_are_the_whole_picture(pr
 def test_what_was_not_measured_is_not_logged():
     record = {"attention_ratio": None, "attention_by_image": [0.5, 0.5], "scale": 1.0, "text": "red"}
     assert measures_of(record) == {"attention_by_image": [0.5, 0.5], "scale": 1.0}
+    assert measures_of(record | {"target": None, "targets": [1, 3]})["targets"] == [1, 3]
 
 
 # ---- the real harness

@@ -1,6 +1,7 @@
 """The miniature world: the same bytes for the same seed, exact boxes, held-out combinations, and the shipped base."""
 
 import hashlib
+import itertools
 import json
 import re
 import subprocess
@@ -14,7 +15,7 @@ from PIL import Image
 
 from llava.checkpoints import open_checkpoint
 from llava.families.qwen_vl import QwenVL
-from llava.records import read_preferences, read_questions
+from llava.records import parse_preference, read_preferences, read_questions
 from scripts import figures
 from scripts.miniature import make_data, make_source, qwen, train_base, wrong_targets
 from scripts.miniature.lessons import conversation_batch, encode, patch_batch
@@ -120,6 +121,19 @@ def test_a_wrong_target_is_another_region_and_nothing_else_changes(before):
             boxes = [(record["target_box"][0::2], record["target_box"][1::2]) for record in (before, after)]
             (x0, y0), (x1, y1) = boxes
             assert x0[1] <= x1[0] or x1[1] <= x0[0] or y0[1] <= y1[0] or y1[1] <= y0[0]
+
+
+@pytest.mark.parametrize("number", [3, 4, 5])
+def test_wrong_targets_of_several_are_as_many_others_as_there_are(number):
+    before = record("sequence", image=["a"] * number, target=None, targets=[1, 3])
+    seen = set()
+    for seed in range(20):
+        after = wrong_targets.with_another_target(before, "", np.random.default_rng(seed))
+        seen.add(parse_preference(after | {"prompt": "<image>" * number}, "").targets)
+    others = [place for place in range(number) if place not in (0, 2)]
+    assert seen == set(itertools.combinations(others, min(2, number - 2)))
+    every = record("sequence", image=["a"] * 2, target=None, targets=[1, 2])
+    assert wrong_targets.with_another_target(every, "", np.random.default_rng(0)) == every
 
 
 def test_pairs_with_wrong_targets_are_still_read(world, tmp_path, monkeypatch):
