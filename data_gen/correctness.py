@@ -8,14 +8,16 @@ from collections.abc import Sequence
 
 from rapidfuzz.distance import Levenshtein
 
-from llava.scorers import RIGHT, UNPARSED, contains, normalise, score, words
+from llava.scorers import IMAGE_BEFORE_NUMBER, RIGHT, UNPARSED, contains, normalise, score
 
 NUMBERS = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
     "eighteen nineteen twenty"
 ).split()
 DIGITS = {word: str(number) for number, word in enumerate(NUMBERS)}
-ORDINALS = ["", *"first second third fourth fifth sixth seventh eighth ninth".split()]
+ORDINALS = {word: str(number) for number, word in enumerate(
+    "first second third fourth fifth sixth seventh eighth ninth".split(), 1
+)}  # fmt: skip
 LINKS = re.compile(r"\band\b|\bimage ?\d+\b")  # between what is said of several images
 LETTER = re.compile(r"\(?[A-H]\)?\.?")  # the true answer to a question that lists its options itself
 
@@ -42,9 +44,10 @@ def _within(few: Sequence[str], many: Sequence[str]) -> bool:
     return all(word in rest for word in few)
 
 
-def says_place(text: str, number: str) -> bool:
-    """Whether a text calls the image of a number from 1 by its place: "the third", of 3."""
-    return number.isdecimal() and ORDINALS[int(number) : int(number) + 1] in ([word] for word in words(text))
+def numbers_in(text: str) -> set[str]:
+    """Numbers of the images that a text may name: "3", "three", "Image3", "the third"."""
+    said = normalise(IMAGE_BEFORE_NUMBER.sub("", text))
+    return {word for word in said if word.isdecimal()} | {ORDINALS[word] for word in said if word in ORDINALS}
 
 
 def canonical(text: str) -> str:

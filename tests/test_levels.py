@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from data_gen.correctness import is_right, says_place
+from data_gen.correctness import is_right, numbers_in
 from data_gen.gen_chosen_rejected import __main__ as gen_chosen_rejected
 from data_gen.gen_chosen_rejected.others import Truth, other_image, repointed, truths
 from data_gen.gen_chosen_rejected.rules import THRESHOLDS, Candidate, Rules, judge
@@ -24,6 +24,7 @@ from llava.records import parse_preference, parse_question, read_instructions
 from scripts.miniature import make_data, make_source
 from scripts.miniature.make_data import preference, question
 from scripts.miniature.prompts import COMPARE, SEARCH, sample_prompt
+from tests.conftest import BASE
 from tests.single_images import digest, generate, lines, record, save_pictures, turns, world, write
 
 NAMES = r"In Image(\d+)(?: and Image(\d+))?, what is the (\w+)\?"
@@ -229,6 +230,24 @@ def test_pairs_of_the_questions_of_other_pairs(instructions, tmp_path, monkeypat
     assert "some.json: none of its pairs is about a question of" in capsys.readouterr().err
 
 
+def test_a_models_own_answers_are_rejected_where_they_are_false(source, instructions, tmp_path, monkeypatch):
+    some = [raw for raw in lines(instructions / "instructions.jsonl") if raw["image_type"] == "sequence"][:60]
+    (tmp_path / "some.jsonl").write_text("".join(json.dumps(raw) + "\n" for raw in some))
+    words = ["--instructions", tmp_path / "some.jsonl", "--image_folder", instructions / "images", "--output",
+             tmp_path / "pairs", "--model_name_or_path", BASE, "--max_new_tokens", 4, "--num_workers", 0,
+             "--source", source[0] / "source.json", "--attention_layers", 3]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["gen_chosen_rejected", *map(str, words)])
+    gen_chosen_rejected.main()
+    pairs, scenes = json.loads((tmp_path / "pairs/pairs.json").read_text()), {}
+    scenes = {raw["id"]: scenes_of(raw, source[1]) for raw in some}
+    for pair in pairs:
+        answer, _ = truth(pair["prompt"], scenes[pair["id"]])
+        assert pair["chosen"] == answer and not set(pair["rejected"].split()) & set(answer.split())
+    dropped = lines(tmp_path / "pairs/dropped.jsonl")
+    assert {pair["category"] for pair in pairs} >= {"named", "compare"} and len(pairs) + len(dropped) == len(some)
+    assert {line["reason"] for line in dropped} >= {"right", "undecided"}
+
+
 class Killed(BaseException):
     """Ends a run as abruptly as can be within a process."""
 
@@ -326,19 +345,21 @@ def asked_at(level, image_type="sequence", number=3):
 
 
 @pytest.mark.parametrize(
-    ("text", "is_true"), [("Image{}", True), ("It is image {}.", True), ("1{}", False), ("Image1{}", False)]
+    ("text", "reason"),
+    [("Image{}", "right"), ("It is image {}.", "right"), ("1{}", None), ("Image1{}", None), ("red one", "undecided")],
 )
-def test_a_number_is_right_in_its_forms(text, is_true):
+def test_a_number_is_right_in_its_forms(text, reason):
     asked = asked_at(SEARCH)
-    verdict = judge(Candidate(asked, text.format(asked.answer), "clean"), Rules(THRESHOLDS))
-    assert (verdict is not None and verdict[0] == "right") == is_true
-    assert says_place("the third image", "3") and not says_place("the third image", "1") and not says_place("x", "red")
+    verdict = judge(Candidate(asked, text.format(asked.answer), "clean"), Rules(THRESHOLDS, max_length_ratio=9))
+    assert (verdict and verdict[0]) == reason
+    assert numbers_in("the third image, or Images 4 and two") == {"3", "4", "2"} and numbers_in("my image3d") == set()
 
 
 def test_the_limit_of_attention_on_several_named_together():
     """Of two among three both may have 1 - 0.3 * 0.3; of two among two there is nowhere else to look."""
     def reason(asked, ratio):
-        found = judge(Candidate(asked, "wrong and false", "clean", True, ratio, 2.0), Rules(THRESHOLDS))
+        text = "9" if asked.is_search else "wrong and false"
+        found = judge(Candidate(asked, text, "clean", True, ratio, 2.0), Rules(THRESHOLDS))
         return found and found[0]
 
     assert [reason(asked_at(COMPARE), ratio) for ratio in (0.9, 0.92)] == [None, "on target"]

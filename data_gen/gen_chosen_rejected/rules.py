@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from data_gen.correctness import edit_distance, is_right, length_ratio, says_place
+from data_gen.correctness import edit_distance, is_right, length_ratio, numbers_in
 from llava.records import FORMATS, DataError, Question, check_answer, texts
 from llava.regions import num_parts
 from llava.scorers import true_choice, words
@@ -80,9 +80,13 @@ def _special_text(candidate: Candidate, rules: Rules) -> Numbers | None:
 
 
 def says_the_answer(question: Question, text: str) -> bool | None:
-    """`is_right` of a text: in order where several images are named, and of one that is sought also by its place."""
-    if question.is_search and says_place(text, question.answer):
-        return True
+    """`is_right` of a text: in order where several images are named; of one that is sought by its number.
+
+    None, as it may be right in other words, where one is sought and no number is said.
+    """
+    if question.is_search and (true := numbers_in(question.answer)):
+        given = numbers_in(text)
+        return bool(given & true) if given else None
     return is_right(text, question.answer, texts(question.extra, "choices") or (), in_order=compares(question))
 
 
