@@ -25,7 +25,7 @@ from scripts.miniature import make_data, make_source
 from scripts.miniature.make_data import preference, question
 from scripts.miniature.prompts import COMPARE, SEARCH, sample_prompt
 from tests.conftest import BASE
-from tests.single_images import digest, generate, lines, record, save_pictures, turns, world, write
+from tests.single_images import digest, generate, generate_test_set, lines, record, save_pictures, turns, world, write
 
 NAMES = r"In Image(\d+)(?: and Image(\d+))?, what is the (\w+)\?"
 SOUGHT = r'Which image has the (\w+) (\w+)\?|"What is the (\w+)\?" For which image is the answer "(\w+)"\?'
@@ -183,6 +183,22 @@ def test_generated_answers_are_true_of_the_scenes(source, instructions):
     assert all(count[level, image_type] > 15 for level in levels for image_type in ("sequence", "collage"))
     places = Counter(tuple(raw["targets"]) for raw in made if raw.get("targets"))
     assert {number for pair in places for number in pair} >= {1, 2, 3, 4, 5} and all(a < b for a, b in places)
+
+
+@pytest.mark.parametrize("level", ["search", "mix"])
+def test_questions_of_test_sets_are_true_of_the_scenes(source, tmp_path, monkeypatch, level):
+    words = flags(source, "--level", level, "--output", tmp_path, "--num_per_format", 9, "--num_workers", 1)
+    assert generate_test_set(monkeypatch, *words) == 0
+    for image_type in ("sequence", "collage"):
+        made = json.loads((tmp_path / f"{image_type}_test_images.json").read_text())
+        for raw in made:
+            asked = parsed(raw)
+            answer, numbers = truth(asked.prompt, scenes_of(raw, source[1]))
+            assert asked.answer == answer and [target + 1 for target in asked.targets] == numbers
+            assert answer not in raw.get("others", ()) and asked.is_search == (raw["category"] == "search")
+        count = Counter(raw["category"] for raw in made)
+        assert count == ({"search": 9} if level == "search" else dict.fromkeys(("named", "compare", "search"), 3))
+    assert {raw["category"] for raw in json.loads((tmp_path / "pip_test_images.json").read_text())} == {"named"}
 
 
 def test_rejected_answers_are_false_of_the_scenes(source, instructions, tmp_path, monkeypatch):

@@ -17,10 +17,10 @@ from typing import Any
 
 from data_gen.drops import Drop
 from data_gen.gen_instruction import schedule
-from data_gen.gen_instruction.arguments import Common, exit_code
+from data_gen.gen_instruction.arguments import Common, exit_code, of_the_data
 from data_gen.gen_instruction.compose import Recipe, make
 from data_gen.gen_instruction.formats import FORMATS, GRIDS
-from data_gen.gen_instruction.levels import LEVELS, MIX, NAMED
+from data_gen.gen_instruction.levels import NAMED
 from data_gen.gen_instruction.output import Output
 from data_gen.gen_instruction.workers import WorkerKilled, ordered
 from data_gen.sources import Sources
@@ -47,11 +47,6 @@ class Flags(Common):
     format: str = flag(
         "sequence: several pictures; collage: numbered ones in one; pip: one inside another", choices=[*FORMATS, "mix"]
     )
-    level: str = flag(
-        "named: about one picture; compare: about two; search: which picture it is, the answer is its number; mix: a "
-        "third each (pip: always named)",
-        NAMED, choices=[*LEVELS, MIX],
-    )  # fmt: skip
     seed: int = flag("of everything drawn by chance", 0)
     num_records: int | None = flag("prompts to make; without it one per source record", None)
     shares: str | None = flag(f"of the formats in a mix; as published: {shown(schedule.SHARES)}", None)
@@ -127,7 +122,7 @@ def chances_of(flags: Flags) -> dict[str, dict[Any, float]]:
 def identify(arguments: dict[str, str], sources: list[str]) -> dict[str, dict[str, Any]]:
     """What decides the bytes that are written: a run of another kind is not continued."""
     return {
-        "arguments": {name: value for name, value in arguments.items() if name not in NOT_OF_THE_DATA},
+        "arguments": of_the_data(arguments, NOT_OF_THE_DATA),
         "sources": {path: stamp(path) for path in sources},
         "versions": {name: version(name) for name in ("pillow", "numpy")},
     }

@@ -14,7 +14,7 @@ from data_gen.drops import Drop, Unusable
 from data_gen.gen_instruction import levels
 from data_gen.gen_instruction.companions import Member, Pool, any_companions, members
 from data_gen.gen_instruction.formats import Drawn, put_together
-from data_gen.gen_instruction.levels import COMPARE, LEVELS, MIX, NAMED, SEARCH, Asked, compared, searched
+from data_gen.gen_instruction.levels import NAMED, Asked
 from data_gen.gen_instruction.output import PictureFolder
 from data_gen.gen_instruction.rewriting import Turn, ask, centre_phrase, conversation, numbered, refusal
 from data_gen.gen_instruction.schedule import PROMPTS, Task
@@ -50,12 +50,12 @@ class Draft:
     target: int  # 0-based position of the record that asks
     is_refused: bool  # asks about the picture after the last one instead
     level: str = NAMED
-    partner: int | None = None  # position of the record that it is compared with
+    partner: tuple[int, ...] = ()  # position of the record that it is compared with
 
     @property
     def first(self) -> list[int]:
         """Positions of those that are asked about, the record's own first."""
-        return [self.target] if self.partner is None else [self.target, self.partner]
+        return [self.target, *self.partner]
 
 
 def make(recipe: Recipe, task: Task) -> tuple[dict[str, Any] | None, list[Drop]]:
@@ -65,7 +65,8 @@ def make(recipe: Recipe, task: Task) -> tuple[dict[str, Any] | None, list[Drop]]
     try:
         found = members(recipe.sources, task.source, _companions(recipe, draft, turn), drops, task.id)
         drawn = put_together(task.image_type, draft.first, draft.num_images, found)
-        return _record(recipe, draft, drawn, turn and _of_level(draft, drawn, turn)), drops
+        asked = turn and levels.asked(draft.level, draft.first, drawn.sources, turn)
+        return _record(recipe, draft, drawn, asked), drops
     except Unusable as error:
         return None, [*drops, Drop.of(error, recipe.sources[task.source])]
 
@@ -81,9 +82,8 @@ def draw(recipe: Recipe, task: Task) -> Draft:
     draft = Draft(task, rng, num_images, int(rng.integers(num_images)), bool(rng.random() < recipe.refusals))
     if recipe.level == NAMED or draft.is_refused:
         return draft
-    level = LEVELS[rng.integers(len(LEVELS))] if recipe.level == MIX else recipe.level
-    rest = [position for position in range(num_images) if position != draft.target]
-    return replace(draft, level=level, partner=rest[rng.integers(len(rest))] if level == COMPARE else None)
+    level = levels.level_of(recipe.level, int(rng.integers(len(levels.LEVELS))))
+    return replace(draft, level=level, partner=tuple(levels.first_of(level, draft.target, num_images, rng)[1:]))
 
 
 def _companions(recipe: Recipe, draft: Draft, turn: Turn | None) -> list[Pool]:
@@ -92,12 +92,6 @@ def _companions(recipe: Recipe, draft: Draft, turn: Turn | None) -> list[Pool]:
         return [any_companions(*chosen, draft.num_images, draft.rng)]
     uncut = recipe.uncut & (draft.task.image_type == "collage")
     return levels.pools(*chosen, turn, draft.level, draft.num_images, uncut, draft.rng)
-
-
-def _of_level(draft: Draft, drawn: Drawn, turn: Turn) -> Asked:
-    if draft.level == SEARCH:
-        return searched(draft.target, draft.num_images, turn)
-    return compared(sorted(draft.first), drawn.sources, turn[0])
 
 
 def _record(recipe: Recipe, draft: Draft, drawn: Drawn, asked: Asked | None) -> dict[str, Any]:
@@ -114,8 +108,7 @@ def _record(recipe: Recipe, draft: Draft, drawn: Drawn, asked: Asked | None) -> 
         record["target_box"] = None
     if len(set(turn_targets)) > 1:
         record["turn_targets"] = turn_targets
-    record |= {"is_search": True} if draft.level == SEARCH else {}
-    record |= {"others": asked.others} if asked and asked.others else {}
+    record |= asked.fields if asked else {}
     if recipe.level != NAMED:
         record["category"] = draft.level
     record["sources"] = [{"id": source.id, "path": source.path} for source in drawn.sources]

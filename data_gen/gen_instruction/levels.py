@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain, combinations
+from typing import Any
 
 import numpy as np
 
@@ -28,6 +29,12 @@ class Asked:
 
     turn: Turn
     others: list[str]  # wrong answers, each true of other pictures or of the same in another order
+    is_search: bool = False
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """What records say of it."""
+        return ({"is_search": True} if self.is_search else {}) | ({"others": self.others} if self.others else {})
 
 
 def question_of(source: Source, rng: np.random.Generator) -> Turn:
@@ -51,9 +58,27 @@ def pools(
     return [Pool(2, differing, few), Pool(count, chain(own, any_companions(sources, index, count, rng).records))]
 
 
+def level_of(chosen: str, number: int) -> str:
+    """The level of the prompt of that number, of a mix in turn."""
+    return LEVELS[number % len(LEVELS)] if chosen == MIX else chosen
+
+
+def first_of(level: str, target: int, num_pictures: int, rng: np.random.Generator) -> list[int]:
+    """Positions of the pictures that are asked about, from 0, the target first; its partner is any other."""
+    rest = [position for position in range(num_pictures) if position != target]
+    return [target, rest[rng.integers(len(rest))]] if level == COMPARE else [target]
+
+
 def differ(one: str, other: str) -> bool:
     """Whether two answers cannot mean the same, nor one a part of the other."""
     return is_right(one, other) is False and is_right(other, one) is False
+
+
+def asked(level: str, first: Sequence[int], sources: Sequence[Source], turn: Turn) -> Asked:
+    """What a prompt of level 2 or 3 about the pictures `first` of those from `sources` asks."""
+    if level == SEARCH:
+        return searched(first[0], len(sources), turn)
+    return compared(sorted(first), sources, turn[0])
 
 
 def compared(places: Sequence[int], sources: Sequence[Source], question: str) -> Asked:
@@ -86,4 +111,4 @@ def searched(place: int, num_pictures: int, turn: Turn) -> Asked:
     """A question whose answer is the number of the picture, `place` from 0, of which the answer of `turn` is true."""
     question = f'"{HOW.sub("", turn[0])}" For which image is the answer "{turn[1].rstrip(".")}"?'
     numbers = [str(number + 1) for number in range(num_pictures)]
-    return Asked((question, numbers.pop(place)), numbers)
+    return Asked((question, numbers.pop(place)), numbers, is_search=True)
