@@ -7,7 +7,7 @@ from llava.attention import attention_ratio, mean_over_layers
 from llava.checkpoints import open_checkpoint
 from llava.heads import Heads, RankedHead, Ranking
 from tests.conftest import encoded
-from tests.test_packing import eager_twin, pairs_of
+from tests.test_packing import EACH_ROWS, ROWS, eager_twin, pairs_of
 from tests.test_trainer import make_trainer, one_batch, pairs  # noqa: F401  two fixtures
 from train.llava_hound_dpo import trainer as trainer_module
 from train.llava_hound_dpo.losses import hinge_attention, total_loss
@@ -28,26 +28,26 @@ def heads_file(checkpoint, tmp_path):
     return tmp_path / "heads.json"
 
 
-def eager_masses(eager, pair, pixels, layer, heads):
-    """(target, images) mean mass of one pair over rows and these heads, by hand."""
+def eager_masses(eager, pair, pixels, layer, heads, rows):
+    """(target, images) mean mass of one pair over these rows and heads, by hand."""
     ids = torch.tensor([[*pair.prompt, *pair.chosen]])
     out = eager(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=pixels, output_attentions=True)
-    rows = slice(len(pair.prompt) - 1, ids.shape[1] - 1)
-    maps = out.attentions[layer][0, list(heads), rows]
+    maps = out.attentions[layer][0, list(heads), len(pair.prompt) - 1 : -1][:, ROWS[rows]]
     is_image = ids[0] == eager.config.image_token_id
     target = torch.zeros(ids.shape[1]).masked_scatter(is_image, pair.target)
     by_row = torch.stack([maps @ target, maps @ is_image.float()], dim=-1)
     return by_row.mean(dim=(0, 1))
 
 
-def test_masses_of_selected_heads_equal_eager_attention_by_hand(processor, model):
+@EACH_ROWS
+def test_masses_of_selected_heads_equal_eager_attention_by_hand(processor, model, rows):
     eager, (asked, pixels, own_pixels) = eager_twin(model, processor), pairs_of(model)
     row = pack(asked, model.config.image_token_id)
-    settings = {"layers": SOME.layers, "heads": SOME.selected(NUM_HEADS)}
+    settings = {"layers": SOME.layers, "heads": SOME.selected(NUM_HEADS), "rows": rows}
     found = score(model, row, encoded(model, pixels), **settings).masses
     for number, (pair, own) in enumerate(zip(asked, own_pixels, strict=True)):
         with torch.no_grad():
-            expected = [eager_masses(eager, pair, own, layer, heads) for layer, heads in SOME.by_layer.items()]
+            expected = [eager_masses(eager, pair, own, layer, heads, rows) for layer, heads in SOME.by_layer.items()]
         torch.testing.assert_close(found[:, number], torch.stack(expected), atol=2e-6, rtol=1e-4)
 
 
@@ -111,7 +111,7 @@ def test_a_weight_of_zero_is_the_plain_arm_bit_for_bit(make_trainer, heads_file,
     assert any(not torch.equal(a, b) for a, b in zip(with_term, expected, strict=True))
 
 
-def without_term(settings, chosen, tokens, ratio, z, owner, chosen_end):
-    _, parts = total_loss(settings, chosen, tokens, ratio.detach(), z, owner, chosen_end)
+def without_term(settings, chosen, tokens, ratio, *more):
+    _, parts = total_loss(settings, chosen, tokens, ratio.detach(), *more)
     plain = settings.gamma * parts["sft"] + settings.dpo_alpha * parts["dpo"]
     return plain.mean(), parts | {"total": plain}

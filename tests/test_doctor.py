@@ -51,6 +51,16 @@ def test_clean_input_passes_with_counts(examine, data, clean, checkpoint):
     assert "region mass equals eager attention" in printed
 
 
+def test_prompts_about_several_images_are_counted(examine_data, data, checkpoint):
+    lines = "Image1:<image>\nImage2:<image>\n"
+    records = [preference(0, prompt=f"{lines}In Image1 and Image2, what is it?"), preference(1)]
+    search = {"prompt": f"{lines}Which image is red?", "is_search": True}
+    records += [preference(2, **search, targets=[1, 2]), preference(3, **search, targets=[2])]
+    words = ["--model_name_or_path", checkpoint, "--data_path", data(records), "--image_folder", data.images]
+    code, failures, printed = examine_data(*words)
+    assert (code, failures) == (0, []) and "about several images: 2; looking for what fits (`is_search`): 2" in printed
+
+
 def test_a_test_set_is_examined_too(examine_data, data, clean, checkpoint):
     questions = [
         {**{k: v for k, v in record.items() if k not in ("chosen", "rejected")}, "answer": record["chosen"]}

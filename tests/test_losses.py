@@ -11,6 +11,7 @@ from train.llava_hound_dpo.losses import (
     hinge_attention,
     log_attention,
     logits_margin,
+    prefers_chosen,
     total_loss,
 )
 
@@ -68,6 +69,31 @@ def test_total_is_the_formula_of_the_design():
         expected = [alpha * (d + 0.9 * a) + gamma * (s + 0.9 * a) for d, s, a in zip(dpo, sft, attention, strict=True)]
         assert found.item() == pytest.approx(sum(expected) / 2, abs=1e-5)
         assert ("dpo" in parts) == (alpha > 0)
+
+
+def test_the_gate_opens_where_the_chosen_answer_beats_every_rejected_one():
+    owner = torch.tensor([0, 0, 1, 1, 2, 3])
+    chosen, rejected = tensor(-2, -2, -2, -2, -1, -3), tensor(-3, -4, -3, -1, -1, -5)
+    assert prefers_chosen(chosen.requires_grad_(), rejected, owner, 4).tolist() == [True, False, False, True]
+
+
+@pytest.mark.parametrize("variant", ["hinge", "log"])
+def test_a_closed_gate_takes_the_term_alone_and_the_mean_stays_over_all_pairs(variant):
+    chosen, tokens, z = tensor(-3.0, -8.0), tensor(2.0, 4.0), tensor(1.0, -2.0)
+    settings = LossSettings(dpo_alpha=0.5, gamma=2.0, attention_loss=variant)
+
+    def loss(*is_open):
+        ratio = tensor(0.5, 0.25).requires_grad_()
+        gate = torch.tensor(is_open) if is_open else None
+        total, parts = total_loss(settings, chosen, tokens, ratio, z, is_open=gate)
+        total.backward()
+        return total.item(), parts["attention"].tolist(), ratio.grad.tolist()
+
+    everywhere, terms, pulls = loss()
+    assert loss(True, True) == (everywhere, terms, pulls)
+    total, found, pulled = loss(True, False)
+    assert found == [terms[0], 0] and pulled == [pulls[0], 0] and pulls[1] < 0
+    assert total == pytest.approx(everywhere - 2.5 * 0.9 * terms[1] / 2, abs=1e-6)
 
 
 def test_weight_zero_is_plain_dpo():

@@ -49,7 +49,11 @@ def separate(eager, prompt, answer, pixels):
     return logps, [out.attentions[layer][0, :, rows, : len(prompt)] for layer in sorted(LAYERS)]
 
 
-def separate_scores(eager, pairs, pixels):
+ROWS = {"all": slice(None), "first": slice(1)}  # of those that predict the chosen answer
+EACH_ROWS = pytest.mark.parametrize("rows", ROWS)
+
+
+def separate_scores(eager, pairs, pixels, rows="all"):
     """(chosen, rejected, ratio-ready masses (L, N, 2)) from two forwards a pair, one pair at a time."""
     chosen, rejected, masses = [], [], []
     for pair, own in zip(pairs, pixels, strict=True):
@@ -58,21 +62,23 @@ def separate_scores(eager, pairs, pixels):
         rejected.append(separate(eager, pair.prompt, pair.rejected[0], own)[0].sum())
         is_image = torch.tensor(pair.prompt) == eager.config.image_token_id
         target = torch.zeros(len(pair.prompt)).masked_scatter(is_image, pair.target)
+        maps = [m[:, ROWS[rows]] for m in maps]
         masses.append(
             torch.stack([torch.stack([(m * target).sum(-1).mean(), (m * is_image).sum(-1).mean()]) for m in maps])
         )
     return torch.stack(chosen), torch.stack(rejected), torch.stack(masses, dim=1)
 
 
+@EACH_ROWS
 @pytest.mark.parametrize("heads", [{}, {"num_key_value_heads": 2}], ids=["mha", "gqa"])
-def test_packed_row_equals_two_forwards_of_every_pair(processor, heads):
+def test_packed_row_equals_two_forwards_of_every_pair(processor, heads, rows):
     model = tiny_model(processor, **heads)
     install(model)
     eager = eager_twin(model, processor, **heads)
     pairs, pixels, own_pixels = pairs_of(model)
     row = pack(pairs, model.config.image_token_id)
-    found = score(model, row, encoded(model, pixels), layers=LAYERS)
-    chosen, rejected, masses = separate_scores(eager, pairs, own_pixels)
+    found = score(model, row, encoded(model, pixels), layers=LAYERS, rows=rows)
+    chosen, rejected, masses = separate_scores(eager, pairs, own_pixels, rows)
     torch.testing.assert_close(found.chosen, chosen, atol=2e-5, rtol=1e-5)
     torch.testing.assert_close(found.rejected, rejected, atol=2e-5, rtol=1e-5)
     torch.testing.assert_close(found.masses, masses, atol=2e-6, rtol=1e-5)
@@ -86,16 +92,18 @@ def some_loss(chosen, rejected, masses):
     return (-torch.nn.functional.logsigmoid(0.1 * (chosen - rejected)) + 0.9 * torch.relu(0.75 - ratio)).mean()
 
 
+@EACH_ROWS
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_packed_gradients_equal_those_of_separate_forwards(processor, model, checkpointing):
+def test_packed_gradients_equal_those_of_separate_forwards(processor, model, checkpointing, rows):
     eager = eager_twin(model, processor)
     pairs, pixels, own_pixels = pairs_of(model)
     if checkpointing:
         model.activation_checkpointing_enable()
         model.train()
-    found = score(model, pack(pairs, model.config.image_token_id), encoded(model, pixels), layers=LAYERS)
+    row = pack(pairs, model.config.image_token_id)
+    found = score(model, row, encoded(model, pixels), layers=LAYERS, rows=rows)
     some_loss(found.chosen, found.rejected, found.masses).backward()
-    some_loss(*separate_scores(eager, pairs, own_pixels)).backward()
+    some_loss(*separate_scores(eager, pairs, own_pixels, rows)).backward()
     largest = 0.0
     for (name, ours), theirs in zip(model.named_parameters(), eager.parameters(), strict=True):
         if theirs.grad is None:

@@ -111,7 +111,7 @@ def test_world_size(monkeypatch):
 def dry(checkpoint, data, **settings):
     """(arguments, inputs) of a dry run on what `data` wrote."""
     settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "num_train_epochs": 4} | settings
-    loss = {name: settings.pop(name) for name in ("dpo_alpha", "gamma") if name in settings}
+    loss = {name: settings.pop(name) for name in ("dpo_alpha", "gamma", "attention_gate") if name in settings}
     arguments = (
         ModelArguments(str(checkpoint), lora_r=8, lora_alpha=16),
         DataArguments(str(data.folder / "train.json"), str(data.images), eval_split=settings.pop("eval_split", 0)),
@@ -152,14 +152,17 @@ def test_text_of_a_tiny_run(checkpoint, data, one_process):
 
 
 def test_tokens_of_the_longest_batch(checkpoint, data, one_process):
-    """Two rows of the longest pairs, each prompt once with 36 tokens an image; without the rejected for SFT."""
+    """Two rows of the longest pairs, each prompt once with 36 tokens an image; the rejected for DPO or a gate."""
     data([preference(n, n + 1, 1, image_type="sequence") for n in range(4)])
-    for weights, answers in (({}, 2), ({"dpo_alpha": 0.0, "gamma": 1.0}, 1)):
+    sft = {"dpo_alpha": 0.0, "gamma": 1.0}
+    for weights, answers in (({}, 2), (sft, 1), (sft | {"attention_gate": "preferred"}, 2)):
         arguments, inputs = dry(checkpoint, data, **weights)
         long = inputs.train[2:]
         wanted = sum(len(p.prompt) - 1 + 35 * len(p.record.images) + answers * len(p.chosen) for p in long)
         assert all([len(p.chosen)] == [*map(len, p.rejected)] for p in long)
-        assert f"({wanted:,} tokens)" in text_of(arguments, inputs)["memory"]
+        rows = text_of(arguments, inputs)
+        assert f"({wanted:,} tokens)" in rows["memory"] and ("none" in rows["reference"]) == bool(weights)
+        assert sum(inputs.batches.lengths[2:]) == wanted
 
 
 def test_the_batch_is_what_a_step_really_has(checkpoint, data, one_process):

@@ -223,7 +223,7 @@ def test_flags_in_the_text_exist(page):
     modules.remove("scripts.commands")
     known = set().union(*(options_of(name) for name in modules), OF_OTHERS, GONE)
     flags = set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)))
-    assert known >= flags - {"only", "jobs", "quick"}, flags - known
+    assert known >= flags - {"only", "jobs", "quick", "confirm"}, flags - known
     assert set(RETIRED) >= GONE
 
 

@@ -99,9 +99,11 @@ def test_training_fills_it_first_also_for_evaluation_and_the_next_run_reads_it(m
     again.train()
 
 
-def test_sft_needs_none_and_says_so(make_trainer, cache, caplog):  # noqa: F811
+@pytest.mark.parametrize("gate", ["none", "preferred"])
+def test_sft_needs_none_and_says_so(make_trainer, cache, caplog, gate):  # noqa: F811
+    flags = ("--dpo_alpha", "0", "--gamma", "1", "--attention_gate", gate)
     with caplog.at_level("INFO"):
-        trainer = make_trainer("--dpo_alpha", "0", "--gamma", "1", "--reference_cache", str(cache))
+        trainer = make_trainer(*flags, "--reference_cache", str(cache))
     assert trainer.reference is None and "is not used" in caplog.text
 
 

@@ -20,6 +20,7 @@ from train.llava_hound_dpo.arguments import parse
 
 SHIPPED = ROOT / "scripts/miniature/study.json"
 ENDS = ROOT / "scripts/miniature/ends.json"
+PLACES = ROOT / "scripts/miniature/places.json"
 
 
 @pytest.fixture
@@ -67,13 +68,14 @@ def test_the_ends_are_compared_five_ways_with_and_without_the_term():
                                   ("kept", 0, 5e-4)], 20)  # fmt: skip
     in_all = {(loss.dpo_alpha + loss.gamma) * loss.attention_weight for loss, _ in found}
     assert sorted(in_all) == pytest.approx([0, 0.9, 0.902]) and {args.seed for _, args in found} == set(range(10))
-    quick = [unit.name for unit in plan(read_config(ENDS, is_quick=True), "digest")]
+    quick = [unit.name for unit in plan(read_config(ENDS, ["quick"]), "digest")]
     assert sum(name.startswith("train/") for name in quick) == 3 and "questions" in quick
 
 
 def trained(name, is_quick=False):
     """The units of a shipped config, and of each arm's training the words, loss and other flags."""
-    units = {unit.name: unit for unit in plan(read_config(ROOT / f"scripts/miniature/{name}.json", is_quick), "digest")}
+    config = read_config(ROOT / f"scripts/miniature/{name}.json", ["quick"] if is_quick else [])
+    units = {unit.name: unit for unit in plan(config, "digest")}
     words = {name.split("/")[1]: unit.commands[0] for name, unit in units.items() if name.startswith("train/")}
     calls = {name: parse(own[1:]) for name, own in words.items()}
     assert {(args.max_steps, args.per_device_train_batch_size) for *_, args in calls.values()} == (
@@ -115,6 +117,32 @@ def test_blind_answers_are_compared_on_the_same_questions():
     assert {name for name, path in paths.items() if "hidden_pairs" in path} == {"mixture_hidden", "dpo_hidden"}
     assert {(loss.gamma, loss.answer_end) for _, _, loss, _ in calls.values()} == {(0.5, "kept"), (0.1, "likelihood")}
     assert len(trained("hidden", is_quick=True)[1]) == 2
+
+
+def test_places_are_chosen_on_questions_and_seeds_that_do_not_confirm_them():
+    def trained(*variants):
+        units = {unit.name: unit for unit in plan(read_config(PLACES, variants), "digest")}
+        (asked,) = units["questions"].commands
+        words = [unit.commands[0] for name, unit in units.items() if name.startswith("train/")]
+        return asked[-1], [(loss, args) for own in words for _, _, loss, args in [parse(own[1:])]]
+
+    asked, found = trained()
+    ways = Counter((own.dpo_alpha, own.gamma, own.attention_weight, own.attention_layers, bool(own.attention_heads),
+                    own.attention_rows, own.attention_gate) for own, _ in found)  # fmt: skip
+    everywhere = [(1, 0, 0.9), (0, 1, 0.9), (1, 0.5, 0.6)]
+    assert ways == dict.fromkeys([
+        (1, 0, 0, "auto", False, "all", "none"), (0, 1, 0, "auto", False, "all", "none"),
+        (1, 0.5, 0, "auto", False, "all", "none"), *((*own, "all", False, "all", "none") for own in everywhere),
+        (1, 0, 0.9, "auto", False, "all", "none"), (1, 0, 0.9, "auto", True, "all", "none"),
+        *((*own, "all", False, "first", "none") for own in everywhere[:2]),
+        *((*own, "all", False, "all", "preferred") for own in (everywhere[0], everywhere[2])),
+    ], 2)  # fmt: skip
+    ends = {(loss.answer_end, loss.answer_end_weight) for loss, _ in found if loss.dpo_alpha}
+    assert ends == {("likelihood", 0.1)} and {args.seed for _, args in found} == {0, 1} and asked == "3"
+    again, confirmed = trained("confirm")
+    assert (again, {args.seed for _, args in confirmed}) == ("4", set(range(10, 20)))
+    assert {str(loss) for loss, _ in confirmed} == {str(loss) for loss, _ in found}
+    assert len(trained("quick")[1]) == 4
 
 
 def test_an_arm_like_another_differs_in_its_own_flags_only(shipped):

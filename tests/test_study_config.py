@@ -66,9 +66,21 @@ def test_only_and_quick_choose_arms(folder, capsys):
     write(folder, {**config, "quick": {"only": ["dpo"], "seeds": [7], "training": {"max_steps": 1}}})
     path = folder / "study.json"
     assert set(read_config(path, only=["ours"]).arms) == {"base", "ours"}
-    quick = read_config(path, is_quick=True)
+    quick = read_config(path, ["quick"])
     assert (set(quick.arms), quick.arms["dpo"].seeds, quick.training) == ({"base", "dpo"}, (7,), {"max_steps": 1})
     assert "--only: unknown 'dop'; did you mean 'dpo'" in refused(capsys, *words(folder, "--only", "dop"))
+
+
+def test_a_study_is_confirmed_with_the_seeds_that_it_names(folder, capsys):
+    path, config = folder / "study.json", small(folder)
+    assert "--confirm: the entry 'confirm' is missing" in refused(capsys, *words(folder, "--confirm"))
+    confirm, quick = {"seeds": [8, 9], "training": {"max_steps": 7}}, {"only": ["dpo"], "seeds": [7]}
+    write(folder, {**config, "confirm": confirm, "quick": quick})
+    assert read_config(path).arms["ours"].seeds == (0, 1)
+    found = read_config(path, ["confirm"], ["ours"])
+    assert (set(found.arms), found.arms["ours"].seeds, found.training) == ({"base", "ours"}, (8, 9), {"max_steps": 7})
+    both = read_config(path, ["confirm", "quick"])
+    assert (set(both.arms), both.arms["dpo"].seeds, both.training) == ({"base", "dpo"}, (7,), {"max_steps": 7})
 
 
 NAN, INFINITY = float("nan"), float("inf")  # which Python's json writes and reads

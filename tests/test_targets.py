@@ -160,8 +160,12 @@ def test_a_reply_knows_its_targets_and_outlines_them(vlm):
     assert [cells.getpixel(place) == OUTLINE for place in ((2, 25), (52, 25), (2, 75), (52, 75))] == [1, 0, 0, 1]
 
 
-def test_what_is_written_of_one_target_and_its_digests_are_as_ever():
+def test_what_is_written_of_one_target_and_its_digests_are_as_ever(vlm):
     """Unfinished folders go on, and tuned questions are known again: these are digests of before there were sets."""
+    red = Image.new("RGB", (SIDE, SIDE), "red")
+    pictures, prompts = [[red, red], [red, red], [red]], ["In Image2, what?", "What?", "In Image1, what?"]
+    job, _ = vlm._job(pictures, prompts, {"grid": [None, None, [2, 2]]})
+    assert answering.identify(job)["questions"] == "3 (b16c2c66c0cdca27)"
     one = {"id": "q", "image": ["a.png", "b.png"], "prompt": "<image><image>\nIn Image2, what?", "answer": "red"}
     none = {**one, "id": "m", "prompt": "<image><image>\nWhat?", "image_type": "multi"}
     questions = [parse_question(record, "x record 1") for record in (one, none)]

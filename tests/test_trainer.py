@@ -351,6 +351,13 @@ def test_policy_table_names_what_is_trained(processor):
     assert lines["lm_head"][2] == "0"
 
 
-def test_weights_of_both_recipes():
-    assert LossSettings(dpo_alpha=1, gamma=0).needs_rejected
-    assert not LossSettings(dpo_alpha=0, gamma=1).needs_rejected
+def test_what_recipes_need():
+    needs = {}
+    for gate in ("none", "preferred"):
+        for alpha in (1, 0):
+            own = LossSettings(dpo_alpha=alpha, gamma=1 - alpha, attention_gate=gate)
+            needs[gate, alpha] = (own.needs_rejected, own.needs_reference)
+    assert needs == {
+        ("none", 1): (True, True), ("none", 0): (False, False),
+        ("preferred", 1): (True, True), ("preferred", 0): (True, False),
+    }  # fmt: skip

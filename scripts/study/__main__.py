@@ -18,7 +18,7 @@ from llava.checkpoints import open_checkpoint
 from llava.command_line import check_numbers, flag, parse
 from llava.run_folder import only_writer
 from llava.runtime import git_commit, setup_logging, short_commit, user_errors
-from scripts.study.config import located, read_config
+from scripts.study.config import VARIANTS, located, read_config
 from scripts.study.report import SEVERAL, write_report
 from scripts.study.results import collect
 from scripts.study.running import Runner, commits, progress, refuse_others
@@ -35,6 +35,7 @@ class StudyFlags:
     config: Path = flag("what is compared, a JSON file")
     output: Path = flag("folder of the study, an old one to go on with")
     only: list[str] = flag("these arms alone, and the base", [])
+    confirm: bool = flag("with the changes of the entry `confirm`: fresh seeds and questions for chosen arms", False)
     quick: bool = flag("with the changes that the config's entry `quick` makes, to see that everything works", False)
     jobs: int = flag("units at a time", 1)
     launcher: str = flag('what starts a script: bash, or for example "sbatch --wait --partition=NAME"', "bash")
@@ -48,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with user_errors():
         (flags,) = parse([StudyFlags], __doc__, argv)
         check_numbers(flags, jobs=(1, 1000))
-        config = read_config(flags.config, flags.quick, flags.only)
+        config = read_config(flags.config, [name for name in VARIANTS if getattr(flags, name)], flags.only)
         output = flags.output.resolve()
         units = plan(config, open_checkpoint(located(config.base)).digest)
         if not flags.report_only:

@@ -5,7 +5,8 @@
      "arms": {"dpo": {"flags": {"attention_weight": 0}}, "ours": {"like": "dpo", "flags": {"attention_weight": 0.9}}}}
 
 A path is looked for in the current folder, then in the repository; {output} is the study's folder, {own} the unit's.
-`base`, the model as it is, is an arm of every study.
+`base`, the model as it is, is an arm of every study. `confirm` and `quick` are objects with changes of the rest, which
+the flags of these names make; their `only` is a list of arms.
 """
 
 import difflib
@@ -71,7 +72,8 @@ SHAPE = {
               "adaptviz": [TEXT]},
     },
 }  # fmt: skip
-QUICK = {"only": [TEXT], ANY: ("", lambda value: True)}  # the rest is looked at once it is merged
+VARIANTS = ("confirm", "quick")  # entries with changes of the rest, in the order in which they are made
+VARIANT = {"only": [TEXT], ANY: ("", lambda value: True)}  # the rest is looked at once it is merged
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Config:
-    """A study. `raw` is the file as it was read, the quick sizes applied."""
+    """A study. `raw` is the file as it was read, changed as asked for."""
 
     base: str
     test: Data
@@ -110,17 +112,25 @@ class Config:
     raw: Mapping[str, Any] = field(repr=False)
 
 
-def read_config(path: Path, is_quick: bool = False, only: Iterable[str] = ()) -> Config:
-    """The study of a JSON file, with the arms `only` if there are any. Raises FileNotFoundError, ValueError."""
+def read_config(path: Path, variants: Iterable[str] = (), only: Iterable[str] = ()) -> Config:
+    """The study of a JSON file as its entries `variants` change it, with the arms `only` if there are any.
+
+    Raises FileNotFoundError, ValueError.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"--config {path}: no such file; scripts/miniature/study.json is one")
     raw = read_object(path)
     try:
         check_text(raw)
-        _check_shape(quick := raw.pop("quick", {}), QUICK, "quick")
-        chosen = quick.pop("only", [])
-        names = list(only) or (chosen if is_quick else [])
-        config = parse_config(_merged(raw, quick) if is_quick else raw)
+        changes = {name: raw.pop(name) for name in VARIANTS if name in raw}
+        _check_shape(changes, {ANY: VARIANT}, "")
+        chosen: list[str] = []
+        for name in variants:
+            if name not in changes:
+                raise ValueError(f"--{name}: the entry {name!r} is missing")
+            chosen = changes[name].pop("only", chosen)
+            raw = _merged(raw, changes[name])
+        names, config = list(only) or chosen, parse_config(raw)
         _refuse_unknown(names, config.arms, "--only")
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error

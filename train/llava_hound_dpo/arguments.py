@@ -158,7 +158,8 @@ class DataArguments:
 class LossArguments:
     """total = dpo_alpha * (L_dpo + attention_weight * L_att) + gamma * (L_sft + attention_weight * L_att).
 
-    With `answer_end` likelihood L_dpo has answer_end_weight * L_end added.
+    With `answer_end` likelihood L_dpo has answer_end_weight * L_end added; with `attention_gate` preferred L_att of
+    other pairs is 0.
     """
 
     _argument_group_name = "Loss"
@@ -183,6 +184,14 @@ class LossArguments:
         "File of scripts.discover_heads: R of its best heads (of attention_layers, if given) instead of all.", None
     )
     top_heads: int = flag("How many of the best heads.", TOP)
+    attention_rows: str = flag(
+        "Rows of R: all that predict a token of the chosen answer, or the first of them, the prompt's last.", "all",
+        choices=["all", "first"],
+    )  # fmt: skip
+    attention_gate: str = flag(
+        "L_att of all pairs (none), or only where the policy prefers the chosen answer to each rejected one.", "none",
+        choices=["none", "preferred"],
+    )  # fmt: skip
 
     def __post_init__(self):
         check_numbers(

@@ -12,6 +12,14 @@ Answers end in the end token e. Chosen and rejected share it, so that z says lit
     likelihood  z as kept, and L_dpo + ω·L_end with L_end = -log π(e | x, chosen answer without e)
 
 L_sft is of the whole answer in each.
+
+L_att is of the rows that predict tokens of the chosen answer y, and of pairs by what the policy says of their answers:
+
+    rows all        R from all of these rows
+    rows first      R from the one that predicts y_1, the last of the prompt (KLAL, arXiv 2511.12738)
+    gate none       L_att of every pair
+    gate preferred  L_att is 0 unless log π(y|x) > log π(y_j|x) for every rejected y_j, both as DPO compares them; the
+                    gate has no gradient (after EASE, arXiv 2605.30912: attention trained on what succeeds)
 """
 
 from collections.abc import Callable
@@ -19,7 +27,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 
@@ -73,6 +81,13 @@ def mean_by_pair(values: Float[Tensor, " M"], owner: Tensor, num_pairs: int) -> 
     return none.index_add(0, owner, values) / none.index_add(0, owner, torch.ones_like(values))
 
 
+def prefers_chosen(
+    chosen: Float[Tensor, " M"], rejected: Float[Tensor, " M"], owner: Tensor, num_pairs: int
+) -> Bool[Tensor, " N"]:
+    """Whether a pair's chosen answer is more likely than each of its rejected ones; `owner` as in `mean_by_pair`."""
+    return mean_by_pair((chosen > rejected).to(chosen.dtype), owner, num_pairs) == 1
+
+
 def hinge_attention(ratio: Float[Tensor, " N"], threshold: float) -> Float[Tensor, " N"]:
     """max(0, τ - R): 0 once the target has the share τ of the image attention."""
     return torch.relu(threshold - ratio)
@@ -101,11 +116,23 @@ class LossSettings:
     attention_loss: str = "hinge"
     answer_end: str = "kept"
     answer_end_weight: float = 0.1  # ω of `likelihood`, else 0
+    attention_rows: str = "all"
+    attention_gate: str = "none"
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the reference model is computed at all."""
+        return self.dpo_alpha > 0
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether the attention term acts on some pairs only."""
+        return self.attention_gate == "preferred"
 
     @property
     def needs_rejected(self) -> bool:
-        """Whether the rejected answer and the reference model are computed at all."""
-        return self.dpo_alpha > 0
+        """Whether the rejected answers are computed at all."""
+        return self.needs_reference or self.is_gated
 
     @property
     def averages_logps(self) -> bool:
@@ -126,18 +153,21 @@ def total_loss(
     z: Float[Tensor, " M"] | None,
     owner: Tensor | None = None,
     chosen_end: Float[Tensor, " N"] | None = None,
+    is_open: Bool[Tensor, " N"] | None = None,
 ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, " N"]]]:
     """Mean total loss of a batch, and its parts per pair (`dpo`, `sft`, `attention`, `total`).
 
     `chosen` are log-probs of the whole chosen answers, `chosen_tokens` their lengths, `chosen_end` log-probs of their
     end tokens (read by `likelihood` alone), `ratio` the attention ratios R and `z` the margins of `logits_margin` (None
-    where `dpo_alpha` is 0) of rejected answers whose pairs are `owner` (M,).
+    where `dpo_alpha` is 0) of rejected answers whose pairs are `owner` (M,). `is_open`: the gate (None: none).
     """
     sft = -chosen / chosen_tokens
     attention = ATTENTION_LOSSES[settings.attention_loss](ratio, settings.attention_threshold)
+    if is_open is not None:
+        attention = attention.where(is_open, 0)
     parts = {"sft": sft, "attention": attention}
     total = settings.gamma * (sft + settings.attention_weight * attention)
-    if settings.needs_rejected:
+    if settings.needs_reference:
         preference = PREFERENCE_LOSSES[settings.loss_type](z, settings.beta, settings.label_smoothing)
         if owner is not None:
             preference = mean_by_pair(preference, owner, len(chosen))

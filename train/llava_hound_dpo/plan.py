@@ -82,12 +82,13 @@ def plan(model: ModelArguments, loss: LossArguments, args: TrainArguments, input
     """The text of the plan."""
     config, batches = inputs.checkpoint.config, inputs.batches
     policy, costs = build_on_meta(config, model).to(args.dtype), count(config)
-    shapes = [shape_of(pair, loss.dpo_alpha > 0) for pair in inputs.longest or inputs.train]
+    settings = loss.settings()
+    shapes = [shape_of(pair, settings.needs_rejected) for pair in inputs.longest or inputs.train]
     needs, most = Needs.of(config, model, args, inputs.layers, shapes, policy), args.tokens_per_batch
     row = needs.of_tokens(most) if most else needs.longest(args.per_device_train_batch_size)
     memory, own = partial(needs.memory, row), needs.memory(row, batches.world_size)
     recipe = Recipe(
-        reference="none" if loss.dpo_alpha == 0 else "cache" if inputs.reference else "step",
+        reference="none" if not settings.needs_reference else "cache" if inputs.reference else "step",
         lora_parameters=sum(p.numel() for name, p in policy.named_parameters() if "lora_" in name),
         is_lora=model.lora_enable,
         checkpointing=bool(args.activation_checkpointing),
@@ -107,7 +108,7 @@ def plan(model: ModelArguments, loss: LossArguments, args: TrainArguments, input
         ),
         "output": args.output_dir,
     }  # fmt: skip
-    if loss.dpo_alpha > 0:
+    if settings.needs_reference:
         rows["reference"] = f"the {model.reference}{' as it is now' * model.moves_reference}, {rows['reference']}"
     if inputs.reference is not None:
         rows["reference"] += f"; {inputs.reference.status([*inputs.train, *inputs.evaluation])}"

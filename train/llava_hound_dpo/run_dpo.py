@@ -57,6 +57,7 @@ _held = ExitStack()  # the lock of this run
 SCHEDULE = (
     "learning_rate", "lr_scheduler_type", "warmup_steps", "num_train_epochs", "max_steps", "seed", "data_seed", "bf16",
 )  # fmt: skip
+ADDED = ("answer_end", "attention_rows", "attention_gate")  # at their defaults, checkpoints from before them go on
 
 MOST_STEPS = 1_000_000  # all of them are planned before the first
 
@@ -191,7 +192,7 @@ def read_inputs(model: ModelArguments, data: DataArguments, loss: LossArguments,
         raise ValueError("--eval_strategy needs something to evaluate on: give --eval_split or --eval_data_path")
     shown, longest = partial(in_epoch, seed=args.order_seed, family=family, store=store), ()
     if data.permute_images:
-        tokens_of = partial(row_tokens, with_rejected=loss.dpo_alpha > 0)
+        tokens_of = partial(row_tokens, with_rejected=loss.settings().needs_rejected)
         longest = longest_orders(train, num_epochs(len(train), args), shown, data.model_max_length, tokens_of)
     chosen = choose_by_memory(checkpoint, layers, longest or train, model, loss, args)
     batches = plan_batches(longest or train, loss, args)
@@ -209,7 +210,7 @@ def read_inputs(model: ModelArguments, data: DataArguments, loss: LossArguments,
 
 def choose_by_memory(checkpoint: Checkpoint, layers, pairs: Sequence[Pair], model, loss, args) -> dict[str, str]:
     """As `fitting.choose`, and a line of it, which the plan has anyway."""
-    shapes = [shape_of(pair, loss.dpo_alpha > 0) for pair in pairs]
+    shapes = [shape_of(pair, loss.settings().needs_rejected) for pair in pairs]
     needs, processes = partial(Needs.of, checkpoint.config, model, args, layers, shapes), num_processes(args)
     chosen = choose(args, needs, processes, gpu_memory(args))
     if chosen and not args.dry_run:
@@ -254,7 +255,7 @@ def num_epochs(num_pairs: int, args: TrainArguments) -> int:
 
 def plan_batches(pairs: Sequence[Pair], loss: LossArguments, args: TrainArguments) -> BatchPlan:
     """Steps and rows of the run. Raises ValueError for a pair longer than --tokens_per_batch, or too many steps."""
-    lengths = [row_tokens(pair, loss.dpo_alpha > 0) for pair in pairs]
+    lengths = [row_tokens(pair, loss.settings().needs_rejected) for pair in pairs]
     limit, processes = args.tokens_per_batch, num_processes(args)
     if limit and max(lengths) > limit:
         longest = pairs[lengths.index(max(lengths))]
@@ -274,7 +275,7 @@ def open_reference(checkpoint: Checkpoint, model, loss, args, store: ImageStore)
 
     Raises ValueError if it was made from something else, or is damaged.
     """
-    if loss.dpo_alpha == 0:
+    if not loss.settings().needs_reference:
         if args.reference_cache:
             logger.info("--reference_cache %s is not used: without DPO there is no reference", args.reference_cache)
         return None
@@ -349,7 +350,8 @@ def build_trainer(policy, model, loss, args, inputs: Inputs, identity: dict[str,
 
 def describe_run(model, data, loss, args, inputs: Inputs) -> dict[str, Any]:
     """What makes two runs the same experiment: a checkpoint resumes only into the same."""
-    unused = ("answer_end", "answer_end_weight") if loss.answer_end == "kept" else ()  # checkpoints from before go on
+    unused = {name for name in ADDED if getattr(loss, name) == getattr(LossArguments, name)}
+    unused |= {"answer_end_weight"} if "answer_end" in unused else set()
     return {
         **dataclasses.asdict(model),
         **{name: value for name, value in dataclasses.asdict(loss).items() if name not in unused},

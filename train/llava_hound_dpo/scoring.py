@@ -34,9 +34,11 @@ class Scores:
 
 
 def score(
-    model, row: PackedRow, features: Any, layers: frozenset[int] = frozenset(), heads: Tensor | None = None
-) -> Scores:
-    """Scores of a packed row; probes attention in `layers`, over those `heads` (L, H) that have a 1 (None: all).
+    model, row: PackedRow, features: Any, layers: frozenset[int] = frozenset(), heads: Tensor | None = None,
+    rows: str = "all",
+) -> Scores:  # fmt: skip
+    """Scores of a packed row; probes attention in `layers`, over those `heads` (L, H) that have a 1 (None: all),
+    in all `rows` that predict a chosen answer, or in the "first" of each.
 
     `features` are the row's pictures as of `Family.encode`. Raises RuntimeError if the masses are cut off from the
     weights while gradients are wanted (a reentrant checkpoint does that): the attention term would train nothing
@@ -63,7 +65,7 @@ def score(
         rejected=sums[row.rejected] if has_rejected else None,
         chosen_end=ends[row.chosen],
         rejected_end=ends[row.rejected] if has_rejected else None,
-        masses=_masses(outputs.attentions, row, layers, heads) if layers else None,
+        masses=_masses(outputs.attentions, row, layers, heads, rows) if layers else None,
     )
 
 
@@ -72,7 +74,9 @@ def token_logps(logits: Float[Tensor, "T V"], labels: Tensor) -> Float[Tensor, "
     return torch.log_softmax(logits.float(), dim=-1).gather(-1, labels[:, None])[:, 0]
 
 
-def _masses(attentions: tuple[Tensor, ...], row: PackedRow, layers: frozenset[int], heads: Tensor | None) -> Tensor:
+def _masses(
+    attentions: tuple[Tensor, ...], row: PackedRow, layers: frozenset[int], heads: Tensor | None, rows: str
+) -> Tensor:
     if len(attentions or ()) != len(layers):
         raise RuntimeError(f"{len(layers)} layers were probed but {len(attentions or ())} masses came back")
     if torch.is_grad_enabled() and not attentions[0].requires_grad:
@@ -82,4 +86,9 @@ def _masses(attentions: tuple[Tensor, ...], row: PackedRow, layers: frozenset[in
         )
     masses = torch.stack([mass[0] for mass in attentions])  # (L, H, T_chosen, 2)
     weights = None if heads is None else heads.to(masses)[..., None]
-    return mean_masses(masses, row.chosen_owner, row.num_pairs, weights)
+    owner = row.chosen_owner
+    if rows == "first":
+        lengths = row.answer_tokens[row.chosen]
+        first = lengths.cumsum(0) - lengths
+        masses, owner = masses[:, :, first], owner[first]
+    return mean_masses(masses, owner, row.num_pairs, weights)

@@ -24,7 +24,7 @@ from llava.runtime import Progress, is_main_process
 from train.llava_hound_dpo import checkpoints
 from train.llava_hound_dpo.batches import BatchPlan, RowLoader
 from train.llava_hound_dpo.data import PairCollator, PairDataset
-from train.llava_hound_dpo.losses import LossSettings, logits_margin, mean_by_pair, total_loss
+from train.llava_hound_dpo.losses import LossSettings, logits_margin, mean_by_pair, prefers_chosen, total_loss
 from train.llava_hound_dpo.modes import adapter_off, already_training, checkpointing, switches, without_gradient
 from train.llava_hound_dpo.outcome import write_card
 from train.llava_hound_dpo.packing import PackedRow
@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 METRICS = (
     "losses/total", "losses/dpo", "losses/sft", "losses/attention",
     "attention/ratio", *(f"attention/ratio_{name}" for name in FORMATS), "attention/image_mass",
-    "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
+    "attention/open", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
     "logps/chosen", "logps/rejected", "logps/chosen_end", "reference/chosen", "reference/chosen_end",
 )  # fmt: skip
 LOADER_OPTIONS = (
@@ -80,7 +80,7 @@ class AttentionAwareDPOTrainer(Trainer):
         self._layers = [part for part in self.model.modules() if isinstance(part, GradientCheckpointingLayer)]
         self.starts_as_reference = on_adapter or not isinstance(self.model, PeftModel)
         is_known = not self.starts_as_reference or reference is not None
-        assert is_known or not settings.needs_rejected, "no source of reference log-probs"
+        assert is_known or not settings.needs_reference, "no source of reference log-probs"
         for standard in (ProgressCallback, PrinterCallback):
             self.remove_callback(standard)
         self.stop = StopOnRequest()
@@ -105,19 +105,22 @@ class AttentionAwareDPOTrainer(Trainer):
         """
         row, features = inputs["row"], self._encode(inputs["pixels"], self.shares_images)
         dataset = self.train_dataset if model.training else self.eval_dataset
-        reference = self._reference(model, inputs, features, dataset) if self.settings.needs_rejected else None
-        policy = score(model, row, features, self.layers, self.heads)
+        reference = self._reference(model, inputs, features, dataset) if self.settings.needs_reference else None
+        policy = score(model, row, features, self.layers, self.heads, self.settings.attention_rows)
         ratio = mean_over_layers(attention_ratio(policy.masses), self.heads)
         z = self._margin(policy, reference, row) if reference else None
+        is_open = None
+        if self.settings.is_gated:
+            is_open = prefers_chosen(*self._sides(policy, row), row.rejected_owner, row.num_pairs)
         loss, parts = total_loss(
             self.settings, policy.chosen, row.answer_tokens[row.chosen].to(policy.chosen.dtype), ratio, z,
-            row.rejected_owner if reference else None, policy.chosen_end,
+            row.rejected_owner if reference else None, policy.chosen_end, is_open,
         )
         if not torch.isfinite(parts["total"]).all():
             bad = inputs["index"][~torch.isfinite(parts["total"]).cpu()].tolist()
             names = ", ".join(dataset.pairs[i].record.where for i in bad)
             raise FloatingPointError(f"the loss is not finite at step {self.state.global_step + 1}: {names}")
-        metrics = self._metrics(parts, policy, reference, ratio, inputs["format"], row)
+        metrics = self._metrics(parts, policy, reference, ratio, is_open, inputs["format"], row)
         step_pairs = inputs.get("step_pairs")
         if step_pairs is not None:
             share = torch.where(step_pairs > 0, self.batches.rows_per_step / step_pairs, 0)
@@ -282,24 +285,27 @@ class AttentionAwareDPOTrainer(Trainer):
         """A context in which the model is the reference; before the first step, where it only then is."""
         return nullcontext() if self.starts_as_reference else adapter_off(self._switches)
 
-    def _compared(self, *scores: Scores) -> list[Scores]:
+    def _compared(self, scores: Scores) -> Scores:
         """What DPO sees of the answers: all of them, or all but their end."""
-        return [one.without_end() if self.settings.leaves_out_end else one for one in scores]
+        return scores.without_end() if self.settings.leaves_out_end else scores
+
+    def _sides(self, scores: Scores, row: PackedRow) -> tuple[Tensor, Tensor]:
+        """(M,) log-probs of every rejected answer's chosen one, and its own, as DPO compares them."""
+        seen = self._compared(scores)
+        chosen, rejected = seen.chosen, seen.rejected
+        if self.settings.averages_logps:
+            tokens = row.answer_tokens - int(self.settings.leaves_out_end)
+            chosen, rejected = chosen / tokens[row.chosen], rejected / tokens[row.rejected]
+        return chosen[row.rejected_owner], rejected
 
     def _margin(self, policy: Scores, reference: Scores, row: PackedRow) -> Tensor:
         """(M,) z of every rejected answer."""
-        policy, reference = self._compared(policy, reference)
-        of, found = row.rejected_owner, (policy.chosen, policy.rejected, reference.chosen, reference.rejected)
-        if self.settings.averages_logps:
-            tokens = row.answer_tokens - int(self.settings.leaves_out_end)
-            lengths = 2 * (tokens[row.chosen], tokens[row.rejected])
-            found = [logps / length for logps, length in zip(found, lengths, strict=True)]
-        chosen, rejected, reference_chosen, reference_rejected = found
-        return logits_margin(chosen[of], rejected, reference_chosen[of], reference_rejected)
+        return logits_margin(*self._sides(policy, row), *self._sides(reference, row))
 
     def _metrics(
-        self, parts: dict, policy: Scores, reference: Scores | None, ratio: Tensor, formats: Tensor, row: PackedRow
-    ) -> Tensor:
+        self, parts: dict, policy: Scores, reference: Scores | None, ratio: Tensor, is_open: Tensor | None,
+        formats: Tensor, row: PackedRow,
+    ) -> Tensor:  # fmt: skip
         """(N, metrics) matrix of one batch, NaN where a metric does not apply to a pair; of rejected answers means."""
         found = {f"losses/{name}": value for name, value in parts.items()}
         found |= {f"attention/ratio_{name}": ratio.where(formats == n, math.nan) for n, name in enumerate(FORMATS)}
@@ -309,9 +315,11 @@ class AttentionAwareDPOTrainer(Trainer):
             "attention/ratio": ratio,
             "attention/image_mass": mean_over_layers(policy.masses[..., 1], self.heads),
         }
+        if is_open is not None:
+            found["attention/open"] = is_open
         if reference is not None:
             mean = partial(mean_by_pair, owner=row.rejected_owner, num_pairs=row.num_pairs)
-            seen, theirs = self._compared(policy, reference)
+            seen, theirs = self._compared(policy), self._compared(reference)
             chosen = self.settings.beta * (seen.chosen - theirs.chosen)
             rejected = self.settings.beta * (seen.rejected - theirs.rejected)
             found |= {
