@@ -51,7 +51,8 @@ class PairSettings:
     output: Path = flag("folder to write")
     rejected: str = flag(
         "model: its own wrong answers; other_image: the true answer to the same question of another image of the "
-        "prompt, without any model", MODEL, choices=[MODEL, OTHER_IMAGE],
+        "prompt (of two that are compared: in the other order, or of two others; of one that is sought: another "
+        "number), without any model", MODEL, choices=[MODEL, OTHER_IMAGE],
     )  # fmt: skip
     repoint: bool = flag(
         "also ask about the other images: what is true there, against what is true of the first one", False
