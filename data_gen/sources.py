@@ -9,6 +9,8 @@ import hashlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -40,6 +42,11 @@ class Source:
     def has_box(self) -> bool:
         """Whether a bounding box is asked for or given: its numbers are wrong once the picture is pasted elsewhere."""
         return any(BOX.search(text) for turn in self.turns for text in turn)
+
+    def answer_to(self, question: str) -> str | None:
+        """What the record answers to the same question, None if it is not asked there."""
+        wanted = question.casefold()
+        return next((answer for asked, answer in self.turns if asked.casefold() == wanted), None)
 
 
 class Sources(Sequence[Source]):
@@ -84,6 +91,28 @@ class Sources(Sequence[Source]):
         groups, own = self._groups[self._subset[index]], self._group[index]
         return (groups[number % len(groups)] for number in range(own, own + len(groups)))
 
+    def alike(self, index: int, question: str) -> Iterator[np.ndarray]:
+        """Records of the subset of a record that ask a question too, in any turn, by groups in the same order."""
+        keys, records = self._questions
+        key = self._question_key(index, question)
+        found = records[np.searchsorted(keys, key) : np.searchsorted(keys, key, side="right")]
+        found = np.roll(found, -np.searchsorted(self._group[found], self._group[index]))
+        ends = np.flatnonzero(np.diff(self._group[found], append=-1)) + 1
+        return (found[start:end] for start, end in pairwise((0, *ends)))
+
+    @cached_property
+    def _questions(self) -> tuple[np.ndarray, np.ndarray]:
+        """The key of every question, sorted, and the record that asks it, by group: 12 bytes a question."""
+        counts = [len(source.turns) for source in self]
+        asked = (self._question_key(n, question) for n, source in enumerate(self) for question, _ in source.turns)
+        keys = np.fromiter(asked, dtype=np.int64, count=sum(counts))
+        records = np.repeat(np.arange(len(self), dtype=np.int32), counts)
+        order = np.lexsort((self._group[records], keys))
+        return keys[order], records[order]
+
+    def _question_key(self, index: int, question: str) -> int:
+        return _digest(f"{self._subset[index]} {question.casefold()}")
+
     def same_path(self, index: int, other: int) -> bool:
         """Whether two records are about the same file."""
         return self._picture[index] == self._picture[other]
@@ -124,8 +153,7 @@ class Sources(Sequence[Source]):
     def _path_hash(self, index: int) -> int:
         """The same for records of one subset about one file."""
         table = self._places[index][0] if self.is_embedded(index) else ""
-        key = f"{self._subset[index]} {table} {self._records[index].path}"
-        return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), signed=True)
+        return _digest(f"{self._subset[index]} {table} {self._records[index].path}")
 
     def _in_groups(self) -> tuple[list[list[np.ndarray]], np.ndarray]:
         """Groups of every subset, of records with distinct paths, and the number of each record's group."""
@@ -140,6 +168,11 @@ class Sources(Sequence[Source]):
             group[records] = np.searchsorted(ends, places, side="right")
             groups.append([np.sort(records[part]).astype(np.int32) for part in parts])
         return groups, group
+
+
+def _digest(text: str) -> int:
+    """A number of 64 bits that another text hardly ever has."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), signed=True)
 
 
 def source_paths(record: dict[str, Any]) -> list[str]:

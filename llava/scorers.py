@@ -4,6 +4,7 @@ An answer nothing can be read from (empty; no option, or several, in multiple ch
 it scores 0, stays in the denominator and is counted. Nothing is ever filled in at random.
 """
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from llava.words import normalise, words
 
 SCORERS = ("exact", "contains", "choice", "f1", "rouge")
 RIGHT, WRONG, UNPARSED, MISSING = "right", "wrong", "unparsed", "missing"
+IMAGE_BEFORE_NUMBER = re.compile(r"(?<!\w)image\s*#?(?=\d)", re.IGNORECASE)
 RIGHT_FROM = 0.5  # a graded score (F1, ROUGE-L) from here counts as right where right or wrong is asked
 
 
@@ -55,14 +57,19 @@ def _score_choice(text: str, answer: str, choices: Sequence[str]) -> Result:
 # ---- free text
 
 
+def _spoken(text: str) -> tuple[str, ...]:
+    """The words as they are compared: of "Image3" the number alone, as an answer to "which image" may have it."""
+    return normalise(IMAGE_BEFORE_NUMBER.sub("", text))
+
+
 def exact(text: str, answer: str) -> bool:
-    """Whether both are the same up to case, articles, punctuation and spaces."""
-    return normalise(text) == normalise(answer)
+    """Whether both are the same up to case, articles, punctuation, spaces and "Image" before a number."""
+    return _spoken(text) == _spoken(answer)
 
 
 def contains(text: str, answer: str) -> bool:
     """Whether the answer's words stand in the text, in order and whole ("red" is not in "a hundred")."""
-    given, wanted = normalise(text), normalise(answer)
+    given, wanted = _spoken(text), _spoken(answer)
     return bool(wanted) and f" {' '.join(wanted)} " in f" {' '.join(given)} "
 
 

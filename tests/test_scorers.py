@@ -53,6 +53,14 @@ EXACT = [
     ("Größe", "GRÖSSE", True),
     ("नमस्ते", "नमस्त", False),
     ("red, blue", "red blue", True),
+    ("Image3", "3", True),
+    ("Image 3.", "3", True),
+    ("image #3", "Image3", True),
+    ("three", "3", True),
+    ("13", "3", False),
+    ("Image13", "3", False),
+    ("Image 1 and 3", "3", False),
+    ("red and blue", "blue and red", False),
 ]
 CONTAINS = [
     ("The car is red.", "red", True),
@@ -61,6 +69,9 @@ CONTAINS = [
     ("red sports car", "red car", False),
     ("reddish", "red", False),
     ("15", "5", False),
+    ("It is Image3.", "3", True),
+    ("It is Image13.", "3", False),
+    ("my image3d", "3", False),
     ("The answer is: two dogs", "two dogs.", True),
 ]
 

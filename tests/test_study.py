@@ -72,6 +72,53 @@ def test_the_ends_are_compared_five_ways_with_and_without_the_term():
     assert sum(name.startswith("train/") for name in quick) == 3 and "questions" in quick
 
 
+def trained(name, is_quick=False):
+    """The units of a shipped config, and of each arm's training the words, loss and other flags."""
+    config = read_config(ROOT / f"scripts/miniature/{name}.json", ["quick"] if is_quick else [])
+    units = {unit.name: unit for unit in plan(config, "digest")}
+    words = {name.split("/")[1]: unit.commands[0] for name, unit in units.items() if name.startswith("train/")}
+    calls = {name: parse(own[1:]) for name, own in words.items()}
+    assert {(args.max_steps, args.per_device_train_batch_size) for *_, args in calls.values()} == (
+        {(6, 8)} if is_quick else {(200, 32)}
+    )
+    return units, calls
+
+
+def test_levels_are_compared_on_as_many_pairs_in_three_ways_of_training():
+    units, calls = trained("levels")
+    assert sum(name.startswith("train/") for name in units) == 90
+    made = {name: set(units[name].commands[0]) for name in ("named", "levels", "questions")}
+    assert made["levels"] - made["named"] == {"--levels", "1", "2", "3"} and "2400" in made["named"] & made["levels"]
+    assert made["questions"] > {"--levels", "1", "2", "3", "--seed"} and "--seed" not in made["levels"]
+    ways = Counter((loss.dpo_alpha, loss.gamma, loss.answer_end) for _, _, loss, _ in calls.values())
+    assert ways == {(0, 1, "kept"): 3, (1, 0.5, "kept"): 3, (1, 0, "likelihood"): 3}
+    for name, (_, data, loss, _) in calls.items():
+        assert data.data_path.endswith("levels_pairs/pairs.json") == ("levels" in name)
+        in_all = (loss.dpo_alpha + loss.gamma) * loss.attention_weight
+        assert in_all == pytest.approx(0.9 if "attention" in name else 0)
+        assert loss.attention_layers == ("all" if "attention" in name else "auto")
+    assert len(trained("levels", is_quick=True)[1]) == 3
+
+
+def test_orders_are_compared_before_and_after_training():
+    units, calls = trained("order")
+    assert {name: data.permute_images for name, (_, data, *_) in calls.items()} == {
+        "sft": False, "sft_permuted": True, "dpo": False, "dpo_permuted": True,
+    }  # fmt: skip
+    answers = [unit.commands[0] for name, unit in units.items() if name.startswith("answers/")]
+    assert len(answers) == 21 and all(own[own.index("--permutations") + 1] == "3" for own in answers)
+    assert len(trained("order", is_quick=True)[1]) == 2
+
+
+def test_blind_answers_are_compared_on_the_same_questions():
+    units, calls = trained("hidden")
+    assert units["other_pairs"].inputs == ("world", "hidden_pairs") and "--same_as" in units["other_pairs"].commands[0]
+    paths = {name: data.data_path for name, (_, data, *_) in calls.items()}
+    assert {name for name, path in paths.items() if "hidden_pairs" in path} == {"mixture_hidden", "dpo_hidden"}
+    assert {(loss.gamma, loss.answer_end) for _, _, loss, _ in calls.values()} == {(0.5, "kept"), (0.1, "likelihood")}
+    assert len(trained("hidden", is_quick=True)[1]) == 2
+
+
 def test_places_are_chosen_on_questions_and_seeds_that_do_not_confirm_them():
     def trained(*variants):
         units = {unit.name: unit for unit in plan(read_config(PLACES, variants), "digest")}

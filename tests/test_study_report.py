@@ -1,5 +1,7 @@
 """What the study computes and reports, against numbers made by hand."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -60,6 +62,7 @@ def test_comparisons_are_paired_by_question():
 
 ASKED = Asked("q", "test.json record 1", "red", "sequence", (1,), 2, (), ("blue",))
 FORMATS = np.array(["sequence"] * 4 + ["collage"] * 2 + ["single"] * 2)
+NO_CATEGORY = np.array([""] * 8)
 
 
 def answered(*rows, seeds=None):
@@ -68,7 +71,8 @@ def answered(*rows, seeds=None):
     for text in rows:
         marks = text.replace(" ", "")
         known.append([[mark == "1", mark in "1e", mark == "e", 0.6] for mark in marks])
-    return Answered(tuple(seeds or range(len(rows))), np.array(known, dtype=float).transpose(2, 0, 1), FORMATS)
+    known = np.array(known, dtype=float).transpose(2, 0, 1)
+    return Answered(tuple(seeds or range(len(rows))), known, FORMATS, NO_CATEGORY)
 
 
 SFT = answered("1111 1e 11", "1110 10 11")
@@ -89,11 +93,11 @@ def test_numbers_of_an_arm_are_those_made_by_hand():
 def test_without_attention_there_is_no_ratio_and_it_is_not_zero():
     known = SFT.known.copy()
     known[3] = np.nan
-    assert "ratio" not in numbers(Answered(SFT.seeds, known, FORMATS))
+    assert "ratio" not in numbers(replace(SFT, known=known))
 
 
 def test_a_test_set_of_one_kind_is_its_own_mean():
-    found = numbers(Answered((0,), DPO.known[..., -2:], FORMATS[-2:]))
+    found = numbers(DPO.only(FORMATS == "single"))
     assert found["mean"]["mean"] == 0.5
 
 
@@ -105,6 +109,32 @@ def test_differences_are_paired_by_the_seeds_that_both_have():
     assert base["seeds"] == [0, 1] and base["over_seeds"]["mean"] == pytest.approx(0.6875 - 0.5)
     assert base["relative"]["mean"] == pytest.approx(0.375)
     assert difference(SFT, answered("1111 11 11", seeds=[7]), False) is None
+
+
+LEVELS = np.array(["named", "named", "search", "search", "named", "search", "named", ""])
+
+
+def test_categories_are_means_over_the_formats_that_make_the_mean():
+    first, second = (replace(own, categories=LEVELS) for own in (SFT, DPO))
+    found = numbers(first)
+    assert found["category/named"]["values"] == (1.0, 1.0)  # 2/2 of the sequences and 1/1 of the collages
+    assert found["category/search"]["values"] == (0.5, 0.25)  # 2/2 and 0/1; 1/2 and 0/1
+    assert "category/" not in found and not any(name.startswith("category/") for name in numbers(SFT))
+    compared = difference(first, second, False)  # of the seed that both have
+    assert (compared["category/named"]["mean"], compared["category/search"]["mean"]) == (0, 0.5)
+    assert "| begins right | named | search |" in comparisons_table([{"label": "DPO - SFT", **compared}])
+
+
+def test_flips_are_shown_where_they_are_known():
+    first, second = replace(SFT, flipped=(0.5, 0.25)), replace(DPO, flipped=(0.125,))
+    arms = [{"label": "SFT", "seeds": (0, 1), "numbers": numbers(first)},
+            {"label": "base", "seeds": (0,), "numbers": numbers(UNTRAINED)}]  # fmt: skip
+    header, _, sft, base = arms_table(arms).splitlines()
+    assert header.endswith("| single | flipped | attention ratio |")
+    assert "| 37.5 [0.0, 100.0] | 0.600" in sft and "| - | 0.600" in base
+    assert difference(first, second, False)["flipped"]["mean"] == -0.375
+    assert difference(second, first, True)["flipped"]["values"] == (0.375, 0.125)  # the base's one beside each seed
+    assert "flipped" not in difference(first, UNTRAINED, False)
 
 
 @pytest.mark.parametrize(

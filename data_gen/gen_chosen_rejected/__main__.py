@@ -28,7 +28,7 @@ from llava.elsewhere import ServerSettings, answer_by_server, measure_answers, r
 from llava.endpoint import Endpoint
 from llava.heads import HeadSettings
 from llava.image import ImageStore
-from llava.records import Question, read_instructions, read_json, refuse_duplicates
+from llava.records import Question, read_instructions, read_json, read_preferences, refuse_duplicates
 from llava.regions import needs_sizes
 from llava.run_folder import ANOTHER_FOLDER, only_writer, read_object, refuse_another
 from llava.runtime import check_outputs, is_main_process, leave, setup_logging, user_errors, write_run_json
@@ -38,7 +38,7 @@ logger = logging.getLogger("data_gen.gen_chosen_rejected")
 MODEL, OTHER_IMAGE = "model", "other_image"
 SELECTION_LAYER = (16, 16)  # of LLaVA-1.5-7B's 32: the layer that MIA-DPO selects by
 WRITTEN = ("pairs.json", "dropped.jsonl", "summary.md", "served.jsonl", "answers.jsonl", "run.json")
-OF_THE_PAIRS = ("instructions", "rejected")  # what a folder of pairs must agree in to be written again
+OF_THE_PAIRS = ("instructions", "rejected", "same_as")  # what a folder of pairs must agree in to be written again
 
 
 @dataclass(kw_only=True)
@@ -51,7 +51,8 @@ class PairSettings:
     output: Path = flag("folder to write")
     rejected: str = flag(
         "model: its own wrong answers; other_image: the true answer to the same question of another image of the "
-        "prompt, without any model", MODEL, choices=[MODEL, OTHER_IMAGE],
+        "prompt (of two that are compared: in the other order, or of two others; of one that is sought: another "
+        "number), without any model", MODEL, choices=[MODEL, OTHER_IMAGE],
     )  # fmt: skip
     repoint: bool = flag(
         "also ask about the other images: what is true there, against what is true of the first one", False
@@ -60,6 +61,7 @@ class PairSettings:
         "tables the instructions were made of: they know the answers of the other images (not needed where records "
         "have `others`)", [],
     )  # fmt: skip
+    same_as: str | None = flag("pairs.json of another run: only its questions, as far as pairs can be made", None)
     seed: int = flag("of noise and of the choice among other images", 0)
 
     def __post_init__(self):
@@ -148,9 +150,9 @@ def main() -> None:
         with user_errors():
             own, model, asking, server, limits = groups = parse(GROUPS, __doc__)
             check(own, model, asking, server)
-            check_outputs([own.output / name for name in WRITTEN], [own.instructions, *own.source])
+            check_outputs([own.output / name for name in WRITTEN], [own.instructions, own.same_as, *own.source])
             rules, noise = limits.rules(), Noise(asking.degrade, asking.noise_std, own.seed)
-            questions = read_instructions(own.instructions)
+            questions = chosen(own)
             refuse_duplicates([(question.id, question.where) for question in questions])
             fit = [question for question in questions if not unfit(question, rules)]
             if not fit:
@@ -171,6 +173,18 @@ def main() -> None:
             arguments = {name: value for group in groups for name, value in asdict(group).items()}
             finish(own.output, arguments, rules, selection)
     leave()
+
+
+def chosen(own: PairSettings) -> list[Question]:
+    """The questions that pairs are made of. Raises DataError, FileNotFoundError, ValueError."""
+    questions = read_instructions(own.instructions)
+    if own.same_as is None:
+        return questions
+    wanted = {pair.id for pair in read_preferences(own.same_as)}
+    kept = [question for question in questions if question.id in wanted]
+    if not kept:
+        raise ValueError(f"--same_as {own.same_as}: none of its pairs is about a question of {own.instructions}")
+    return kept
 
 
 def check(own: PairSettings, model: AskedModel, asking: AskSettings, server: ServerSettings) -> None:

@@ -6,13 +6,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from data_gen.drops import Unusable
-from data_gen.gen_chosen_rejected.correctness import is_right
 from data_gen.gen_chosen_rejected.noise import HIDDEN, Noise
-from data_gen.gen_chosen_rejected.rules import Candidate, num_pictures
+from data_gen.gen_chosen_rejected.rules import Candidate, compares, num_pictures, says_the_answer
 from data_gen.sources import parse_source, rng_of, source_paths
 from data_gen.tables import Table
 from llava.asked import TARGET
 from llava.records import IMAGE, Question, texts
+from llava.words import words
 
 logger = logging.getLogger(__name__)
 Answers = dict[str, dict[str, str]]  # path of a source picture: question in small letters: answer
@@ -44,16 +44,24 @@ def read_source_answers(paths: Iterable[str], questions: Sequence[Question]) -> 
 
 
 def truths(question: Question, answers: Answers) -> list[Truth]:
-    """What is known of the other images: from the record's `others`, else from the sources' same question."""
+    """What is known of the other images: from the record's `others`, else from the sources' same question.
+
+    Of prompts about several images, or that look for one, only from `others`, which are of no single image.
+    """
     places = [place for place in range(num_pictures(question)) if place not in question.targets]
     if others := texts(question.extra, "others"):
-        has_places = len(others) == len(places)
+        has_places = len(others) == len(places) and asks_about_one(question)
         return [Truth(text, places[number] if has_places else None) for number, text in enumerate(others)]
     paths, asked = source_paths(question.extra), bare_question(question.prompt).casefold()
-    if len(paths) != len(places) + len(question.targets):
+    if len(paths) != len(places) + 1 or not asks_about_one(question):
         return []
     found = [(place, answers.get(paths[place], {}).get(asked)) for place in places]
     return [Truth(text, place) for place, text in found if text is not None]
+
+
+def asks_about_one(question: Question) -> bool:
+    """Whether a prompt names one image, as level 1 does."""
+    return len(question.targets) == 1 and not question.is_search
 
 
 def bare_question(prompt: str) -> str:
@@ -73,13 +81,22 @@ def modelled(question: Question, given: dict[str, Any], noise: Noise, known: Ans
 
 
 def other_image(question: Question, known: Sequence[Truth], seed: int) -> Candidate | None:
-    """What is true of another image, if possible not of this one too; None if nothing is known of the others."""
+    """What is true of another image, if possible not of this one too; None if nothing is known of the others.
+
+    Of two images that are compared: as often what is true of them in the other order as what is true of other pairs.
+    """
     if not known:
         return None
-    choices = texts(question.extra, "choices") or ()
-    wrong = [truth for truth in known if not is_right(truth.text, question.answer, choices)]
-    chosen = (wrong or known)[rng_of(seed, question.id).integers(len(wrong or known))]
-    return Candidate(question, chosen.text, "other_image", others=tuple(truth.text for truth in known))
+    wrong = [truth.text for truth in known if not says_the_answer(question, truth.text)]
+    pool, kind, rng = wrong or [truth.text for truth in known], "other_image", rng_of(seed, question.id)
+    if question.is_search:
+        kind = "other_number"
+    elif compares(question):
+        swapped = [text for text in pool if sorted(words(text)) == sorted(words(question.answer))]
+        pairs = [text for text in pool if text not in swapped]
+        is_swapped = bool(swapped) and (not pairs or rng.random() < 0.5)
+        pool, kind = (swapped, "swapped") if is_swapped else (pairs, "other_pair")
+    return Candidate(question, pool[rng.integers(len(pool))], kind, others=tuple(truth.text for truth in known))
 
 
 def repointed(question: Question, known: Sequence[Truth]) -> list[Candidate]:
@@ -87,7 +104,7 @@ def repointed(question: Question, known: Sequence[Truth]) -> list[Candidate]:
 
     Only places with numbers can be pointed at: pictures in pictures give none, nor do prompts about several images.
     """
-    if question.image_type == "pip" or question.target is None or question.is_search:
+    if question.image_type == "pip" or not asks_about_one(question):
         return []
     dropped = {"others", "is_refusal"}
     extra = {name: value for name, value in question.extra.items() if name not in dropped}

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_gen.gen_chosen_rejected.correctness import is_right
-from data_gen.gen_chosen_rejected.rules import Candidate, Rules, judge, num_pictures, unfit
+from data_gen.correctness import is_right
+from data_gen.gen_chosen_rejected.rules import Candidate, Rules, compares, judge, num_pictures, unfit
 from llava import markdown
 from llava.asked import target_fields
 from llava.records import Question, messages
@@ -89,7 +89,9 @@ def pair(candidate: Candidate) -> dict[str, Any]:
         "rejected_from": candidate.rejected_from,
     }
     if candidate.others:
-        record["true_of_another"] = any(is_right(candidate.text, other) for other in candidate.others)
+        record["true_of_another"] = any(
+            is_right(candidate.text, other, in_order=compares(question)) for other in candidate.others
+        )
     record = {name: value for name, value in record.items() if value is not None}
     return record | {name: value for name, value in question.extra.items() if name not in record}
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from data_gen.gen_chosen_rejected.correctness import edit_distance, is_right, length_ratio
+from data_gen.correctness import edit_distance, is_right, length_ratio, numbers_in
 from llava.records import FORMATS, DataError, Question, check_answer, texts
 from llava.regions import num_parts
 from llava.scorers import true_choice, words
@@ -79,9 +79,24 @@ def _special_text(candidate: Candidate, rules: Rules) -> Numbers | None:
     return None
 
 
+def says_the_answer(question: Question, text: str) -> bool | None:
+    """`is_right` of a text: in order where several images are named; of one that is sought by its number.
+
+    None, as it may be right in other words, where one is sought and no number is said.
+    """
+    if question.is_search and (true := numbers_in(question.answer)):
+        given = numbers_in(text)
+        return bool(given & true) if given else None
+    return is_right(text, question.answer, texts(question.extra, "choices") or (), in_order=compares(question))
+
+
+def compares(question: Question) -> bool:
+    """Whether a prompt names several images, whose truths its answer says in turn."""
+    return len(question.targets) > 1 and not question.is_search
+
+
 def _is_right(candidate: Candidate) -> bool | None:
-    question = candidate.question
-    return is_right(candidate.text, question.answer, texts(question.extra, "choices") or ())
+    return says_the_answer(candidate.question, candidate.text)
 
 
 def _sure(candidate: Candidate, rules: Rules) -> Numbers | None:
@@ -93,7 +108,11 @@ def _on_target(candidate: Candidate, rules: Rules) -> Numbers | None:
     question, ratio = candidate.question, candidate.attention_ratio
     if ratio is None:
         return None
-    threshold = rules.thresholds[question.image_type][num_pictures(question)]
+    number, threshold = len(question.targets), rules.thresholds[question.image_type][num_pictures(question)]
+    if number == num_pictures(question):
+        return None  # there is nowhere else to look
+    if number > 1:
+        threshold = 1 - (1 - threshold) ** number  # each leaves as much as one does of what those before it left
     is_kept = ratio < threshold or (ratio == threshold and question.image_type in INCLUSIVE)
     return _if(not is_kept, attention_ratio=ratio, threshold=threshold)
 

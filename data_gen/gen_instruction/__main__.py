@@ -17,9 +17,10 @@ from typing import Any
 
 from data_gen.drops import Drop
 from data_gen.gen_instruction import schedule
-from data_gen.gen_instruction.arguments import Common, exit_code
+from data_gen.gen_instruction.arguments import Common, exit_code, of_the_data
 from data_gen.gen_instruction.compose import Recipe, make
 from data_gen.gen_instruction.formats import FORMATS, GRIDS
+from data_gen.gen_instruction.levels import NAMED
 from data_gen.gen_instruction.output import Output
 from data_gen.gen_instruction.workers import WorkerKilled, ordered
 from data_gen.sources import Sources
@@ -108,6 +109,8 @@ def chances_of(flags: Flags) -> dict[str, dict[Any, float]]:
     """What formats and numbers of pictures are drawn by: weights by choice. Raises ValueError."""
     if flags.shares is not None and flags.format != "mix":
         raise ValueError("--shares is for --format mix")
+    if flags.format == "pip" and flags.level != NAMED:
+        raise ValueError(f"--level {flags.level}: a pip has no numbered pictures; take --format sequence or collage")
     one_format = {name: float(name == flags.format) for name in FORMATS}
     return {
         "shares": weights(flags.shares, schedule.SHARES) if flags.format == "mix" else one_format,
@@ -119,7 +122,7 @@ def chances_of(flags: Flags) -> dict[str, dict[Any, float]]:
 def identify(arguments: dict[str, str], sources: list[str]) -> dict[str, dict[str, Any]]:
     """What decides the bytes that are written: a run of another kind is not continued."""
     return {
-        "arguments": {name: value for name, value in arguments.items() if name not in NOT_OF_THE_DATA},
+        "arguments": of_the_data(arguments, NOT_OF_THE_DATA),
         "sources": {path: stamp(path) for path in sources},
         "versions": {name: version(name) for name in ("pillow", "numpy")},
     }
@@ -147,7 +150,7 @@ def prepare(flags: Flags, chances: dict[str, dict[Any, float]], output: Output) 
     num_asking = schedule.ASKING_MIXED if flags.sources_per_collage == "mixed" else dict.fromkeys(GRIDS, 1)
     recipe = Recipe(
         sources, output.pictures, flags.seed, chances["num_images_weights"], chances["num_cells_weights"], num_asking,
-        flags.refusals, uncut, flags.picture_format, copies,
+        flags.refusals, uncut, flags.picture_format, copies, flags.level,
     )  # fmt: skip
     return recipe, planned
 

@@ -1,10 +1,12 @@
 """What both generators take, and say at the end."""
 
 import logging
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_gen.gen_instruction.levels import LEVELS, MIX, NAMED
 from data_gen.gen_instruction.workers import usable_cores
 from llava.command_line import check_numbers, flag
 
@@ -22,6 +24,11 @@ class Common:
     )
     image_folder: str | None = flag("folder, .zip or .tar of the pictures, unless the source embeds them", None)
     output: Path = flag("folder to write")
+    level: str = flag(
+        "named: about one picture; compare: about two; search: which picture it is, the answer is its number; mix: a "
+        "third each (pip: always named)",
+        NAMED, choices=[*LEVELS, MIX],
+    )  # fmt: skip
     num_workers: int = flag("processes", usable_cores())
     picture_format: str = flag(
         "of collages and pictures in pictures: jpg of quality 95, or png", "jpg", choices=["jpg", "png"]
@@ -29,6 +36,12 @@ class Common:
 
     def __post_init__(self):
         check_numbers(self, num_workers=(0, 1024))
+
+
+def of_the_data(arguments: dict[str, Any], others: Container[str]) -> dict[str, Any]:
+    """Those that decide what is written; a level that is not chosen is left out, as in runs that knew of none."""
+    kept = {name: value for name, value in arguments.items() if name not in others}
+    return {name: value for name, value in kept.items() if (name, value) != ("level", NAMED)}
 
 
 def exit_code(counts: dict[str, Any]) -> int:

@@ -4,21 +4,23 @@ A prompt depends on the recipe and its own task only, so that any process may ma
 """
 
 from bisect import bisect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
 import numpy as np
 
 from data_gen.drops import Drop, Unusable
-from data_gen.gen_instruction.companions import Member, members
+from data_gen.gen_instruction import levels
+from data_gen.gen_instruction.companions import Member, Pool, any_companions, members
 from data_gen.gen_instruction.formats import Drawn, put_together
+from data_gen.gen_instruction.levels import NAMED, Asked
 from data_gen.gen_instruction.output import PictureFolder
-from data_gen.gen_instruction.rewriting import ask, centre_phrase, conversation, numbered, refusal
+from data_gen.gen_instruction.rewriting import Turn, ask, centre_phrase, conversation, numbered, refusal
 from data_gen.gen_instruction.schedule import PROMPTS, Task
 from data_gen.pictures import encode
 from data_gen.sources import Sources
-from llava.asked import placeholders
+from llava.asked import placeholders, target_fields
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Recipe:
     uncut: np.ndarray  # records that must not ask in collages
     picture_format: str  # jpg or png
     copies_sequences: bool  # whether pictures of sequences are put into the output folder
+    level: str = NAMED  # or MIX
 
 
 @dataclass(frozen=True)
@@ -46,14 +49,24 @@ class Draft:
     num_images: int
     target: int  # 0-based position of the record that asks
     is_refused: bool  # asks about the picture after the last one instead
+    level: str = NAMED
+    partner: tuple[int, ...] = ()  # position of the record that it is compared with
+
+    @property
+    def first(self) -> list[int]:
+        """Positions of those that are asked about, the record's own first."""
+        return [self.target, *self.partner]
 
 
 def make(recipe: Recipe, task: Task) -> tuple[dict[str, Any] | None, list[Drop]]:
     """The record of a task, its pictures on disk, or None; and what could not be used for it."""
     draft, drops = draw(recipe, task), []
+    turn = None if draft.level == NAMED else levels.question_of(recipe.sources[task.source], draft.rng)
     try:
-        found = members(recipe.sources, task.source, draft.num_images, draft.rng, drops, task.id)
-        return _record(recipe, draft, put_together(task.image_type, draft.target, draft.num_images, found)), drops
+        found = members(recipe.sources, task.source, _companions(recipe, draft, turn), drops, task.id)
+        drawn = put_together(task.image_type, draft.first, draft.num_images, found)
+        asked = turn and levels.asked(draft.level, draft.first, drawn.sources, turn)
+        return _record(recipe, draft, drawn, asked), drops
     except Unusable as error:
         return None, [*drops, Drop.of(error, recipe.sources[task.source])]
 
@@ -66,23 +79,38 @@ def draw(recipe: Recipe, task: Task) -> Draft:
     shares = recipe.sequence_shares if task.image_type == "sequence" else recipe.collage_shares
     ends = list(accumulate(shares.values()))
     num_images = list(shares)[bisect(ends, rng.random() * ends[-1])]
-    return Draft(task, rng, num_images, int(rng.integers(num_images)), bool(rng.random() < recipe.refusals))
+    draft = Draft(task, rng, num_images, int(rng.integers(num_images)), bool(rng.random() < recipe.refusals))
+    if recipe.level == NAMED or draft.is_refused:
+        return draft
+    level = levels.level_of(recipe.level, int(rng.integers(len(levels.LEVELS))))
+    return replace(draft, level=level, partner=tuple(levels.first_of(level, draft.target, num_images, rng)[1:]))
 
 
-def _record(recipe: Recipe, draft: Draft, drawn: Drawn) -> dict[str, Any]:
-    turns, turn_targets = _asked(recipe, draft, drawn)
+def _companions(recipe: Recipe, draft: Draft, turn: Turn | None) -> list[Pool]:
+    chosen = recipe.sources, draft.task.source
+    if not turn:
+        return [any_companions(*chosen, draft.num_images, draft.rng)]
+    uncut = recipe.uncut & (draft.task.image_type == "collage")
+    return levels.pools(*chosen, turn, draft.level, draft.num_images, uncut, draft.rng)
+
+
+def _record(recipe: Recipe, draft: Draft, drawn: Drawn, asked: Asked | None) -> dict[str, Any]:
+    turns, turn_targets = ([asked.turn], []) if asked else _asked(recipe, draft, drawn)
     record = {
         "id": draft.task.id,
         "image": _images(recipe, draft.task, drawn),
         "conversations": conversation(placeholders(draft.task.image_type, draft.num_images), turns),
         "image_type": draft.task.image_type,
-        "target": None if draft.is_refused else draft.target + 1,
+        **target_fields([] if draft.is_refused else sorted(draft.first)),
         **drawn.fields,
     }
     if draft.is_refused and "target_box" in record:
         record["target_box"] = None
     if len(set(turn_targets)) > 1:
         record["turn_targets"] = turn_targets
+    record |= asked.fields if asked else {}
+    if recipe.level != NAMED:
+        record["category"] = draft.level
     record["sources"] = [{"id": source.id, "path": source.path} for source in drawn.sources]
     return record | ({"is_refusal": True} if draft.is_refused else {})
 

@@ -3,7 +3,7 @@
 Collages have the geometry of the published data: 448 px cells below 40 px strips for labels.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -36,14 +36,14 @@ class Drawn:
         return [self.members[position].source for position in range(len(self.members))]
 
 
-def positions(target: int, num_pictures: int) -> list[int]:
-    """Where the target goes, then its companions; from 0."""
-    return [target, *(position for position in range(num_pictures) if position != target)]
+def positions(first: Sequence[int], num_pictures: int) -> list[int]:
+    """Where the pictures go, from 0, that come first, then where their companions go."""
+    return [*first, *(position for position in range(num_pictures) if position not in first)]
 
 
-def put_together(image_type: str, target: int, num_pictures: int, found: Iterable[Member]) -> Drawn:
-    """A prompt's pictures: `found` gives the target first. Those of a collage are shrunk one by one."""
-    placed = zip(positions(target, num_pictures), found, strict=True)
+def put_together(image_type: str, first: Sequence[int], num_pictures: int, found: Iterable[Member]) -> Drawn:
+    """A prompt's pictures: `found` gives those asked about `first`. Those of a collage are shrunk one by one."""
+    placed = zip(positions(first, num_pictures), found, strict=True)
     if image_type == "sequence":
         return Drawn(dict(placed), None, {})
     if image_type == "pip":
@@ -54,7 +54,8 @@ def put_together(image_type: str, target: int, num_pictures: int, found: Iterabl
     for position, member in placed:
         boxes[position] = collage.paste(position, member.picture.pixels)
         members[position] = replace(member, picture=None)
-    return Drawn(members, collage.canvas, {"target_box": boxes[target], "grid": collage.grid})
+    box = {"target_box": boxes[first[0]]} if len(first) == 1 else {}
+    return Drawn(members, collage.canvas, box | {"grid": collage.grid})
 
 
 class Collage:

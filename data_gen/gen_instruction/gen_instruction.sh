@@ -12,6 +12,7 @@ FORMAT=${FORMAT:-mix} # sequence, collage, pip, or mix
 SOURCE=${SOURCE:-data/llava_v1_5_mix665k.json} # LLaVA-style JSON or JSONL, .parquet, save_to_disk folder, .csv
 IMAGES=${IMAGES:-data/images} # a folder, a .zip or a .tar; empty if the source embeds its pictures
 OUTPUT=${OUTPUT:-output/instructions}
+LEVEL=${LEVEL:-named} # of what is asked: named, compare, search, or mix
 SEED=${SEED:-0}
 
 # ---- the repository: sbatch runs a copy of this file from a spool folder; paths are the caller's ----
@@ -24,4 +25,4 @@ done
 source "$root/scripts/paths.sh"
 
 exec python -m data_gen.gen_instruction --format "$FORMAT" --source "$SOURCE" --image_folder "$IMAGES" \
-  --output "$OUTPUT" --seed "$SEED" "$@" # killed or requeued, it goes on where it was
+  --output "$OUTPUT" --level "$LEVEL" --seed "$SEED" "$@" # killed or requeued, it goes on where it was

@@ -5,19 +5,21 @@ import tarfile
 from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from data_gen.drops import Drop, Unusable
-from data_gen.gen_instruction.companions import Member, members
+from data_gen.gen_instruction import levels
+from data_gen.gen_instruction.companions import Member, Pool, any_companions, members
 from data_gen.gen_instruction.formats import Drawn, put_together
-from data_gen.gen_instruction.rewriting import ask, centre_phrase, numbered
+from data_gen.gen_instruction.levels import NAMED
+from data_gen.gen_instruction.rewriting import Turn, ask, centre_phrase, numbered
 from data_gen.pictures import encode
-from data_gen.sources import Source, Sources
-from llava.asked import placeholders
+from data_gen.sources import Sources
+from llava.asked import placeholders, target_fields
 
 
 @contextmanager
@@ -40,6 +42,17 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> str:
     return name
 
 
+@dataclass(frozen=True)
+class Slot:
+    """A question that is to be made."""
+
+    name: str
+    image_type: str
+    size: int  # number of pictures
+    first: list[int]  # positions of those asked about, the target first
+    level: str
+
+
 @dataclass
 class Maker:
     """Makes questions from sources, each of which is asked about at most once; `drops` gets what cannot be used."""
@@ -49,9 +62,11 @@ class Maker:
     forbidden: Container[bytes]
     drops: list[Drop]
     picture_format: str
+    level: str = NAMED  # or MIX
 
     def __post_init__(self):
         self._targets: set[bytes] = set()
+        self._numbers = count()  # of the questions that have a level
         # A bounding box is of the picture alone, and wrong in a collage.
         self._candidates = iter(self.rng.permutation(np.flatnonzero(~self.sources.has_box)))
 
@@ -59,40 +74,53 @@ class Maker:
         self, name: str, image_type: str, size: int, target: int, tar: tarfile.TarFile
     ) -> dict[str, Any] | None:
         """A question about picture `target` of `size`, its pictures in the archive; None if the sources are used up."""
+        level = NAMED if image_type == "pip" else levels.level_of(self.level, next(self._numbers))
+        slot = Slot(name, image_type, size, levels.first_of(level, target, size, self.rng), level)
         for index in map(int, self._candidates):
-            found = members(self.sources, index, size, self.rng, self.drops, name, self.forbidden)
+            turn = None if level == NAMED else levels.question_of(self.sources[index], self.rng)
+            found = members(self.sources, index, self._pools(slot, index, turn), self.drops, name, self.forbidden)
             try:
-                return self._question(name, image_type, size, target, found, tar)
+                return self._question(slot, turn, found, tar)
             except Unusable as error:
                 self.drops.append(Drop.of(error, self.sources[index]))
         return None
 
-    def _question(
-        self, name: str, image_type: str, size: int, target: int, found: Iterator[Member], tar: tarfile.TarFile
-    ) -> dict[str, Any]:
+    def _pools(self, slot: Slot, index: int, turn: Turn | None) -> list[Pool]:
+        if not turn:
+            return [any_companions(self.sources, index, slot.size, self.rng)]
+        uncut = self.sources.has_box & (slot.image_type == "collage")
+        return levels.pools(self.sources, index, turn, slot.level, slot.size, uncut, self.rng)
+
+    def _question(self, slot: Slot, turn: Turn | None, found: Iterator[Member], tar: tarfile.TarFile) -> dict[str, Any]:
         first = next(found)
         if first.fingerprint in self._targets:
             raise Unusable("repeated target", f"another question is about {first.source.path}", is_bad=False)
-        drawn = put_together(image_type, target, size, chain([first], found))
+        drawn = put_together(slot.image_type, slot.first, slot.size, chain([first], found))
         # Only now is it certain that there will be a question.
         self._targets.add(first.fingerprint)
-        images = [_add(tar, f"{image_type}/{name}{end}", data) for end, data in self._files(drawn)]
-        turns = first.source.turns  # of a conversation the first: later ones lean on it
-        question, answer = turns[0 if first.source.is_conversation else self.rng.integers(len(turns))]
-        where = centre_phrase(self.rng) if image_type == "pip" else numbered(target)
-        others = [true_of(source, question) for source in drawn.sources if source is not first.source]
-        others = [other for other in others if other not in (None, answer)]
+        images = [_add(tar, f"{slot.image_type}/{slot.name}{end}", data) for end, data in self._files(drawn)]
+        asked = levels.asked(slot.level, slot.first, drawn.sources, turn) if turn else self._named(slot, drawn)
         return {
-            "id": name,
+            "id": slot.name,
             "image": images,
-            "prompt": placeholders(image_type, size) + ask(where, question),
-            "answer": answer,
-            **({"others": others} if others else {}),
-            "image_type": image_type,
-            "target": target + 1,
+            "prompt": placeholders(slot.image_type, slot.size) + asked.turn[0],
+            "answer": asked.turn[1],
+            **asked.fields,
+            "image_type": slot.image_type,
+            **target_fields(sorted(slot.first)),
             **drawn.fields,
+            **({} if self.level == NAMED else {"category": slot.level}),
             "sources": [{"id": source.id, "path": source.path} for source in drawn.sources],
         }
+
+    def _named(self, slot: Slot, drawn: Drawn) -> levels.Asked:
+        """A question about one picture, and what is true of the others."""
+        own = drawn.members[slot.first[0]].source
+        question, answer = levels.question_of(own, self.rng)
+        where = centre_phrase(self.rng) if slot.image_type == "pip" else numbered(slot.first[0])
+        others = [source.answer_to(question) for source in drawn.sources if source is not own]
+        others = [other for other in others if other not in (None, answer)]
+        return levels.Asked((ask(where, question), answer), others)
 
     def _files(self, drawn: Drawn) -> list[tuple[str, bytes]]:
         """Endings and bytes of the pictures to store."""
@@ -100,9 +128,3 @@ class Maker:
             return [(f".{self.picture_format}", encode(drawn.picture, self.picture_format))]
         files = [drawn.members[position].picture.file() for position in range(len(drawn.members))]
         return [(f"_{number}{end}", data) for number, (end, data) in enumerate(files, 1)]
-
-
-def true_of(source: Source, question: str) -> str | None:
-    """What a record answers to the same question, None if it is not asked there."""
-    wanted = question.casefold()
-    return next((answer for asked, answer in source.turns if asked.casefold() == wanted), None)

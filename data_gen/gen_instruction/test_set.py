@@ -19,7 +19,7 @@ import numpy as np
 from tqdm.contrib.concurrent import thread_map
 
 from data_gen.drops import Drop, Unusable
-from data_gen.gen_instruction.arguments import Common, exit_code
+from data_gen.gen_instruction.arguments import Common, exit_code, of_the_data
 from data_gen.gen_instruction.formats import FORMATS, GRIDS
 from data_gen.gen_instruction.questions import Maker, new_tar
 from data_gen.pictures import PictureFiles, decode, fingerprint
@@ -70,9 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def identify(flags: Flags) -> dict[str, Any]:
     """What decides the bytes that are written."""
-    of_the_data = {name: value for name, value in asdict(flags).items() if name not in ("output", "num_workers")}
+    arguments = of_the_data(asdict(flags), ("output", "num_workers"))
     tables = [*flags.source, *([flags.exclude_training] if flags.exclude_training else [])]
-    return {"arguments": of_the_data, "sources": {path: stamp(path) for path in tables}}
+    return {"arguments": arguments, "sources": {path: stamp(path) for path in tables}}
 
 
 def make(flags: Flags, identity: dict[str, Any]) -> dict[str, Any]:
@@ -80,7 +80,8 @@ def make(flags: Flags, identity: dict[str, Any]) -> dict[str, Any]:
     drops: list[Drop] = []
     sources = Sources(flags.source, flags.image_folder, drops.append)
     forbidden, num_unread = exclude(flags, sources.files)
-    make_all(flags, Maker(sources, np.random.default_rng(flags.seed), forbidden, drops, flags.picture_format))
+    rng = np.random.default_rng(flags.seed)
+    make_all(flags, Maker(sources, rng, forbidden, drops, flags.picture_format, flags.level))
     write_text(flags.output / "dropped.jsonl", "".join(json.dumps(drop.as_dict()) + "\n" for drop in drops))
     counts = {
         "read": sources.num_read, "usable": len(sources), "made": dict.fromkeys(FORMATS, flags.num_per_format),

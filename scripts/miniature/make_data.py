@@ -6,17 +6,20 @@ its prompt: the confusion that the project treats. On demand also held-out pairs
 without pairs (instructions.json, for data_gen) and validation questions (validation_questions.json).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from llava.asked import target_fields
 from llava.command_line import check_numbers, flag, parse
 from llava.runtime import Progress, user_errors, write_records
 from scripts.miniature.draw import GRID
-from scripts.miniature.prompts import MULTI_IMAGE_TYPES, Prompt, sample_prompt
+from scripts.miniature.prompts import CATEGORIES, LEVELS, MULTI_IMAGE_TYPES, NUMBERED, Prompt, sample_prompt
 
+NAMED, COMPARE, SEARCH = LEVELS
 EVERY_TYPE = (*MULTI_IMAGE_TYPES, "single")
 
 
@@ -31,6 +34,10 @@ class DataFlags:
     num_test: int = flag("test questions, a quarter a format", 800)
     num_instructions: int = flag("training questions for data_gen", 0)
     num_validation_questions: int = flag("as test questions, other combinations", 0)
+    levels: list[int] = flag(
+        "of questions, in equal parts: 1 names an image, 2 compares two, 3 asks which image it is (2, 3: sequences and "
+        "collages)", [NAMED], choices=LEVELS,
+    )  # fmt: skip
     seed: int = flag("of the draw; what is held out stays the same", 0)
 
     def __post_init__(self):
@@ -57,17 +64,34 @@ def main() -> None:
         rng = np.random.default_rng([flags.seed, number])
         records = []
         for index in Progress(range(size), desc=name, unit="record"):
-            prompt = sample_prompt(rng, split, image_types[index % len(image_types)])
+            prompt = drawn(rng, split, image_types, flags.levels, index)
             record_id = f"{name}_{index:06d}"
             images = save_pictures(prompt.pictures(), flags.output / "images", name, record_id)
-            records.append({"id": record_id, "image": images} | fields_of(prompt, rng))
+            category = {} if flags.levels == [NAMED] else {"category": CATEGORIES[prompt.level]}
+            records.append({"id": record_id, "image": images} | fields_of(prompt, rng) | category)
         write_records(flags.output / f"{name}.json", records)
 
 
+def drawn(
+    rng: np.random.Generator, split: str, image_types: Sequence[str], levels: Sequence[int], index: int
+) -> Prompt:
+    """The prompt of an index: levels in turn, and in each the formats that it has in turn."""
+    number, place = divmod(index, len(levels))
+    formats = image_types if levels[place] == NAMED else NUMBERED
+    return sample_prompt(rng, split, formats[number % len(formats)], level=levels[place])
+
+
 def preference(prompt: Prompt, rng: np.random.Generator) -> dict:
-    """The fields of a preference pair; the rejected answer is that of another image, at random."""
-    pair = {"prompt": prompt.text, "chosen": prompt.answer, "rejected": str(rng.choice(prompt.others))}
-    return pair | where(prompt) | {"rejected_from": "other_image"}
+    """The fields of a preference pair; the rejected answer is that of another image, or of others, at random.
+
+    Where two are compared it is as often the two the other way round.
+    """
+    others, kind = prompt.others, "other_number" if prompt.level == SEARCH else "other_image"
+    if prompt.level == COMPARE:
+        is_swapped = len(others) == 1 or rng.random() < 0.5
+        others, kind = (others[:1], "swapped") if is_swapped else (others[1:], "other_pair")
+    pair = {"prompt": prompt.text, "chosen": prompt.answer, "rejected": str(rng.choice(others))}
+    return pair | where(prompt) | {"rejected_from": kind}
 
 
 def question(prompt: Prompt, _: np.random.Generator) -> dict:
@@ -79,7 +103,9 @@ def where(prompt: Prompt) -> dict:
     """The fields that say what the prompt refers to."""
     if prompt.image_type == "single":
         return {"image_type": "single"}
-    fields = {"image_type": prompt.image_type, "target": prompt.target + 1, "target_box": prompt.target_box}
+    fields = {"image_type": prompt.image_type, **target_fields(prompt.targets)}
+    fields |= {} if prompt.target_box is None else {"target_box": prompt.target_box}
+    fields |= {"is_search": True} if prompt.level == SEARCH else {}
     return fields | ({"grid": list(GRID)} if prompt.image_type == "collage" else {})
 
 

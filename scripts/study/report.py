@@ -32,6 +32,10 @@ COMPARED_NOTE = (
     "resampled: 95 % of 10,000 draws of seeds and, within each format, of questions; p: two-sided, of these draws; "
     "relative: to the control, resampled."
 )
+EXTRA_NOTES = {
+    "category/": "By category of the questions: of the formats of the mean, each format alike.",
+    "flipped": "Flipped: right in one order of the pictures and not in another, of the questions asked in several.",
+}
 CAPTIONS = {
     "accuracy": "Mean accuracy; a dot is a seed, a bar the 95 % t interval over seeds, a cross the answers that begin "
     "right where many have no end",
@@ -58,7 +62,9 @@ def markdown(results: Mapping[str, Any]) -> str:
     made = results["git_commits"]
     summary = f"{results['progress']}. Code: {', '.join(map(short_commit, made))}."
     parts = [f"# {results['config'].get('title', 'Study')}", summary + (f" {SEVERAL}" if len(made) > 1 else "")]
-    parts += ["## Arms", ARMS_NOTE, arms_table(results["arms"])]
+    extra = _extra([arm["numbers"] for arm in results["arms"]])
+    notes = [note for start, note in EXTRA_NOTES.items() if any(name.startswith(start) for name in extra)]
+    parts += ["## Arms", " ".join([ARMS_NOTE, *notes]), arms_table(results["arms"])]
     if results["comparisons"]:
         parts += ["## Comparisons", COMPARED_NOTE, comparisons_table(results["comparisons"])]
     return "\n\n".join(parts) + "\n"
@@ -66,27 +72,38 @@ def markdown(results: Mapping[str, Any]) -> str:
 
 def arms_table(arms: Sequence[Mapping[str, Any]]) -> str:
     """A row for every arm and way of answering."""
-    formats = list(dict.fromkeys(name for arm in arms for name in arm["numbers"] if name.startswith("format/")))
+    parts = [*_named("format/", [arm["numbers"] for arm in arms]), *_extra([arm["numbers"] for arm in arms])]
     rows = [
         [arm["label"], str(len(arm["seeds"])),
          *(shown(arm["numbers"][name]) for name in ("mean", "begins")), shown(arm["numbers"]["cut_off"], brief=True),
-         *(shown(arm["numbers"].get(name), brief=True) for name in formats),
+         *(shown(arm["numbers"].get(name), brief=True) for name in parts),
          shown(arm["numbers"].get("ratio"), ".3f", 1, brief=True)]
         for arm in arms
     ]  # fmt: skip
-    names = [name.removeprefix("format/") for name in formats]
+    names = [name.removeprefix("format/").removeprefix("category/") for name in parts]
     return markdown_table(["", "seeds", "mean", "begins right", "cut off", *names, "attention ratio"], rows)
 
 
 def comparisons_table(comparisons: Sequence[Mapping[str, Any]]) -> str:
     """A row for every arm and control."""
+    parts = _extra(comparisons)
     rows = [
         [own["label"], str(len(own["seeds"])), shown(own["over_seeds"], "+.1f"),
          f"[{100 * own['low']:+.1f}, {100 * own['high']:+.1f}]", f"{own['p']:.2g}", shown(own["relative"], "+.1f"),
-         shown(own["begins"], "+.1f")]
+         shown(own["begins"], "+.1f"), *(shown(own.get(name), "+.1f") for name in parts)]
         for own in comparisons
     ]  # fmt: skip
-    return markdown_table(["arm - control", "seeds", "mean", "resampled", "p", "relative %", "begins right"], rows)
+    names = ["mean", "resampled", "p", "relative %", "begins right", *(n.removeprefix("category/") for n in parts)]
+    return markdown_table(["arm - control", "seeds", *names], rows)
+
+
+def _named(start: str, found: Sequence[Mapping[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(name for own in found for name in own if name.startswith(start)))
+
+
+def _extra(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Columns that only some studies have: accuracy by category, and how often the order of the pictures decides."""
+    return [*_named("category/", found), *_named("flipped", found)]
 
 
 def shown(found: Mapping[str, Any] | None, form: str = ".1f", scale: float = 100, brief: bool = False) -> str:

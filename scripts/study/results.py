@@ -1,7 +1,7 @@
 """What the finished units say, as results.json holds it: numbers of each arm over its seeds, paired comparisons."""
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,22 +26,35 @@ class Answered:
     seeds: tuple[int, ...]
     known: np.ndarray  # (K, S, Q), NaN where there is no attention ratio
     formats: np.ndarray  # (Q,)
+    categories: np.ndarray  # (Q,) "" where a question is of none
     flipped: tuple[float, ...] = ()  # share of questions that the order of the pictures decides, of each seed
 
     def averaged(self) -> "Answered":
         """The questions whose formats make the mean."""
         in_mean = ~np.isin(self.formats, NOT_AVERAGED)
-        kept = in_mean | ~in_mean.any()
-        return Answered(self.seeds, self.known[..., kept], self.formats[kept])
+        return self.only(in_mean | ~in_mean.any())
+
+    def only(self, kept: np.ndarray) -> "Answered":
+        """Some of the questions, (Q,) bool."""
+        return replace(
+            self, known=self.known[..., kept], formats=self.formats[kept], categories=self.categories[kept]
+        )
 
     def of(self, seeds: Sequence[int]) -> "Answered":
         """The rows of these seeds; of the base, which is not trained, its own for every one."""
         rows = [self.seeds.index(seed) if seed in self.seeds else 0 for seed in seeds]
-        return Answered(tuple(seeds), self.known[:, rows], self.formats)
+        flipped = tuple(self.flipped[row] for row in rows) if self.flipped else ()
+        return replace(self, seeds=tuple(seeds), known=self.known[:, rows], flipped=flipped)
 
     def by_seed(self, number: int) -> np.ndarray:
         """(S,) one of the K, its mean over formats."""
         return mean_of_groups(self.known[number], self.formats)
+
+    def by_category(self) -> dict[str, np.ndarray]:
+        """(S,) scores of the questions of each category whose formats make the mean, their mean over these formats."""
+        part = self.averaged()
+        names = [name for name in dict.fromkeys(part.categories.tolist()) if name]
+        return {name: part.only(part.categories == name).by_seed(SCORE) for name in names}
 
 
 def collect(config: Config, output: Path, units: Sequence[Unit]) -> dict[str, Any]:
@@ -78,9 +91,11 @@ def answered(config: Config, output: Path, arm: Arm, way: str) -> Answered | Non
     every = judged(*read(paths, questions), "auto")
     rows = [[row for row in own if not row.asked.permutation] for own in every]
     known = np.array([[known_of(row) for row in own] for own in rows], dtype=float)
-    formats, flipped = np.array([row.asked.image_type for row in rows[0]]), [flips(own) for own in every]
+    formats = np.array([row.asked.image_type for row in rows[0]])
+    categories = np.array([row.asked.category or "" for row in rows[0]])
+    flipped = [flips(own) for own in every]
     shares = tuple(found["flipped"]["mean"] for found in flipped) if all(flipped) else ()
-    return Answered(tuple(seeds), known.transpose(2, 0, 1), formats, shares)
+    return Answered(tuple(seeds), known.transpose(2, 0, 1), formats, categories, shares)
 
 
 def known_of(row: Row) -> tuple[float, float, float, float]:
@@ -105,6 +120,7 @@ def numbers(found: Answered) -> dict[str, dict[str, Any]]:
         by_seed["flipped"] = found.flipped
     for name in dict.fromkeys(found.formats.tolist()):
         by_seed[f"format/{name}"] = found.known[SCORE][:, found.formats == name].mean(axis=1)
+    by_seed |= {f"category/{name}": scores for name, scores in found.by_category().items()}
     return {name: seed_interval(values) for name, values in by_seed.items()}
 
 
@@ -123,6 +139,10 @@ def difference(control: Answered, arm: Answered, is_base: bool) -> dict[str, Any
     if not seeds:
         return None
     one, other = (own.of(seeds).averaged() for own in (control, arm))
-    begins = seed_interval(other.by_seed(BEGINS) - one.by_seed(BEGINS), -1)
     scores = compare_sets(one.known[SCORE], other.known[SCORE], one.formats)
-    return {"seeds": seeds, **scores, "begins": begins}
+    after, before = other.by_category(), one.by_category()
+    differences = {"begins": other.by_seed(BEGINS) - one.by_seed(BEGINS)}
+    differences |= {f"category/{name}": after[name] - before[name] for name in after}
+    if one.flipped and other.flipped:
+        differences["flipped"] = np.subtract(other.flipped, one.flipped)
+    return {"seeds": seeds, **scores, **{name: seed_interval(found, -1) for name, found in differences.items()}}
