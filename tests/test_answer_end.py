@@ -182,7 +182,11 @@ def test_the_term_is_dpos_and_weighs_minus_the_log_prob():
     assert end.grad.tolist() == pytest.approx([-0.2, -0.2])
 
 
-def test_a_run_without_the_flag_is_the_same_experiment_as_before_it_existed(make_trainer):  # noqa: F811
-    assert not {name for name in make_trainer().identity if name.startswith("answer_end")}
-    identity = make_trainer("--answer_end", "left_out").identity
-    assert json.loads(json.dumps(identity))["answer_end"] == "left_out"
+@pytest.mark.parametrize("flags", [("--answer_end", "kept"), ("--dpo_alpha", "0", "--gamma", "1")])
+def test_a_run_that_does_nothing_with_the_end_is_the_same_experiment_as_before_the_flag(make_trainer, flags):  # noqa: F811
+    assert not {name for name in make_trainer(*flags).identity if name.startswith("answer_end")}
+
+
+def test_dpo_holds_the_end_unless_told_otherwise(make_trainer):  # noqa: F811
+    identity = json.loads(json.dumps(make_trainer().identity))
+    assert (identity["answer_end"], identity["answer_end_weight"]) == ("likelihood", 0.1)

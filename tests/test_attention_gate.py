@@ -57,7 +57,7 @@ def test_loss_and_gradients_are_those_of_separate_forwards_masked_by_hand(
     make_trainer, stock, alpha, gamma, loss_type, rows  # noqa: F811
 ):
     recipe = ("--dpo_alpha", str(alpha), "--gamma", str(gamma), "--loss_type", loss_type, "--attention_rows", rows)
-    trainer = make_trainer(*recipe, *TERM, *GATED, seed_b=4)
+    trainer = make_trainer(*recipe, "--answer_end", "kept", *TERM, *GATED, seed_b=4)
     model, _ = stock(trainer)
     model.get_base_model().set_attn_implementation("eager")
     totals, acts = by_hand(model, trainer.train_dataset, alpha, gamma, loss_type, rows)

@@ -92,6 +92,7 @@ def test_flags_reach_the_trainer_its_log_and_the_record_of_the_run(make_trainer,
 def test_a_weight_of_zero_is_the_plain_arm_bit_for_bit(make_trainer, heads_file, monkeypatch):  # noqa: F811
     """Three steps with every variant on, against three steps whose loss does not know of the term."""
     common = ("--attention_weight", "0", "--max_steps", "3", "--learning_rate", "1e-3", "--save_strategy", "no")
+    common += ("--answer_end", "kept")
     variants = ["--attention_heads", str(heads_file), "--top_heads", "3", "--attention_threshold", "1"]
 
     def weights(*flags):

@@ -52,7 +52,7 @@ def test_attention_log():
 
 @pytest.mark.parametrize("variant", ["hinge", "log"])
 def test_total_falls_when_target_mass_rises(variant):
-    settings = LossSettings(dpo_alpha=1.0, gamma=0.0, attention_loss=variant)
+    settings = LossSettings(dpo_alpha=1.0, gamma=0.0, attention_loss=variant, answer_end="kept")
     ratio = tensor(0.4).requires_grad_()
     loss, _ = total_loss(settings, tensor(-3.0), tensor(2.0), ratio, tensor(0.0))
     loss.backward()
@@ -64,7 +64,7 @@ def test_total_is_the_formula_of_the_design():
     dpo = [math.log1p(math.exp(-0.1)), math.log1p(math.exp(0.2))]
     sft, attention = [1.5, 2.0], [0.25, 0.0]
     for alpha, gamma in [(1.0, 0.0), (0.0, 1.0), (0.5, 2.0)]:
-        settings = LossSettings(dpo_alpha=alpha, gamma=gamma)
+        settings = LossSettings(dpo_alpha=alpha, gamma=gamma, answer_end="kept")
         found, parts = total_loss(settings, chosen, tokens, ratio, z if alpha else None)
         expected = [alpha * (d + 0.9 * a) + gamma * (s + 0.9 * a) for d, s, a in zip(dpo, sft, attention, strict=True)]
         assert found.item() == pytest.approx(sum(expected) / 2, abs=1e-5)
@@ -80,7 +80,7 @@ def test_the_gate_opens_where_the_chosen_answer_beats_every_rejected_one():
 @pytest.mark.parametrize("variant", ["hinge", "log"])
 def test_a_closed_gate_takes_the_term_alone_and_the_mean_stays_over_all_pairs(variant):
     chosen, tokens, z = tensor(-3.0, -8.0), tensor(2.0, 4.0), tensor(1.0, -2.0)
-    settings = LossSettings(dpo_alpha=0.5, gamma=2.0, attention_loss=variant)
+    settings = LossSettings(dpo_alpha=0.5, gamma=2.0, attention_loss=variant, answer_end="kept")
 
     def loss(*is_open):
         ratio = tensor(0.5, 0.25).requires_grad_()
@@ -97,7 +97,7 @@ def test_a_closed_gate_takes_the_term_alone_and_the_mean_stays_over_all_pairs(va
 
 
 def test_weight_zero_is_plain_dpo():
-    settings = LossSettings(dpo_alpha=1.0, gamma=0.0, attention_weight=0.0)
+    settings = LossSettings(dpo_alpha=1.0, gamma=0.0, attention_weight=0.0, answer_end="kept")
     loss, _ = total_loss(settings, tensor(-3.0), tensor(2.0), tensor(0.1), tensor(0.0))
     assert loss.item() == pytest.approx(math.log(2), abs=1e-6)
 
@@ -105,7 +105,7 @@ def test_weight_zero_is_plain_dpo():
 def test_mean_over_pairs_does_not_depend_on_how_a_batch_is_split():
     torch.manual_seed(0)
     parts = [-5 * torch.rand(8), torch.randint(1, 9, (8,)).float(), torch.rand(8), torch.randn(8)]
-    settings = LossSettings(dpo_alpha=0.7, gamma=0.3)
+    settings = LossSettings(dpo_alpha=0.7, gamma=0.3, answer_end="kept")
     whole, _ = total_loss(settings, *parts)
     halves = [total_loss(settings, *(p[s] for p in parts))[0] for s in (slice(0, 4), slice(4, 8))]
     torch.testing.assert_close(whole, (halves[0] + halves[1]) / 2)

@@ -129,7 +129,7 @@ def test_several_rejected_answers_are_the_mean_of_separate_pairs(model):
     others = [[*torch.randint(20, 90, (length,)).tolist(), 2] for length in (2, 7)]
     pairs = [EncodedPair(first.prompt, first.chosen, [*first.rejected, *others], first.target), second]
     alone = [EncodedPair(p.prompt, p.chosen, [r], p.target) for p in pairs for r in p.rejected]
-    settings = LossSettings(dpo_alpha=1.0, gamma=0.5)
+    settings = LossSettings(dpo_alpha=1.0, gamma=0.5, answer_end="kept")
 
     def loss_of(rows, own, reference):
         row = pack(rows, model.config.image_token_id)

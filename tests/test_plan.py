@@ -140,8 +140,8 @@ def test_text_of_a_tiny_run(checkpoint, data, one_process):
     assert rows["pairs"] == "pairs 18 to train on, 2 held out, 0 dropped"
     assert rows["batch"] == "batch 6 pairs = 2 x 3 accumulated x 1 processes"
     assert rows["steps"] == "steps 3 per epoch, 12 in all"  # 9 micro-batches in threes, 4 epochs
-    assert rows["loss"] == "loss 1 x (dpo + 0.9 x attention) + 0 x (sft + 0.9 x attention)"
-    for way, dpo in (("left_out", "dpo without the end token"), ("likelihood", "dpo + 0.2 x end")):
+    assert rows["loss"] == "loss 1 x (dpo + 0.1 x end + 0.9 x attention) + 0 x (sft + 0.9 x attention)"
+    for way, dpo in (("kept", "dpo"), ("left_out", "dpo without the end token"), ("likelihood", "dpo + 0.2 x end")):
         loss = replace(arguments[2], answer_end=way, answer_end_weight=0.2)
         found = describe_training(arguments[0], loss, arguments[3], inputs)["loss"]
         assert found == f"1 x ({dpo} + 0.9 x attention) + 0 x (sft + 0.9 x attention)"

@@ -95,7 +95,7 @@ def test_dpo_loss_equals_trl(make_trainer, checkpoint, pairs, tmp_path, loss_typ
     from trl import DPOConfig, DPOTrainer
     from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
-    ours = make_trainer("--loss_type", loss_type, "--attention_weight", "0", seed_b=1)
+    ours = make_trainer("--loss_type", loss_type, "--attention_weight", "0", "--answer_end", "kept", seed_b=1)
     ours.model.train()
     loss, metrics = ours.compute_loss(ours.model, one_batch(ours), return_outputs=True)
 
@@ -144,7 +144,8 @@ def examples_as_dataset(examples):
 @on_the_study_too
 @pytest.mark.parametrize("checkpointing", ["False", "True"])
 def test_with_a_fresh_adapter_the_dpo_loss_is_exactly_ln_2(make_trainer, checkpointing):
-    trainer = make_trainer("--attention_weight", "0", "--gradient_checkpointing", checkpointing)
+    flags = ("--attention_weight", "0", "--answer_end", "kept", "--gradient_checkpointing", checkpointing)
+    trainer = make_trainer(*flags)
     trainer.model.train()
     loss = trainer.compute_loss(trainer.model, one_batch(trainer))
     assert loss.item() == torch.tensor(2.0).log().item()
@@ -281,7 +282,7 @@ def test_a_trained_projector_is_in_the_adapter_and_not_in_the_reference(make_tra
 )
 def test_flags_of_transformers_that_are_said_to_work_do(make_trainer, flags):
     """A step's loss is that of the pairs, whatever else is asked for."""
-    trainer = make_trainer("--attention_weight", "0", "--max_steps", "1", *flags.split())
+    trainer = make_trainer("--attention_weight", "0", "--answer_end", "kept", "--max_steps", "1", *flags.split())
     trainer.train()
     log = next(log for log in trainer.state.log_history if "loss" in log)
     assert log["loss"] == pytest.approx(math.log(2), abs=1e-6)

@@ -171,7 +171,7 @@ class LossArguments:
     label_smoothing: float = flag("Assumed share of flipped pairs (sigmoid, robust).", 0.0)
     answer_end: str = flag(
         "DPO and the answers' end token: kept in the log-probs, left_out of them, or kept with -log p of the chosen "
-        "answer's end added.", "kept", choices=list(ANSWER_ENDS),
+        "answer's end added.", "likelihood", choices=list(ANSWER_ENDS),
     )  # fmt: skip
     answer_end_weight: float = flag("Weight of what --answer_end likelihood adds.", 0.1)
     attention_weight: float = flag("λ; 0 gives plain DPO or SFT.", 0.9)

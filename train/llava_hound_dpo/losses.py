@@ -114,7 +114,7 @@ class LossSettings:
     attention_weight: float = 0.9  # λ
     attention_threshold: float = 0.75  # τ
     attention_loss: str = "hinge"
-    answer_end: str = "kept"
+    answer_end: str = "likelihood"
     answer_end_weight: float = 0.1  # ω of `likelihood`, else 0
     attention_rows: str = "all"
     attention_gate: str = "none"

@@ -57,7 +57,7 @@ _held = ExitStack()  # the lock of this run
 SCHEDULE = (
     "learning_rate", "lr_scheduler_type", "warmup_steps", "num_train_epochs", "max_steps", "seed", "data_seed", "bf16",
 )  # fmt: skip
-ADDED = ("answer_end", "attention_rows", "attention_gate")  # at their defaults, checkpoints from before them go on
+BEFORE = {"answer_end": "kept", "attention_rows": "all", "attention_gate": "none"}  # what older checkpoints did
 
 MOST_STEPS = 1_000_000  # all of them are planned before the first
 
@@ -350,8 +350,9 @@ def build_trainer(policy, model, loss, args, inputs: Inputs, identity: dict[str,
 
 def describe_run(model, data, loss, args, inputs: Inputs) -> dict[str, Any]:
     """What makes two runs the same experiment: a checkpoint resumes only into the same."""
-    unused = {name for name in ADDED if getattr(loss, name) == getattr(LossArguments, name)}
-    unused |= {"answer_end_weight"} if "answer_end" in unused else set()
+    unused = {name for name, value in BEFORE.items() if getattr(loss, name) == value}
+    if loss.answer_end == "kept" or loss.dpo_alpha == 0:
+        unused |= {"answer_end", "answer_end_weight"}
     return {
         **dataclasses.asdict(model),
         **{name: value for name, value in dataclasses.asdict(loss).items() if name not in unused},
