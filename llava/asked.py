@@ -8,8 +8,9 @@ from typing import Any
 FORMATS = ("sequence", "collage", "pip", "single", "multi")
 IMAGE = "<image>"  # stands in a prompt for each picture
 AND = r"\s*,?\s*(?:and|or|&)\s*"
+ROW = rf"\s*\d+(?:\s*,\s*\d+)*{AND}\d+"  # "1, 2 and 4"
 TARGET = re.compile(  # names what a prompt is about: "in Image2", "in Image1, Image2 and Image4", "in Images 1 and 3"
-    rf"\bin\s+(?:image\s*(\d+)(?:(?:\s*,\s*image\s*\d+)*{AND}image\s*\d+)?|images\s*\d+(?:\s*,\s*\d+)*{AND}\d+)",
+    rf"\bin\s+(?:images{ROW}|image{ROW}(?=\s*[,.:?!])|image\s*\d+(?:(?:\s*,\s*image\s*\d+)*{AND}image\s*\d+)?)",
     re.IGNORECASE,
 )
 # How it names the inner picture of a pic-in-pic: in a phrase before the first comma.

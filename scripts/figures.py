@@ -118,7 +118,8 @@ def draw_row(family):
     strip(axes["position"], row.positions[0, 0], colour, "position")
     axes["position"].set(xlim=(-0.5, length - 0.5), ylim=(0, 2.2 * highest))
     spans = [*tree.branches, tuple(row.regions[0, :, 0].nonzero()[[0, -1], 0].tolist())]
-    texts = ("log π(chosen)\n→ L_dpo, L_end, L_sft", "log π(rejected)\n→ L_dpo", "share R of the image attention\n→ L_att")
+    answers = "log π(chosen)\n→ L_dpo, L_end, L_sft", "log π(rejected)\n→ L_dpo"
+    texts = (*answers, "share R of the image attention\n→ L_att")
     places = (length - 30, length - 4, sum(spans[2]) / 2)
     for (start, end), text, place in zip(spans, texts, places, strict=True):
         middle = (start + end) // 2

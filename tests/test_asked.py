@@ -26,6 +26,8 @@ def question(where, **fields):
         (question("In Image1, Image2 & Image3"), (0, 1, 2)),
         (question("In Images 1 and 3"), (0, 2)),
         (question("In images 1, 2, and 3"), (0, 1, 2)),
+        (question("In Image 1 and 3"), (0, 2)),
+        (question("In image 1, 2 or 3"), (0, 1, 2)),
         (question("In Image1 and Image3, not in Image3 or Image1 alone"), (0, 2)),
         (question("In Image1, 2 of the cars are red: which"), (0,)),
         (question("In Image 1 and 2 other places"), (0,)),

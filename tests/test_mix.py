@@ -173,7 +173,7 @@ def test_several_targets_are_written_out_and_counted(tmp_path):
     by_id = {record.id: record.targets for record in read_preferences(tmp_path / "set/train.json")}
     assert by_id == {"pair_0": (0, 2), "pair_1": (0,), "pair_2": (1, 2)}
     card = json.loads((tmp_path / "set/data_card.json").read_text())
-    assert card["by_target"] == {"sequence 3": {"1": 1, "1, 3": 1, "2, 3": 1}}
+    assert card["by_target"] == {"sequence 3": {"1": 1, "1 and 3": 1, "2 and 3": 1}}
 
 
 def test_a_killed_run_is_done_again_and_a_finished_one_is_not(inputs, tmp_path, monkeypatch, capsys):

@@ -50,7 +50,7 @@ def _by_target(items: Sequence[Item]) -> dict[str, dict[str, int]]:
 
 def _targets(record: dict[str, Any]) -> str:
     """The numbers as a text, "" where the record says none."""
-    return str(record["target"]) if record.get("target") else ", ".join(map(str, record.get("targets") or ()))
+    return str(record["target"]) if record.get("target") else " and ".join(map(str, record.get("targets") or ()))
 
 
 def _selection(pairs: Path) -> dict[str, Any]:
