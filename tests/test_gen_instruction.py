@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from data_gen.gen_instruction.rewriting import CENTRE_PHRASES, lower_first
-from llava.asked import PIC_IN_PIC, TARGET
+from llava.asked import PIC_IN_PIC, TARGET, named_in
 from llava.records import read_questions
 from tests.single_images import colour, digest, generate, lines, record, save_pictures, turns, world, write
 
@@ -128,7 +128,7 @@ def test_several_records_ask_in_a_mixed_collage(monkeypatch, tmp_path):
     flags = ["--sources_per_collage", "mixed", "--num_cells_weights", "6:1", "--num_records", 12]
     assert generate(monkeypatch, "--format", "collage", *flags, *world(tmp_path), "--output", tmp_path / "out") == 0
     for item in made(tmp_path / "out"):
-        assert item["turn_targets"] == [int(TARGET.search(text)[1]) for text in human(item)]
+        assert [{frozenset({target})} for target in item["turn_targets"]] == [named_in(text) for text in human(item)]
         assert len(human(item)) == 6 and len(set(item["turn_targets"])) == 3
         assert sum(text.count("<image>") for text in human(item)) == 1
         for k, text in zip(item["turn_targets"][::2], human(item)[::2], strict=True):
