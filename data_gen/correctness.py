@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from rapidfuzz.distance import Levenshtein
 
-from llava.scorers import IMAGE_BEFORE_NUMBER, RIGHT, UNPARSED, contains, normalise, score
+from llava.scorers import RIGHT, UNPARSED, contains, normalise, score, spoken
 
 NUMBERS = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
@@ -46,7 +46,7 @@ def _within(few: Sequence[str], many: Sequence[str]) -> bool:
 
 def numbers_in(text: str) -> set[str]:
     """Numbers of the images that a text may name: "3", "three", "Image3", "the third"."""
-    said = normalise(IMAGE_BEFORE_NUMBER.sub("", text))
+    said = spoken(text)
     return {word for word in said if word.isdecimal()} | {ORDINALS[word] for word in said if word in ORDINALS}
 
 

@@ -12,7 +12,7 @@ from itertools import islice
 from math import factorial
 from typing import Any, TypeVar
 
-from llava.asked import IMAGE
+from llava.asked import AND, IMAGE
 from llava.records import Prompt, Question
 
 logger = logging.getLogger(__name__)
@@ -22,7 +22,7 @@ Record = TypeVar("Record", bound=Prompt)
 
 TRUE = ("chosen", "answer")  # what records call the right answer
 PICTURE = r"(?:image|picture|photo)"
-ROW = r"\d{1,3}(?:\s*,\s*\d{1,3})*(?:\s*,?\s*(?:and|or|&)\s*\d{1,3})"  # "1, 2 and 3"
+ROW = rf"\d{{1,3}}(?:\s*,\s*\d{{1,3}})*{AND}\d{{1,3}}"  # "1, 2 and 3"
 LABEL = rf"{PICTURE}\s*(?P<label>\d{{1,3}})[^\w<]{{0,4}}{IMAGE}"  # "Image1:<image>"
 NAMED = rf"(?<![\w.-])(?:{PICTURE}s\s*{ROW}|{PICTURE}\s*#?\d{{1,3}})(?!\w|[./]\d|\.(?:png|jpe?g|gif|webp|bmp|tiff?)\b)"
 MENTION = re.compile(rf"{LABEL}|(?P<named>{NAMED})", re.IGNORECASE)
@@ -33,7 +33,7 @@ _WORDS = "one|two|three|four|five|six|seven|eight|nine|ten"
 BY_PLACE = re.compile(  # what follows no number, "the last image", "Images 1 to 3", or may be none, "the image 2 men"
     rf"\b(?:(?:{_COUNTED}|\d+(?:st|nd|rd|th))(?:\s+(?!to\b)\w+){{0,2}}?\s+(?:{PICTURE}s?|ones?)"
     rf"|{PICTURE}s?\s+(?:{_WORDS})|{PICTURE}s?\s*\d+\s*(?:to|through|[-–—/])\s*(?:{PICTURE}\s*)?\d+"
-    rf"|{PICTURE}\s*\d+(?:\s*,\s*\d+)*\s*,?\s*(?:and|or|&)\s*\d+|(?:the|this|that|an|each|every|same)\s+{PICTURE}\s+\d+)\b",
+    rf"|{PICTURE}\s*\d+(?:\s*,\s*\d+)*{AND}\d+|(?:the|this|that|an|each|every|same)\s+{PICTURE}\s+\d+)\b",
     re.IGNORECASE,
 )
 

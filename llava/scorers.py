@@ -57,19 +57,19 @@ def _score_choice(text: str, answer: str, choices: Sequence[str]) -> Result:
 # ---- free text
 
 
-def _spoken(text: str) -> tuple[str, ...]:
+def spoken(text: str) -> tuple[str, ...]:
     """The words as they are compared: of "Image3" the number alone, as an answer to "which image" may have it."""
     return normalise(IMAGE_BEFORE_NUMBER.sub("", text))
 
 
 def exact(text: str, answer: str) -> bool:
     """Whether both are the same up to case, articles, punctuation, spaces and "Image" before a number."""
-    return _spoken(text) == _spoken(answer)
+    return spoken(text) == spoken(answer)
 
 
 def contains(text: str, answer: str) -> bool:
     """Whether the answer's words stand in the text, in order and whole ("red" is not in "a hundred")."""
-    given, wanted = _spoken(text), _spoken(answer)
+    given, wanted = spoken(text), spoken(answer)
     return bool(wanted) and f" {' '.join(wanted)} " in f" {' '.join(given)} "
 
 

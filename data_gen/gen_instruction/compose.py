@@ -12,11 +12,11 @@ import numpy as np
 
 from data_gen.drops import Drop, Unusable
 from data_gen.gen_instruction import levels
-from data_gen.gen_instruction.companions import Member, Pool, any_companions, members
+from data_gen.gen_instruction.companions import Member, members
 from data_gen.gen_instruction.formats import Drawn, put_together
 from data_gen.gen_instruction.levels import NAMED, Asked
 from data_gen.gen_instruction.output import PictureFolder
-from data_gen.gen_instruction.rewriting import Turn, ask, centre_phrase, conversation, numbered, refusal
+from data_gen.gen_instruction.rewriting import ask, centre_phrase, conversation, numbered, refusal
 from data_gen.gen_instruction.schedule import PROMPTS, Task
 from data_gen.pictures import encode
 from data_gen.sources import Sources
@@ -62,8 +62,10 @@ def make(recipe: Recipe, task: Task) -> tuple[dict[str, Any] | None, list[Drop]]
     """The record of a task, its pictures on disk, or None; and what could not be used for it."""
     draft, drops = draw(recipe, task), []
     turn = None if draft.level == NAMED else levels.question_of(recipe.sources[task.source], draft.rng)
+    uncut = recipe.uncut if task.image_type == "collage" else None
+    pools = levels.pools(recipe.sources, task.source, turn, draft.level, draft.num_images, uncut, draft.rng)
     try:
-        found = members(recipe.sources, task.source, _companions(recipe, draft, turn), drops, task.id)
+        found = members(recipe.sources, task.source, pools, drops, task.id)
         drawn = put_together(task.image_type, draft.first, draft.num_images, found)
         asked = turn and levels.asked(draft.level, draft.first, drawn.sources, turn)
         return _record(recipe, draft, drawn, asked), drops
@@ -84,14 +86,6 @@ def draw(recipe: Recipe, task: Task) -> Draft:
         return draft
     level = levels.level_of(recipe.level, int(rng.integers(len(levels.LEVELS))))
     return replace(draft, level=level, partner=tuple(levels.first_of(level, draft.target, num_images, rng)[1:]))
-
-
-def _companions(recipe: Recipe, draft: Draft, turn: Turn | None) -> list[Pool]:
-    chosen = recipe.sources, draft.task.source
-    if not turn:
-        return [any_companions(*chosen, draft.num_images, draft.rng)]
-    uncut = recipe.uncut & (draft.task.image_type == "collage")
-    return levels.pools(*chosen, turn, draft.level, draft.num_images, uncut, draft.rng)
 
 
 def _record(recipe: Recipe, draft: Draft, drawn: Drawn, asked: Asked | None) -> dict[str, Any]:

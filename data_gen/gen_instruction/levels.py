@@ -43,15 +43,20 @@ def question_of(source: Source, rng: np.random.Generator) -> Turn:
 
 
 def pools(
-    sources: Sources, index: int, turn: Turn, level: str, count: int, uncut: np.ndarray, rng: np.random.Generator
-) -> list[Pool]:
+    sources: Sources, index: int, turn: Turn | None, level: str, count: int, uncut: np.ndarray | None,
+    rng: np.random.Generator,
+) -> list[Pool]:  # fmt: skip
     """Companions: all that are searched, the second of those compared, answer the question of `turn` otherwise.
 
-    The others of a comparison answer it too if they can. Records that are `uncut` must not be asked about.
+    The others of a comparison answer it too if they can; without a `turn`, of a named picture, any will do. Records
+    that are `uncut` (None: none) must not be asked about.
     """
+    if turn is None:
+        return [any_companions(sources, index, count, rng)]
     question, few = turn[0], f" whose records answer {turn[0]!r} otherwise"
     alike = chain.from_iterable(shuffled(group, rng) for group in sources.alike(index, question))
-    differing = (other for other in alike if not uncut[other] and differ(sources[other].answer_to(question), turn[1]))
+    asking = alike if uncut is None else (other for other in alike if not uncut[other])
+    differing = (other for other in asking if differ(sources[other].answer_to(question), turn[1]))
     if level == SEARCH:
         return [Pool(count, differing, few)]
     own = shuffled(next(sources.alike(index, question)), rng)  # not empty: the record itself is of it

@@ -13,7 +13,7 @@ import numpy as np
 
 from data_gen.drops import Drop, Unusable
 from data_gen.gen_instruction import levels
-from data_gen.gen_instruction.companions import Member, Pool, any_companions, members
+from data_gen.gen_instruction.companions import Member, members
 from data_gen.gen_instruction.formats import Drawn, put_together
 from data_gen.gen_instruction.levels import NAMED
 from data_gen.gen_instruction.rewriting import Turn, ask, centre_phrase, numbered
@@ -78,18 +78,14 @@ class Maker:
         slot = Slot(name, image_type, size, levels.first_of(level, target, size, self.rng), level)
         for index in map(int, self._candidates):
             turn = None if level == NAMED else levels.question_of(self.sources[index], self.rng)
-            found = members(self.sources, index, self._pools(slot, index, turn), self.drops, name, self.forbidden)
+            uncut = self.sources.has_box if image_type == "collage" else None
+            pools = levels.pools(self.sources, index, turn, level, size, uncut, self.rng)
+            found = members(self.sources, index, pools, self.drops, name, self.forbidden)
             try:
                 return self._question(slot, turn, found, tar)
             except Unusable as error:
                 self.drops.append(Drop.of(error, self.sources[index]))
         return None
-
-    def _pools(self, slot: Slot, index: int, turn: Turn | None) -> list[Pool]:
-        if not turn:
-            return [any_companions(self.sources, index, slot.size, self.rng)]
-        uncut = self.sources.has_box & (slot.image_type == "collage")
-        return levels.pools(self.sources, index, turn, slot.level, slot.size, uncut, self.rng)
 
     def _question(self, slot: Slot, turn: Turn | None, found: Iterator[Member], tar: tarfile.TarFile) -> dict[str, Any]:
         first = next(found)

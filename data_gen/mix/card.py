@@ -41,7 +41,7 @@ def _format(item: Item) -> str:
 
 
 def _by_target(items: Sequence[Item]) -> dict[str, dict[str, int]]:
-    found = Counter((_format(item), _targets(item.record)) for item in items if _targets(item.record))
+    found = Counter((_format(item), said) for item in items if (said := _targets(item.record)))
     by_format: dict[str, dict[str, int]] = {}
     for (name, target), count in sorted(found.items()):
         by_format.setdefault(name, {})[target] = count

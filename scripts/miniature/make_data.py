@@ -17,9 +17,18 @@ from llava.asked import target_fields
 from llava.command_line import check_numbers, flag, parse
 from llava.runtime import Progress, user_errors, write_records
 from scripts.miniature.draw import GRID
-from scripts.miniature.prompts import CATEGORIES, LEVELS, MULTI_IMAGE_TYPES, NUMBERED, Prompt, sample_prompt
+from scripts.miniature.prompts import (
+    CATEGORIES,
+    COMPARE,
+    LEVELS,
+    MULTI_IMAGE_TYPES,
+    NAMED,
+    NUMBERED,
+    SEARCH,
+    Prompt,
+    sample_prompt,
+)
 
-NAMED, COMPARE, SEARCH = LEVELS
 EVERY_TYPE = (*MULTI_IMAGE_TYPES, "single")
 
 
