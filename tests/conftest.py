@@ -45,6 +45,9 @@ from scripts.miniature import make_data
 from scripts.miniature.model import build_model, build_processor
 
 torch.set_num_threads(1)
+# torch makes its thread pool anew in a fork, when it is first used; two threads that do so at once, as those that read
+# weights, find none ("Invalid thread pool!"). Here it is used before there are threads.
+os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
 SIDE = 72  # px of the miniature's pictures
 BASE = str(Path(__file__).parent.parent / "scripts/miniature/base")  # the model that demo and study train

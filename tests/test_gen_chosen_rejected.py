@@ -266,10 +266,10 @@ def contents(folder):
 
 def test_two_processes_killed_and_started_again_write_the_same_files_as_one(make, world, made, tmp_path):
     output = tmp_path / "killed"
-    (job, _), deadline = launch(world, output, 2), time.monotonic() + 60
+    (job, log), deadline = launch(world, output, 2), time.monotonic() + 60
     while not list(output.glob("answers.jsonl.parts/*.jsonl")) and job.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
-    assert job.poll() is None, "the run was over before it was killed"
+    assert job.poll() is None, f"the run was over before it was killed: {log.read_text()}"
     kill_with_workers(job)
     assert not (output / "pairs.json").exists()
     job, log = launch(world, output, 2)
