@@ -140,7 +140,12 @@ def test_places_are_chosen_on_questions_and_seeds_that_do_not_confirm_them():
     assert ends == {("likelihood", 0.1)} and {args.seed for _, args in found} == {0, 1} and asked == "3"
     again, confirmed = trained("confirm")
     assert (again, {args.seed for _, args in confirmed}) == ("4", set(range(10, 20)))
-    assert {str(loss) for loss, _ in confirmed} == {str(loss) for loss, _ in found}
+    placed = Counter((loss.dpo_alpha, loss.attention_weight, loss.attention_layers, loss.attention_rows)
+                     for loss, _ in confirmed)  # fmt: skip
+    chosen = [(alpha, 0.9, layers, rows) for alpha in (0, 1)
+              for layers, rows in (("auto", "all"), ("all", "all"), ("all", "first"))]  # fmt: skip
+    assert placed == dict.fromkeys([(0, 0, "auto", "all"), *chosen], 10)
+    assert not any((loss.gamma and loss.dpo_alpha) or loss.attention_heads for loss, _ in confirmed)
     assert len(trained("quick")[1]) == 4
 
 
