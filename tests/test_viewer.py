@@ -144,10 +144,12 @@ def test_an_opened_question_is_asked_as_its_record_says(vlm, book, answered):
         (["--data_path", "test.json"], "give the answers to browse"),
         (["--port", "99999999"], "--port 99999999"),
         (["--compare", "no/such/folder"], "no/such/folder"),
+        (["--attention_layers", "9"], "layers 0 to 3"),
     ],
 )
-def test_what_cannot_be_meant_is_one_line(words, said, capsys, monkeypatch):
+def test_what_cannot_be_meant_is_one_line_before_weights(words, said, capsys, monkeypatch):
     monkeypatch.setattr(viewer, "find_spec", lambda name: name)
+    monkeypatch.setattr(viewer, "open_model", None)  # calling it would raise
     with pytest.raises(SystemExit) as ended:
         viewer.start(["--model_name_or_path", BASE, *words])
     (line,) = capsys.readouterr().err.splitlines()
