@@ -1,5 +1,7 @@
 """The attention term of selected heads, and without any weight."""
 
+import json
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from tests.conftest import encoded
 from tests.test_packing import EACH_ROWS, ROWS, eager_twin, pairs_of
 from tests.test_trainer import make_trainer, one_batch, pairs  # noqa: F401  two fixtures
 from train.llava_hound_dpo import trainer as trainer_module
+from train.llava_hound_dpo.checkpoints import COMPLETE, latest_checkpoint
 from train.llava_hound_dpo.losses import hinge_attention, total_loss
 from train.llava_hound_dpo.packing import pack
 from train.llava_hound_dpo.scoring import score
@@ -87,6 +90,28 @@ def test_flags_reach_the_trainer_its_log_and_the_record_of_the_run(make_trainer,
     identity = trainer.identity
     assert identity["attention_heads"] == SOME.to_json() and identity["top_heads"] == 3
     assert make_trainer(*flags[:3], "1", "--attention_layers", "0-1").layers == {1}  # the best of these layers
+
+
+def test_a_run_whose_auto_was_the_middle_goes_on_with_the_middle_only(make_trainer, heads_file, tmp_path):  # noqa: F811
+    """What a checkpoint of before says, and that today's flags are refused instead of training on other layers."""
+    (tmp_path / "checkpoint-5").mkdir()
+    saved = tmp_path / "checkpoint-5" / COMPLETE
+
+    def goes_on(*flags):
+        trainer = make_trainer(*flags)
+        return latest_checkpoint(tmp_path, json.loads(json.dumps(trainer.identity))), trainer.layers
+
+    before = json.loads(json.dumps(make_trainer().identity)) | {"attention_layers": "auto"}
+    saved.write_text(json.dumps(before))
+    assert goes_on("--attention_layers", "middle") == (saved.parent, {2})
+    for flags in ((), ("--attention_layers", "all")):
+        with pytest.raises(ValueError, match="attention_layers auto there, all here"):
+            goes_on(*flags)
+    saved.write_text(json.dumps(before | {"attention_layers": "all"}))  # what was all is what auto is now
+    assert goes_on() == goes_on("--attention_layers", "all") == (saved.parent, {0, 1, 2, 3})
+    heads = ("--attention_heads", str(heads_file), "--top_heads", "3")
+    saved.write_text(json.dumps(before | {"attention_heads": SOME.to_json(), "top_heads": 3}))
+    assert goes_on(*heads) == (saved.parent, {1, 2})
 
 
 def test_a_weight_of_zero_is_the_plain_arm_bit_for_bit(make_trainer, heads_file, monkeypatch):  # noqa: F811

@@ -118,7 +118,7 @@ def test_step_0_is_ln_2_and_run_json_tells_everything(zero2):
     assert first["rewards/margins"] == 0
     record = json.loads((zero2 / "run.json").read_text())
     assert record["counts"]["train"]["pairs"] == 24
-    assert record["loss"]["attention_threshold"] == 0.75 and record["attention_layers"] == [2]
+    assert record["loss"]["attention_threshold"] == 0.75 and record["attention_layers"] == [0, 1, 2, 3]
     assert {"torch", "transformers", "deepspeed"} <= set(record["versions"])
 
 

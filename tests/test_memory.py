@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 from torch.utils.flop_counter import FlopCounterMode
 
-from llava.attention import layer_range
 from scripts.bench.memory import on_shapes, peak, step, untrained
 from tests.test_costs import BLOCKS, LORA_128, config_7b, pair_of  # noqa: F401  a fixture
 from tests.test_family_contract import pairs_of, tiny  # noqa: F401  a fixture
-from train.llava_hound_dpo.arguments import ModelArguments
+from train.llava_hound_dpo.arguments import LossArguments, ModelArguments
 from train.llava_hound_dpo.costs import PairShape, Recipe, count, filling_flops, hours, work
 from train.llava_hound_dpo.memory import GIB, Kept, Memory, Numbers, Row, Zero, activation_bytes, estimate_memory
 from train.llava_hound_dpo.packing import pack
@@ -67,7 +66,7 @@ def test_the_real_code_of_other_families(tiny, module, kind, rank, checkpointing
     own = tiny(module, kind)
     batch, row = batch_of(own)
     arguments = ModelArguments("m", lora_r=rank) if rank else ModelArguments("m", lora_enable=False)
-    layers = layer_range(own.family.config.get_text_config().num_hidden_layers, "auto")
+    layers = LossArguments().layers(own.family.config.get_text_config().num_hidden_layers)
     estimate = activation_bytes(own.family.config, row, Kept(checkpointing, rank, tuple(layers)))
     assert estimate == pytest.approx(peak(own.family, batch, arguments, checkpointing), rel=0.1)
 

@@ -132,7 +132,7 @@ def test_places_are_chosen_on_questions_and_seeds_that_do_not_confirm_them():
     assert ways == dict.fromkeys([
         (1, 0, 0, "auto", False, "all", "none"), (0, 1, 0, "auto", False, "all", "none"),
         (1, 0.5, 0, "auto", False, "all", "none"), *((*own, "all", False, "all", "none") for own in everywhere),
-        (1, 0, 0.9, "auto", False, "all", "none"), (1, 0, 0.9, "auto", True, "all", "none"),
+        (1, 0, 0.9, "middle", False, "all", "none"), (1, 0, 0.9, "auto", True, "all", "none"),
         *((*own, "all", False, "first", "none") for own in everywhere[:2]),
         *((*own, "all", False, "all", "preferred") for own in (everywhere[0], everywhere[2])),
     ], 2)  # fmt: skip
@@ -143,10 +143,10 @@ def test_places_are_chosen_on_questions_and_seeds_that_do_not_confirm_them():
     placed = Counter((loss.dpo_alpha, loss.attention_weight, loss.attention_layers, loss.attention_rows)
                      for loss, _ in confirmed)  # fmt: skip
     chosen = [(alpha, 0.9, layers, rows) for alpha in (0, 1)
-              for layers, rows in (("auto", "all"), ("all", "all"), ("all", "first"))]  # fmt: skip
+              for layers, rows in (("middle", "all"), ("all", "all"), ("all", "first"))]  # fmt: skip
     assert placed == dict.fromkeys([(0, 0, "auto", "all"), *chosen], 10)
     new = {str(loss) for loss, _ in confirmed} - {str(loss) for loss, _ in found}
-    assert len(new) == 1, "but for SFT on the layer of auto, a control, only what was chosen from is confirmed"
+    assert len(new) == 1, "but for SFT on the middle layer, a control, only what was chosen from is confirmed"
     assert len(trained("quick")[1]) == 4
 
 

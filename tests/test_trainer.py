@@ -154,11 +154,13 @@ def test_with_a_fresh_adapter_the_dpo_loss_is_exactly_ln_2(make_trainer, checkpo
 @on_the_study_too
 @pytest.mark.parametrize("checkpointing", ["False", "True"])
 @pytest.mark.parametrize("recipe", [("1", "0"), ("0", "1")])
-def test_the_attention_term_reaches_the_adapter(make_trainer, checkpointing, recipe):
-    """What the term adds to the gradient is not zero, on query and key of every layer up to the probe."""
+@pytest.mark.parametrize(("layers", "probed"), [("middle", 2), ("auto", 3)])
+def test_the_attention_term_reaches_the_adapter(make_trainer, checkpointing, recipe, layers, probed):
+    """What the term adds to the gradient is not zero, on query and key of every layer up to the last probe."""
 
     def gradients(weight):
         flags = ("--dpo_alpha", recipe[0], "--gamma", recipe[1], "--attention_threshold", "1")
+        flags += ("--attention_layers", layers)
         trainer = make_trainer(
             *flags, "--attention_weight", weight, "--gradient_checkpointing", checkpointing, seed_b=3
         )
@@ -167,7 +169,6 @@ def test_the_attention_term_reaches_the_adapter(make_trainer, checkpointing, rec
         return {n: p.grad for n, p in trainer.model.named_parameters() if p.requires_grad}
 
     without, with_term = gradients("0"), gradients("5")
-    probed = 2
     for name, gradient in with_term.items():
         layer = int(name.split(".layers.")[1].split(".")[0])
         difference = (gradient - without[name]).abs().max().item()

@@ -19,13 +19,13 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from llava.attention import install, layer_range
+from llava.attention import install
 from llava.command_line import flag, parse
 from llava.families import Family
 from llava.markdown import table
 from llava.runtime import user_errors
 from scripts.bench import common
-from train.llava_hound_dpo.arguments import ModelArguments
+from train.llava_hound_dpo.arguments import LossArguments, ModelArguments
 from train.llava_hound_dpo.costs import PairShape
 from train.llava_hound_dpo.data import PairCollator
 from train.llava_hound_dpo.memory import GIB, Kept, Row, activation_bytes
@@ -137,7 +137,7 @@ def untrained(family: Family, arguments: ModelArguments, checkpointing=True, dty
 
 def step(policy, family: Family, batch, with_reference: bool) -> None:
     """Forward and backward as the trainer's."""
-    layers = layer_range(family.config.get_text_config().num_hidden_layers, "auto")
+    layers = LossArguments().layers(family.config.get_text_config().num_hidden_layers)
     row = batch["row"]
     with torch.no_grad():
         features = family.encode(getattr(policy, "get_base_model", lambda: policy)(), batch["pixels"])
@@ -181,7 +181,7 @@ def compare(family: Family, batch: Mapping[str, Any], shape: PairShape, rank: in
     """Cells of a row."""
     arguments = ModelArguments("m", lora_r=rank) if rank else ModelArguments("m", lora_enable=False)
     measured = peak(family, batch, arguments, checkpointing) / GIB
-    kept = Kept(checkpointing, rank, tuple(layer_range(family.config.get_text_config().num_hidden_layers, "auto")))
+    kept = Kept(checkpointing, rank, tuple(LossArguments().layers(family.config.get_text_config().num_hidden_layers)))
     row = Row(shape.tokens, shape.answers, sum(shape.patches))
     estimated = activation_bytes(family.config, row, kept) / GIB
     sizes = (f"{measured:.2f}", f"{estimated:.2f}", f"{estimated / measured - 1:+.1%}")

@@ -12,10 +12,10 @@ from datasets import Dataset
 from torch import Tensor
 from transformers.utils import is_torchvision_available
 
-from llava.attention import NAME, install, layer_range
+from llava.attention import NAME, install
 from llava.families import Family
 from scripts.bench import eager
-from train.llava_hound_dpo.arguments import TrainArguments
+from train.llava_hound_dpo.arguments import LossArguments, TrainArguments
 from train.llava_hound_dpo.batches import make_plan
 from train.llava_hound_dpo.data import PairDataset
 from train.llava_hound_dpo.losses import PREFERENCE_LOSSES, LossSettings
@@ -68,7 +68,7 @@ class Eager(Step):
         super().__init__(policy, "eager")
         batch = eager.collate(list(pairs), pairs.family.image_id)
         self.batch = {name: tensor.to(policy.device) for name, tensor in batch.items()}
-        self.layers = sorted(layer_range(policy.config.text_config.num_hidden_layers, "auto"))
+        self.layers = sorted(LossArguments().layers(policy.config.text_config.num_hidden_layers))
 
     def forward_and_backward(self) -> Tensor:
         """In bf16 on a GPU, as the trainers."""
@@ -102,7 +102,8 @@ def build_trainer(policy, pairs: PairDataset, folder: Path, kind: type[Attention
     args.accumulate(batches.accumulation)
     return kind(
         model=policy, args=args, train_dataset=pairs, batches=batches, processing_class=pairs.family.processor(),
-        settings=SETTINGS, layers=layer_range(base.config.text_config.num_hidden_layers, "auto"), family=pairs.family,
+        settings=SETTINGS, family=pairs.family,
+        layers=LossArguments().layers(base.config.text_config.num_hidden_layers),
     )  # fmt: skip
 
 

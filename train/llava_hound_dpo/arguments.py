@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 from transformers.hf_argparser import string_to_bool
 
 from llava import command_line
+from llava.attention import layer_range
 from llava.command_line import ABOVE_0, BELOW_1, check_numbers, flag
 from llava.heads import TOP
 from llava.machine import require_usable
@@ -23,6 +24,8 @@ from train.llava_hound_dpo.memory import Zero
 
 logger = logging.getLogger(__name__)
 
+# What `layer_range` and checkpoints call these layers: `auto` was the middle until all were better (docs/results.md).
+LAYERS = {"auto": "all", "middle": "auto"}
 NO_GAIN = "the study found no gain; last commit with it b4cba4d"
 # Flags of earlier scripts that mean nothing here, with what to do instead.
 RETIRED = {
@@ -178,7 +181,7 @@ class LossArguments:
     attention_threshold: float = flag("τ: the ratio from which L_att (hinge) is 0.", 0.75)
     attention_loss: str = flag("hinge: max(0, τ - R); log: -log R.", "hinge", choices=list(ATTENTION_LOSSES))
     attention_layers: str = flag(
-        "Zero-based layers of R: a range 14-22, a list 3,5,7, all, or auto (14-22 of 32, scaled).", "auto"
+        "Zero-based layers of R: auto (all), middle (14-22 of 32, scaled), a range 14-22 or a list 3,5,7.", "auto"
     )
     attention_heads: str | None = flag(
         "File of scripts.discover_heads: R of its best heads (of attention_layers, if given) instead of all.", None
@@ -203,6 +206,16 @@ class LossArguments:
             raise ValueError("--dpo_alpha and --gamma are both 0: there is nothing to train; set one of them above 0")
         if self.label_smoothing and self.loss_type not in SMOOTHED:
             raise ValueError(f"--loss_type {self.loss_type} knows no label smoothing; {' and '.join(SMOOTHED)} do")
+
+    def layers(self, num_layers: int) -> frozenset[int]:
+        """The layers of R in a language model of so many. Raises ValueError if it lacks one."""
+        return layer_range(num_layers, LAYERS.get(self.attention_layers, self.attention_layers))
+
+    @property
+    def saved_layers(self) -> str:
+        """Their name in a run's identity. Without layers, heads have been those of any, before and after."""
+        is_any = self.attention_heads and self.attention_layers == "auto"
+        return "auto" if is_any else LAYERS.get(self.attention_layers, self.attention_layers)
 
     def settings(self) -> LossSettings:
         """The same numbers as `losses.total_loss` takes them."""

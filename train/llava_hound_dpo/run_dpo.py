@@ -16,7 +16,6 @@ from peft import LoraConfig
 from transformers import Trainer, get_scheduler, set_seed
 
 from llava import runtime
-from llava.attention import layer_range
 from llava.checkpoints import PEFT_ADAPTER, Checkpoint, adapter_settings, open_checkpoint
 from llava.heads import Heads, select_heads
 from llava.image import ImageStore
@@ -293,7 +292,7 @@ def open_reference(checkpoint: Checkpoint, model, loss, args, store: ImageStore)
 
 def _probed(loss: LossArguments, checkpoint: Checkpoint) -> tuple[frozenset[int], Heads | None]:
     """Layers and heads of the attention term."""
-    layers = layer_range(checkpoint.num_layers, loss.attention_layers)
+    layers = loss.layers(checkpoint.num_layers)
     if not loss.attention_heads:
         return layers, None
     among = None if loss.attention_layers == "auto" else layers
@@ -356,6 +355,7 @@ def describe_run(model, data, loss, args, inputs: Inputs) -> dict[str, Any]:
     return {
         **dataclasses.asdict(model),
         **{name: value for name, value in dataclasses.asdict(loss).items() if name not in unused},
+        "attention_layers": loss.saved_layers,
         "attention_heads": inputs.heads and inputs.heads.to_json(),  # wherever their file lies
         **{name: getattr(args, name) for name in SCHEDULE},
         **({"fp16": True} if args.fp16 else {}),
