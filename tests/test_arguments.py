@@ -45,6 +45,7 @@ def test_defaults_are_those_of_the_design():
     assert (loss.attention_threshold, loss.attention_weight, loss.attention_loss) == (0.75, 0.9, "hinge")
     assert (loss.loss_type, loss.label_smoothing, loss.attention_layers) == ("sigmoid", 0.0, "auto")
     assert (model.lora_enable, model.lora_r, model.lora_alpha, model.lora_dropout) == (True, 128, 256, 0.0)
+    assert loss.attention_rows == "first"
     assert loss.layers(32) == {*range(32)} and parsed("--attention_layers", "middle")[2].layers(32) == {*range(14, 23)}
     assert model.freeze_mm_mlp_adapter is True
     assert (data.image_aspect_ratio, data.overlong, data.model_max_length) == ("pad", "error", 4096)

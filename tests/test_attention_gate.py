@@ -103,10 +103,10 @@ def test_a_gate_that_is_open_for_all_is_none(make_trainer, monkeypatch):  # noqa
     assert torch.equal(loss, other) and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-@pytest.mark.parametrize("flag", ["attention_rows first", "attention_gate preferred"])
+@pytest.mark.parametrize("flag", ["attention_rows all first", "attention_gate none preferred"])
 def test_a_checkpoint_from_before_the_flag_goes_on_without_it_only(make_trainer, tmp_path, flag):  # noqa: F811
-    name, value = flag.split()
-    plain, other = make_trainer().identity, make_trainer(f"--{name}", value).identity
+    name, before, value = flag.split()
+    plain, other = make_trainer(f"--{name}", before).identity, make_trainer(f"--{name}", value).identity
     assert name not in plain and other == plain | {name: value}
     (tmp_path / "checkpoint-5").mkdir()
     (tmp_path / "checkpoint-5" / COMPLETE).write_text(json.dumps(plain))

@@ -84,7 +84,7 @@ def test_flags_reach_the_trainer_its_log_and_the_record_of_the_run(make_trainer,
     with torch.no_grad():
         _, metrics = trainer.compute_loss(trainer.model, batch, return_outputs=True)
         features = trainer._encode(batch["pixels"])
-        settings = {"layers": SOME.layers, "heads": trainer.heads}
+        settings = {"layers": SOME.layers, "heads": trainer.heads, "rows": "first"}
         by_layer = attention_ratio(score(trainer.model, batch["row"], features, **settings).masses)
     torch.testing.assert_close(metrics[:, METRICS.index("attention/ratio")], (2 * by_layer[0] + by_layer[1]) / 3)
     identity = trainer.identity
@@ -98,10 +98,12 @@ def test_a_run_whose_auto_was_the_middle_goes_on_with_the_middle_only(make_train
     saved = tmp_path / "checkpoint-5" / COMPLETE
 
     def goes_on(*flags):
-        trainer = make_trainer(*flags)
+        trainer = make_trainer("--attention_rows", "all", *flags)
         return latest_checkpoint(tmp_path, json.loads(json.dumps(trainer.identity))), trainer.layers
 
-    before = json.loads(json.dumps(make_trainer().identity)) | {"attention_layers": "auto"}
+    own = json.loads(json.dumps(make_trainer("--attention_rows", "all").identity))
+    before = own | {"attention_layers": "auto"}
+    assert "attention_rows" not in own
     saved.write_text(json.dumps(before))
     assert goes_on("--attention_layers", "middle") == (saved.parent, {2})
     for flags in ((), ("--attention_layers", "all")):

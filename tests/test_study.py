@@ -95,7 +95,7 @@ def test_levels_are_compared_on_as_many_pairs():
         assert (loss.dpo_alpha, loss.gamma) == (0, 1)
         assert data.data_path.endswith("levels_pairs/pairs.json") == ("levels" in name)
         is_pulled = "attention" in name
-        assert (loss.attention_weight, loss.attention_layers) == ((0.9, "all") if is_pulled else (0, "auto"))
+        assert (loss.attention_weight, loss.attention_layers) == (0.9 if is_pulled else 0, "auto")
     assert len(trained("levels", is_quick=True)[1]) == 3
 
 

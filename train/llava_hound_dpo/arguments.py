@@ -188,8 +188,8 @@ class LossArguments:
     )
     top_heads: int = flag("How many of the best heads.", TOP)
     attention_rows: str = flag(
-        "Rows of R: all that predict a token of the chosen answer, or the first of them, the prompt's last.", "all",
-        choices=["all", "first"],
+        "Rows of R: the first that predicts a token of the chosen answer, the prompt's last, or all of them.", "first",
+        choices=["first", "all"],
     )  # fmt: skip
     attention_gate: str = flag(
         "L_att of all pairs (none), or only where the policy prefers the chosen answer to each rejected one.", "none",

@@ -15,8 +15,8 @@ L_sft is of the whole answer in each.
 
 L_att is of the rows that predict tokens of the chosen answer y, and of pairs by what the policy says of their answers:
 
-    rows all        R from all of these rows
     rows first      R from the one that predicts y_1, the last of the prompt (KLAL, arXiv 2511.12738)
+    rows all        R from all of these rows
     gate none       L_att of every pair
     gate preferred  L_att is 0 unless log π(y|x) > log π(y_j|x) for every rejected y_j, both as DPO compares them; the
                     gate has no gradient (after EASE, arXiv 2605.30912: attention trained on what succeeds)
@@ -116,7 +116,7 @@ class LossSettings:
     attention_loss: str = "hinge"
     answer_end: str = "likelihood"
     answer_end_weight: float = 0.1  # ω of `likelihood`, else 0
-    attention_rows: str = "all"
+    attention_rows: str = "first"
     attention_gate: str = "none"
 
     @property
