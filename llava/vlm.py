@@ -61,6 +61,14 @@ class VLM:
     def __init__(self, settings: ModelSettings, checkpoint: Checkpoint, model):
         self.settings, self.checkpoint, self.model = settings, checkpoint, model
 
+    @classmethod
+    def load(cls, settings: ModelSettings, checkpoint: Checkpoint, device: str | torch.device | None = None) -> "VLM":
+        """Of what `settings` opened; `device` as in `open_model`."""
+        require_usable(use_cpu=device is not None and torch.device(device).type == "cpu")
+        return cls(
+            settings, checkpoint, loaded(checkpoint, settings, own_device() if device is None else torch.device(device))
+        )
+
     @property
     def family(self) -> Family:
         """The checkpoint's."""
@@ -146,10 +154,8 @@ def open_model(path: str | Path, *, device: str | torch.device | None = None, **
     `batch_size`, `dtype`, ... `device`: None is the GPU of this process, or the CPU where there is none.
     Raises FileNotFoundError, ValueError.
     """
-    require_usable(use_cpu=device is not None and torch.device(device).type == "cpu")
     own = ModelSettings(model_name_or_path=str(path), image_folder="", **settings)
-    checkpoint = own.open()
-    return VLM(own, checkpoint, loaded(checkpoint, own, own_device() if device is None else torch.device(device)))
+    return VLM.load(own, own.open(), device)
 
 
 class InMemory(dict[str, Image.Image]):

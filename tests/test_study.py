@@ -68,6 +68,7 @@ def test_the_ends_are_compared_five_ways_with_and_without_the_term():
                                   ("kept", 0, 5e-4)], 20)  # fmt: skip
     in_all = {(loss.dpo_alpha + loss.gamma) * loss.attention_weight for loss, _ in found}
     assert sorted(in_all) == pytest.approx([0, 0.9, 0.902]) and {args.seed for _, args in found} == set(range(10))
+    assert {(loss.attention_layers, loss.attention_rows) for loss, _ in found} == {("middle", "all")}  # as it was run
     quick = [unit.name for unit in plan(read_config(ENDS, ["quick"]), "digest")]
     assert sum(name.startswith("train/") for name in quick) == 3 and "questions" in quick
 
@@ -96,6 +97,7 @@ def test_levels_are_compared_on_as_many_pairs():
         assert data.data_path.endswith("levels_pairs/pairs.json") == ("levels" in name)
         is_pulled = "attention" in name
         assert (loss.attention_weight, loss.attention_layers) == (0.9 if is_pulled else 0, "auto")
+        assert loss.attention_rows == "first"
     assert len(trained("levels", is_quick=True)[1]) == 3
 
 

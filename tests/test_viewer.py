@@ -149,7 +149,7 @@ def test_an_opened_question_is_asked_as_its_record_says(vlm, book, answered):
 )
 def test_what_cannot_be_meant_is_one_line_before_weights(words, said, capsys, monkeypatch):
     monkeypatch.setattr(viewer, "find_spec", lambda name: name)
-    monkeypatch.setattr(viewer, "open_model", None)  # calling it would raise
+    monkeypatch.setattr(viewer.VLM, "load", None)  # calling it would raise
     with pytest.raises(SystemExit) as ended:
         viewer.start(["--model_name_or_path", BASE, *words])
     (line,) = capsys.readouterr().err.splitlines()

@@ -16,7 +16,7 @@ from llava.attention import layer_range
 from llava.command_line import check_numbers, flag, parse
 from llava.runtime import setup_logging, stop, user_errors
 from llava.settings import ModelSettings
-from llava.vlm import open_model
+from llava.vlm import VLM
 from scripts.viewer.answers import AnswerFiles
 
 log = logging.getLogger(__name__)
@@ -83,10 +83,11 @@ def start(argv: Sequence[str] | None):
         names = ("base_model", "max_image_tokens", "dtype")
         own = {name: getattr(models, name) for name in names}
         paths = [models.model_name_or_path, *([models.compare] if models.compare else [])]
-        for path in paths:  # before the weights of any
-            checkpoint = ModelSettings(model_name_or_path=path, image_folder="", **own).open()
+        settings = [ModelSettings(model_name_or_path=path, image_folder="", **own) for path in paths]
+        checkpoints = [one.open() for one in settings]
+        for checkpoint in checkpoints:  # before the weights of any
             layer_range(checkpoint.num_layers, models.attention_layers)
-        opened = dict(zip(_names(paths), [open_model(path, **own) for path in paths], strict=True))
+        opened = dict(zip(_names(paths), map(VLM.load, settings, checkpoints), strict=True))
         from scripts.viewer.page import build, serve  # gradio takes seconds, and may be missing
 
         asking = {name: getattr(models, name) for name in ("attention_layers", "max_new_tokens")}

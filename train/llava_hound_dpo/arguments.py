@@ -209,13 +209,16 @@ class LossArguments:
 
     def layers(self, num_layers: int) -> frozenset[int]:
         """The layers of R in a language model of so many. Raises ValueError if it lacks one."""
-        return layer_range(num_layers, LAYERS.get(self.attention_layers, self.attention_layers))
+        return layer_range(num_layers, self._spec)
 
     @property
     def saved_layers(self) -> str:
         """Their name in a run's identity. Without layers, heads have been those of any, before and after."""
-        is_any = self.attention_heads and self.attention_layers == "auto"
-        return "auto" if is_any else LAYERS.get(self.attention_layers, self.attention_layers)
+        return "auto" if self.attention_heads and self.attention_layers == "auto" else self._spec
+
+    @property
+    def _spec(self) -> str:
+        return LAYERS.get(self.attention_layers, self.attention_layers)
 
     def settings(self) -> LossSettings:
         """The same numbers as `losses.total_loss` takes them."""
