@@ -79,15 +79,16 @@ class Tree:
 class Probe:
     """What to measure: the attention mass on regions, from the rows that predict an answer.
 
-    With trees in the plan the rows are those of every first branch (the chosen answer) or of `each_branch`, in row
-    order; without, the last row of the forward (generation). More rows than one are a second attention call, one row
-    is a softmax.
+    With trees in the plan the rows are those of every first branch (the chosen answer), the `first_row` of each alone,
+    or those of `each_branch`, in row order: a second attention call. Without trees it is the last row of the forward
+    (generation), a softmax.
     """
 
     regions: Tensor  # (B or 1, S, R) weights in [0, 1]; keys past S (generated tokens) weigh nothing
     layers: frozenset[int]  # zero-based
     each_key: bool = False  # after the regions come the S keys, one column each (generation only)
     each_branch: bool = False
+    first_row: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -236,8 +237,11 @@ def _probed(query: Tensor, key: Tensor, attention_mask: Tensor | None, scaling: 
     for tree, q, k in zip(plan.trees, _by_tree(query, plan.trees), _by_tree(key, plan.trees), strict=True):
         begin = tree.prompt[0]
         start = tree.branches[0][0] - begin
-        bias = tree.bias(regions.float(), "all" if plan.probe.each_branch else "first")
-        stop = bias.shape[1]
+        if plan.probe.first_row:  # it sees all before it
+            bias, stop = None, start + 1
+        else:
+            bias = tree.bias(regions.float(), "all" if plan.probe.each_branch else "first")
+            stop = bias.shape[1]
         own = regions[:, begin : begin + stop]
         masses.append(region_mass(q[:, :, start:stop], k[:, :, :stop], own, bias, scaling))
     return torch.cat(masses, dim=2)

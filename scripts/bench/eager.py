@@ -54,7 +54,7 @@ def attention_aware_dpo(policy, batch: dict[str, Tensor], layers: Sequence[int],
     chosen, rejected = margins.chunk(2)
     preference = -F.logsigmoid(settings.beta * (chosen - rejected))
     maps = torch.stack([outputs.attentions[layer] for layer in layers])
-    ratio = target_share(maps, batch["labels"], batch["regions"])
+    ratio = target_share(maps, batch["labels"], batch["regions"], settings.attention_rows)
     attention = F.relu(settings.attention_threshold - ratio)
     return (settings.dpo_alpha * (preference + settings.attention_weight * attention)).mean()
 
@@ -66,10 +66,12 @@ def answer_logps(logits: Tensor, labels: Tensor) -> Tensor:
     return logps.gather(2, targets.clamp(min=0)[..., None])[..., 0].masked_fill(targets == IGNORED, 0).sum(dim=1)
 
 
-def target_share(maps: Tensor, labels: Tensor, regions: Tensor) -> Tensor:
+def target_share(maps: Tensor, labels: Tensor, regions: Tensor, attention_rows: str) -> Tensor:
     """(N,) share of the image attention that lies on the target, from maps (L, 2N, H, S, S)."""
     pairs = len(regions)
     rows = F.pad(labels[:pairs, 1:] != IGNORED, (0, 1)).float()  # a row predicts the token after it
+    if attention_rows == "first":
+        rows = rows * (rows.cumsum(dim=1) == 1)
     mean = maps[:, :pairs].float().mean(dim=2)  # (L, N, S, S)
     mass = torch.einsum("lnqk,nkr,nq->lnr", mean, regions, rows / rows.sum(dim=1, keepdim=True))
     return (mass[..., 0] / mass[..., 1]).mean(dim=0)

@@ -23,7 +23,7 @@ from train.llava_hound_dpo.plan import shape_of
 from train.llava_hound_dpo.scoring import score
 from train.llava_hound_dpo.trainer import AttentionAwareDPOTrainer
 
-SETTINGS = LossSettings(dpo_alpha=1.0, gamma=0.0, answer_end="kept", attention_rows="all")  # as TRL, and most work
+SETTINGS = LossSettings(dpo_alpha=1.0, gamma=0.0, answer_end="kept")  # as TRL
 NAMES = ("ours", "plain", "trl", "eager")
 
 

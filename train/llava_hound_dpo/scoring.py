@@ -44,7 +44,7 @@ def score(
     weights while gradients are wanted (a reentrant checkpoint does that): the attention term would train nothing
     without a word.
     """
-    probe = Probe(row.regions, layers) if layers else None
+    probe = Probe(row.regions, layers, first_row=rows == "first") if layers else None
     outputs = model(
         input_ids=row.input_ids,
         # An explicit mask: without any, restarted positions are taken for separate documents. Its four axes are of a
@@ -84,11 +84,7 @@ def _masses(
             "the attention masses carry no gradient, so the attention term would train nothing; "
             "use non-reentrant checkpointing and do not detach the model's inputs"
         )
-    masses = torch.stack([mass[0] for mass in attentions])  # (L, H, T_chosen, 2)
+    masses = torch.stack([mass[0] for mass in attentions])  # (L, H, T_chosen or N, 2)
     weights = None if heads is None else heads.to(masses)[..., None]
-    owner = row.chosen_owner
-    if rows == "first":
-        lengths = row.answer_tokens[row.chosen]
-        first = lengths.cumsum(0) - lengths
-        masses, owner = masses[:, :, first], owner[first]
+    owner = torch.arange(row.num_pairs, device=masses.device) if rows == "first" else row.chosen_owner
     return mean_masses(masses, owner, row.num_pairs, weights)
