@@ -47,15 +47,9 @@ class Draft:
     task: Task
     rng: np.random.Generator  # for the draws that follow
     num_images: int
-    target: int  # 0-based position of the record that asks
+    first: list[int]  # 0-based positions of the pictures that are asked about, that of the record that asks first
     is_refused: bool  # asks about the picture after the last one instead
     level: str = NAMED
-    partner: tuple[int, ...] = ()  # position of the record that it is compared with
-
-    @property
-    def first(self) -> list[int]:
-        """Positions of those that are asked about, the record's own first."""
-        return [self.target, *self.partner]
 
 
 def make(recipe: Recipe, task: Task) -> tuple[dict[str, Any] | None, list[Drop]]:
@@ -77,15 +71,15 @@ def draw(recipe: Recipe, task: Task) -> Draft:
     """Number of pictures by the format's shares, target position uniform."""
     rng = np.random.default_rng([recipe.seed, PROMPTS, task.index])
     if task.image_type == "pip":
-        return Draft(task, rng, 2, 0, False)
+        return Draft(task, rng, 2, [0], False)
     shares = recipe.sequence_shares if task.image_type == "sequence" else recipe.collage_shares
     ends = list(accumulate(shares.values()))
     num_images = list(shares)[bisect(ends, rng.random() * ends[-1])]
-    draft = Draft(task, rng, num_images, int(rng.integers(num_images)), bool(rng.random() < recipe.refusals))
+    draft = Draft(task, rng, num_images, [int(rng.integers(num_images))], bool(rng.random() < recipe.refusals))
     if recipe.level == NAMED or draft.is_refused:
         return draft
     level = levels.level_of(recipe.level, int(rng.integers(len(levels.LEVELS))))
-    return replace(draft, level=level, partner=tuple(levels.first_of(level, draft.target, num_images, rng)[1:]))
+    return replace(draft, level=level, first=levels.first_of(level, draft.first[0], num_images, rng))
 
 
 def _record(recipe: Recipe, draft: Draft, drawn: Drawn, asked: Asked | None) -> dict[str, Any]:
@@ -111,13 +105,13 @@ def _record(recipe: Recipe, draft: Draft, drawn: Drawn, asked: Asked | None) -> 
 
 def _asked(recipe: Recipe, draft: Draft, drawn: Drawn) -> tuple[list[tuple[str, str]], list[int]]:
     """Questions and answers, and the number from 1 of the picture that each is about."""
-    target = drawn.members[draft.target].source
+    target = drawn.members[draft.first[0]].source
     if draft.is_refused:
         return [(ask(numbered(draft.num_images), target.turns[0][0]), refusal(draft.num_images))], []
     if draft.task.image_type == "pip":
         return [(ask(centre_phrase(draft.rng), question), answer) for question, answer in target.turns], []
     num_asking = recipe.num_asking[draft.num_images] if draft.task.image_type == "collage" else 1
-    asks = [p for p, member in drawn.members.items() if p == draft.target or not recipe.uncut[member.index]]
+    asks = [p for p, member in drawn.members.items() if p == draft.first[0] or not recipe.uncut[member.index]]
     turns, turn_targets = [], []
     for position in asks[:num_asking]:
         own = drawn.members[position].source.turns

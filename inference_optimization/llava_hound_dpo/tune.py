@@ -24,7 +24,7 @@ from inference_optimization.llava_hound_dpo.grid import ANOTHER, PLAIN, Variant,
 from llava.adaptviz import DEFAULTS, FEW, SCOPES, STEPS, AdaptViz, Bands, PlaceSettings
 from llava.answering import Answers, Job, digest_of, identify, prepare
 from llava.command_line import flag, parse
-from llava.markdown import table
+from llava.markdown import interval, number, table
 from llava.records import FORMATS, Question, read_json, read_questions, texts
 from llava.regions import pointed_at
 from llava.runtime import check_outputs, is_main_process, leave, setup_logging, user_errors, write_text
@@ -298,15 +298,15 @@ def markdown(rows: Sequence[tuple[str, AdaptViz, dict[str, Any]]]) -> str:
     head = ["", "settings", "accuracy %", "mean of multi-image formats", *formats, "difference to plain", "fixed"]
     lines = []
     for name, settings, row in rows:
-        percent = {name: 100 * value for name, value in row.items() if isinstance(value, float)}
+        accuracy = {"mean": row["accuracy"], "low": row["accuracy_low"], "high": row["accuracy_high"]}
         lines.append([
             name,
             describe(settings.bands),
-            "{accuracy:.1f} [{accuracy_low:.1f}, {accuracy_high:.1f}]".format_map(percent),
-            "{mean_of_formats:.1f} ({relative_gain:+.1f} %)".format_map(percent),
-            *(f"{100 * value:.1f}" for value in row["by_format"].values()),
-            "{difference:+.1f} [{low:+.1f}, {high:+.1f}]".format_map(percent),
-            *(f"{100 * row[name] / row['questions']:.1f} %" for name in ("fixed", "broken")),
+            interval(accuracy),
+            f"{number(row['mean_of_formats'])} ({number(row['relative_gain'], '+.1f')} %)",
+            *map(number, row["by_format"].values()),
+            interval(row, "difference", "+.1f"),
+            *(f"{number(row[name] / row['questions'])} %" for name in ("fixed", "broken")),
         ])  # fmt: skip
     return table([*head, "broken"], lines, left=2) + "\n"
 
