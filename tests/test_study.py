@@ -79,25 +79,24 @@ def trained(name, is_quick=False):
     units = {unit.name: unit for unit in plan(config, "digest")}
     words = {name.split("/")[1]: unit.commands[0] for name, unit in units.items() if name.startswith("train/")}
     calls = {name: parse(own[1:]) for name, own in words.items()}
-    steps = 600 if name == "levels" else 200
-    assert {(args.max_steps, args.per_device_train_batch_size) for *_, args in calls.values()} == (
-        {(6, 8)} if is_quick else {(steps, 32)}
-    )
+    steps, batch = ({6}, 8) if is_quick else ({600, 1800} if name == "levels" else {200}, 32)
+    found = {(args.max_steps, args.per_device_train_batch_size) for *_, args in calls.values()}
+    assert found == {(number, batch) for number in steps}
     return units, calls
 
 
 def test_levels_are_compared_on_as_many_pairs():
     units, calls = trained("levels")
-    assert sum(name.startswith("train/") for name in units) == 30
-    made = {name: set(units[name].commands[0]) for name in ("named", "levels", "questions")}
+    assert sum(name.startswith("train/") for name in units) == 10 + 10 + 2
+    made = {name: set(units[name].commands[0]) for name in ("named", "levels", "threefold", "questions")}
     assert made["levels"] - made["named"] == {"--levels", "1", "2", "3"} and "4800" in made["named"] & made["levels"]
+    assert made["threefold"] - made["levels"] == {"14400"}
     assert made["questions"] > {"--levels", "1", "2", "3", "--seed"} and "--seed" not in made["levels"]
-    for name, (_, data, loss, _) in calls.items():
-        assert (loss.dpo_alpha, loss.gamma) == (0, 1)
-        assert data.data_path.endswith("levels_pairs/pairs.json") == ("levels" in name)
-        is_pulled = "attention" in name
-        assert (loss.attention_weight, loss.attention_layers) == (0.9 if is_pulled else 0, "auto")
-        assert loss.attention_rows == "first"
+    for name, (_, data, loss, args) in calls.items():
+        assert (loss.dpo_alpha, loss.gamma, loss.attention_weight) == (0, 1, 0)
+        made_by = {"sft": "named_pairs", "sft_levels": "levels_pairs", "sft_levels_threefold": "threefold_pairs"}[name]
+        assert data.data_path.endswith(f"/{made_by}/pairs.json")
+        assert args.max_steps == (1800 if "threefold" in name else 600)
     assert len(trained("levels", is_quick=True)[1]) == 3
 
 
