@@ -26,7 +26,7 @@ LIMIT = [15.1, 18.4, 21.1, 23.5, 25.7, 27.9, 29.9, 31.8]
 
 @pytest.mark.parametrize(("image_type", "shares"), [("sequence", SEQUENCE_SHARES), ("collage", COLLAGE_SHARES)])
 def test_numbers_of_pictures_and_positions_follow_their_shares(image_type, shares):
-    found = Counter((draft.num_images, draft.target) for draft in drafts(image_type, 6000))
+    found = Counter((draft.num_images, draft.first[0]) for draft in drafts(image_type, 6000))
     per_size = [sum(found[n, k] for k in range(n)) for n in shares]
     assert chi_square(per_size, list(shares.values())) < LIMIT[len(shares) - 2]
     for n in shares:
