@@ -94,6 +94,7 @@ def test_levels_are_compared_on_as_many_pairs():
     assert made["questions"] > {"--levels", "1", "2", "3", "--seed"} and "--seed" not in made["levels"]
     for name, (_, data, loss, args) in calls.items():
         assert (loss.dpo_alpha, loss.gamma, loss.attention_weight) == (0, 1, 0)
+        assert (loss.attention_layers, loss.attention_rows) == ("auto", "first")
         made_by = {"sft": "named_pairs", "sft_levels": "levels_pairs", "sft_levels_threefold": "threefold_pairs"}[name]
         assert data.data_path.endswith(f"/{made_by}/pairs.json")
         assert args.max_steps == (1800 if "threefold" in name else 600)

@@ -24,7 +24,7 @@ from llava.runtime import git_commit, short_commit, versions
 from scripts.miniature import qwen
 from scripts.miniature.model import build_config, build_processor
 from scripts.miniature.world import ATTRIBUTES
-from train.llava_hound_dpo.arguments import ModelArguments
+from train.llava_hound_dpo.arguments import LossArguments, ModelArguments
 from train.llava_hound_dpo.data import PairDataset, tokenize
 from train.llava_hound_dpo.model import make_trainable
 
@@ -39,6 +39,11 @@ SIZES = {  # language model: hidden, layers, heads, feed-forward; vision tower: 
 }
 LORA_SHARE = 128 / 4096  # rank over hidden size, as of the launch script at 7B
 WORDS = [word for values in ATTRIBUTES.values() for word in values]  # one token each
+
+
+def probed_layers(config) -> frozenset[int]:
+    """The layers of a model of this config that training probes by default."""
+    return LossArguments().layers(config.get_text_config().num_hidden_layers)
 
 
 def build_llava(size: str) -> Llava15:

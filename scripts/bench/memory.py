@@ -143,13 +143,8 @@ def step(policy, family: Family, batch, with_reference: bool) -> None:
         if with_reference:
             with policy.disable_adapter():
                 score(policy, row, features)
-    scores = score(policy, row, features, probed(family), rows=LossArguments().attention_rows)
+    scores = score(policy, row, features, common.probed_layers(family.config), rows=LossArguments().attention_rows)
     (scores.chosen.sum() + scores.rejected.sum() + scores.masses.sum()).backward()
-
-
-def probed(family: Family) -> frozenset[int]:
-    """The layers that training probes by default."""
-    return LossArguments().layers(family.config.get_text_config().num_hidden_layers)
 
 
 COLUMNS = ("family", "trained", "checkpointing", "tokens", "measured, GiB", "estimated, GiB", "difference")
@@ -185,7 +180,7 @@ def compare(family: Family, batch: Mapping[str, Any], shape: PairShape, rank: in
     """Cells of a row."""
     arguments = ModelArguments("m", lora_r=rank) if rank else ModelArguments("m", lora_enable=False)
     measured = peak(family, batch, arguments, checkpointing) / GIB
-    kept = Kept(checkpointing, rank, tuple(probed(family)))
+    kept = Kept(checkpointing, rank, tuple(common.probed_layers(family.config)))
     row = Row(shape.tokens, shape.answers, sum(shape.patches))
     estimated = activation_bytes(family.config, row, kept) / GIB
     sizes = (f"{measured:.2f}", f"{estimated:.2f}", f"{estimated / measured - 1:+.1%}")

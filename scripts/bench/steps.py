@@ -14,8 +14,8 @@ from transformers.utils import is_torchvision_available
 
 from llava.attention import NAME, install
 from llava.families import Family
-from scripts.bench import eager
-from train.llava_hound_dpo.arguments import LossArguments, TrainArguments
+from scripts.bench import common, eager
+from train.llava_hound_dpo.arguments import TrainArguments
 from train.llava_hound_dpo.batches import make_plan
 from train.llava_hound_dpo.data import PairDataset
 from train.llava_hound_dpo.losses import PREFERENCE_LOSSES, LossSettings
@@ -68,7 +68,7 @@ class Eager(Step):
         super().__init__(policy, "eager")
         batch = eager.collate(list(pairs), pairs.family.image_id)
         self.batch = {name: tensor.to(policy.device) for name, tensor in batch.items()}
-        self.layers = sorted(LossArguments().layers(policy.config.text_config.num_hidden_layers))
+        self.layers = sorted(common.probed_layers(policy.config))
 
     def forward_and_backward(self) -> Tensor:
         """In bf16 on a GPU, as the trainers."""
@@ -103,7 +103,7 @@ def build_trainer(policy, pairs: PairDataset, folder: Path, kind: type[Attention
     return kind(
         model=policy, args=args, train_dataset=pairs, batches=batches, processing_class=pairs.family.processor(),
         settings=SETTINGS, family=pairs.family,
-        layers=LossArguments().layers(base.config.text_config.num_hidden_layers),
+        layers=common.probed_layers(base.config),
     )  # fmt: skip
 
 
